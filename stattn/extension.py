@@ -1,0 +1,56 @@
+"""The CUDA library: whether it is here, and why not.
+
+The library (csrc/, built by setup.py) registers its operations under `torch.ops.stattn`. It is loaded when first asked for, never on
+import, so that `import stattn` works where it was not built. Its CPU operations run everywhere; its kernels run on compute capability 9.0.
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parent / "libstattn.so"
+CAPABILITY = (9, 0)
+
+
+@functools.cache
+def _failure() -> str | None:
+    """Load the library once and return what stood in the way, or None."""
+    if not LIBRARY.exists():
+        return "the CUDA library was not built (it needs nvcc 13 while installing; `python setup.py build_ext --inplace` builds it)"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except (OSError, RuntimeError) as error:
+        return f"the CUDA library failed to load: {error}"
+    torch.library.register_fake("stattn::copy_bytes", lambda src, dst: None)
+    return None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def load() -> bool:
+    """Load the CUDA library if it is not yet loaded. Returns whether `torch.ops.stattn` holds its operations."""
+    return _failure() is None
+
+
+def why_not(device: torch.device | str | None = None) -> str | None:
+    """Say why the CUDA library cannot be used, or None if it can.
+
+    Without `device`: whether the library is built and loads. With a CUDA device: also whether that device can run its kernels.
+    Any other device than a CUDA one is a reason of its own. Never raises for what the machine lacks; the answer is the message.
+    """
+    failure = _failure()
+    if failure is not None or device is None:
+        return failure
+    device = torch.device(device)
+    if device.type != "cuda":
+        return f"the CUDA library has kernels for CUDA devices only, not for {device.type}"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
+    if capability != CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]}, not {CAPABILITY[0]}.{CAPABILITY[1]}"
+    return None
