@@ -1,0 +1,524 @@
+"""The reference video diffusion transformer: the published ones in one page, to read, train and measure.
+
+A video becomes tokens (``Patchify3D``), the noise level becomes scales, shifts and gates (adaLN), the text becomes
+keys, and two kinds of block mix them:
+
+- ``cross``, Wan's: self-attention of the video, cross-attention to the text, feed-forward. `stattn.convert` loads Wan's
+  weights.
+- ``joint``: text tokens stand behind the video tokens in one attention and pass through the same projections and
+  feed-forward, with a modulation of their own (CogVideoX's expert adaLN).
+
+Around the blocks both are the same: the noise level is embedded and projected once, and each block adds its own learned
+``scale_shift_table`` (adaLN-single, as in PixArt and Wan). The model says nothing about what it predicts (sample,
+velocity or noise) and nothing about kernels: it runs wherever PyTorch does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stattn.grid import Grid, Triple, as_grid
+from stattn.masks import Mask
+from stattn.modules import (
+    CrossAttention,
+    GatedResidual,
+    Impl,
+    Masks,
+    ModulatedNorm,
+    Patchify3D,
+    SpaceTimeAttention,
+    check_mask,
+)
+from stattn.ops._dispatch import impl_for
+from stattn.ops.patchify import unpatchify3d
+from stattn.rope import RopeTables, rope_tables
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The shape of a DiT.
+
+    kind: "cross" or "joint". in_channels: channels of the noisy video x. masked_input: the model also reads a known
+    video and its mask, [x | known | mask], 2 * in_channels + 1 channels. text_dim: width of the text features, 0 for a
+    model without text. text_len: text tokens of a caption. vocab: when positive, text comes as token ids below it, and
+    the model embeds the ids and their up to text_len places. qk_norm: "across_heads", "per_head" or None. rope_split:
+    features of a head rotated by t, h and w; by default h and w take 2 * (head_dim // 6) each and t the rest, as Wan.
+    Raises ValueError naming the field that does not fit.
+    """
+
+    kind: str
+    layers: int
+    heads: int
+    head_dim: int
+    ffn_dim: int
+    in_channels: int
+    out_channels: int
+    patch: Triple
+    text_dim: int = 0
+    text_len: int = 0
+    vocab: int = 0
+    masked_input: bool = False
+    freq_dim: int = 256
+    qk_norm: str | None = "across_heads"
+    rope_split: Triple | None = None
+    rope_theta: float = 1e4
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cross", "joint"):
+            raise ValueError(f"kind={self.kind!r} must be 'cross' or 'joint'")
+        for name in ("layers", "heads", "head_dim", "ffn_dim", "in_channels", "out_channels", "freq_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("text_dim", "text_len", "vocab"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim={self.freq_dim} must be even")
+        if self.vocab and not (self.text_dim and self.text_len):
+            raise ValueError(
+                f"vocab={self.vocab} needs text_dim={self.text_dim} and text_len={self.text_len} to be positive"
+            )
+        # Lists come from JSON; tuples keep a frozen config hashable.
+        object.__setattr__(self, "patch", tuple(self.patch))
+        if self.rope_split is not None:
+            object.__setattr__(self, "rope_split", tuple(self.rope_split))
+            if sum(self.rope_split) != self.head_dim:
+                raise ValueError(f"rope_split={self.rope_split} must sum to head_dim={self.head_dim}")
+
+    @property
+    def dim(self) -> int:
+        """The width of the residual stream."""
+        return self.heads * self.head_dim
+
+    @property
+    def model_channels(self) -> int:
+        """The channels that the patch embedding reads."""
+        return 2 * self.in_channels + 1 if self.masked_input else self.in_channels
+
+
+WAN_14B = DiTConfig(
+    kind="cross",
+    layers=40,
+    heads=40,
+    head_dim=128,
+    ffn_dim=13824,
+    in_channels=16,
+    out_channels=16,
+    patch=(1, 2, 2),
+    text_dim=4096,
+    text_len=512,
+)
+
+# Widths, depths, heads, patches and rotary splits as published. The two published joint models have blocks of their
+# own; here they keep the token counts and the work per video token, with this file's block: text and video share
+# weights in all layers.
+CONFIGS: dict[str, DiTConfig] = {
+    "tiny": DiTConfig(
+        kind="joint",
+        layers=6,
+        heads=4,
+        head_dim=64,
+        ffn_dim=1024,
+        in_channels=3,
+        out_channels=3,
+        patch=(2, 8, 8),
+        text_dim=256,
+        text_len=16,
+        vocab=64,
+        masked_input=True,
+        qk_norm="per_head",
+    ),
+    "wan2.1-1.3b": replace(WAN_14B, layers=30, heads=12, ffn_dim=8960),
+    "wan2.1-14b": WAN_14B,
+    "hunyuanvideo": DiTConfig(
+        kind="joint",
+        layers=60,  # 20 with two streams and 40 with one, as published
+        heads=24,
+        head_dim=128,
+        ffn_dim=12288,
+        in_channels=16,
+        out_channels=16,
+        patch=(1, 2, 2),
+        text_dim=4096,
+        text_len=256,
+        qk_norm="per_head",
+        rope_split=(16, 56, 56),
+        rope_theta=256.0,
+    ),
+    "cogvideox-5b": DiTConfig(
+        kind="joint",
+        layers=42,
+        heads=48,
+        head_dim=64,
+        ffn_dim=12288,
+        in_channels=16,
+        out_channels=16,
+        patch=(1, 2, 2),
+        text_dim=4096,
+        text_len=226,
+        qk_norm="per_head",
+        rope_split=(16, 24, 24),
+    ),
+}
+
+
+class Layout(NamedTuple):
+    """Where the tokens of one call are, the same for all blocks.
+
+    frames: number of frames when the modulation is per frame, else None. mask: overrides every layer's mask, or None.
+    """
+
+    grid: Grid
+    rope: RopeTables
+    frames: int | None
+    text_valid: Tensor | None
+    mask: Masks | None
+
+
+def _modulation(table: Tensor, e: Tensor) -> tuple[Tensor, ...]:
+    """Add a block's table [1, K, C] to the projected noise level [..., K, C] in fp32 or wider; K tensors [..., C]."""
+    return (table.to(_wide(table)) + e.to(_wide(e))).unbind(-2)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _feed_forward(dim: int, ffn_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+
+
+class CrossBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward: Wan's block."""
+
+    def __init__(self, config: DiTConfig, *, mask: Masks | None, impl: Impl):
+        super().__init__()
+        dim, heads, head_dim, eps = config.dim, config.heads, config.head_dim, config.eps
+        self.norm1 = ModulatedNorm(dim, eps=eps, impl=impl)
+        self.attn1 = SpaceTimeAttention(dim, heads, head_dim, qk_norm=config.qk_norm, eps=eps, mask=mask, impl=impl)
+        self.norm2 = ModulatedNorm(dim, affine=True, eps=eps, impl=impl)
+        self.attn2 = CrossAttention(dim, heads, head_dim, qk_norm=config.qk_norm, eps=eps)
+        self.norm3 = ModulatedNorm(dim, eps=eps, impl=impl)
+        self.ffn = _feed_forward(dim, config.ffn_dim)
+        self.add = GatedResidual(impl=impl)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
+
+    def forward(self, x: Tensor, text: Tensor, e: Tensor, e_text: Tensor | None, at: Layout) -> tuple[Tensor, Tensor]:
+        """Return video x [B, N, C] and text [B, L, C] after the block; e [B, 6, C] or [B, frames or N, 6, C]."""
+        shift1, scale1, gate1, shift3, scale3, gate3 = _modulation(self.scale_shift_table, e)
+        h = self.norm1(x, scale1, shift1, at.frames)
+        x, h = self.add.then(self.norm2, x, self.attn1(h, at.grid, rope=at.rope, mask=at.mask), gate1, frames=at.frames)
+        x, h = self.add.then(self.norm3, x, self.attn2(h, text, at.text_valid), None, scale3, shift3, at.frames)
+        return self.add(x, self.ffn(h), gate3, at.frames), text
+
+
+class JointBlock(nn.Module):
+    """Attention of video and text together, feed-forward: shared weights, a modulation for each."""
+
+    def __init__(self, config: DiTConfig, *, mask: Masks | None, impl: Impl):
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.norm1 = ModulatedNorm(dim, eps=eps, impl=impl)
+        self.attn1 = SpaceTimeAttention(
+            dim, config.heads, config.head_dim, qk_norm=config.qk_norm, eps=eps, mask=mask, impl=impl
+        )
+        self.norm2 = ModulatedNorm(dim, eps=eps, impl=impl)
+        self.ffn = _feed_forward(dim, config.ffn_dim)
+        self.add = GatedResidual(impl=impl)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
+        self.text_scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
+
+    def forward(self, x: Tensor, text: Tensor, e: Tensor, e_text: Tensor, at: Layout) -> tuple[Tensor, Tensor]:
+        """Return video x [B, N, C] and text [B, L, C] after the block; e as in CrossBlock, e_text [B, 6, C]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(self.scale_shift_table, e)
+        t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = _modulation(self.text_scale_shift_table, e_text)
+        both = [x.shape[1], text.shape[1]]
+
+        h = torch.cat((self.norm1(x, scale1, shift1, at.frames), self.norm1(text, t_scale1, t_shift1)), dim=1)
+        a, t_a = self.attn1(h, at.grid, rope=at.rope, valid=at.text_valid, mask=at.mask).split(both, dim=1)
+        x, h = self.add.then(self.norm2, x, a, gate1, scale2, shift2, at.frames)
+        text, t_h = self.add.then(self.norm2, text, t_a, t_gate1, t_scale2, t_shift2)
+        f, t_f = self.ffn(torch.cat((h, t_h), dim=1)).split(both, dim=1)
+        return self.add(x, f, gate2, at.frames), self.add(text, t_f, t_gate2)
+
+
+class DiT(nn.Module):
+    """A video diffusion transformer of a given shape.
+
+    config: a DiTConfig, or a name in ``CONFIGS``. layers: replaces the config's. mask, impl: of every attention and
+    operation; `stattn.accelerate` changes them later. Starts as the zero function: gates, shifts, scales and the last
+    projection are 0 (adaLN-zero, arXiv:2212.09748). Any shape fits on the meta device: ``with torch.device("meta"):
+    DiT("wan2.1-14b")``.
+    """
+
+    def __init__(
+        self,
+        config: DiTConfig | str,
+        *,
+        layers: int | None = None,
+        mask: Masks | None = None,
+        impl: Impl = "auto",
+    ):
+        super().__init__()
+        self.config = config = _resolve(config, layers)
+        dim, eps = config.dim, config.eps
+        block = CrossBlock if config.kind == "cross" else JointBlock
+        self.patchify = Patchify3D(config.model_channels, dim, config.patch, impl=impl)
+        self.time_embed = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        if config.kind == "joint":
+            self.text_time_proj = nn.Linear(dim, 6 * dim)
+        if config.vocab:
+            self.words = nn.Embedding(config.vocab, config.text_dim)
+            self.places = nn.Embedding(config.text_len, config.text_dim)
+        if config.text_dim:
+            self.text_embed = nn.Sequential(
+                nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+            )
+        self.blocks = nn.ModuleList(block(config, mask=mask, impl=impl) for _ in range(config.layers))
+        self.norm_out = ModulatedNorm(dim, eps=eps, impl=impl)
+        self.proj_out = nn.Linear(dim, config.out_channels * math.prod(config.patch))
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
+        self._rope: dict[tuple[Grid, torch.device], RopeTables] = {}
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the projections by Xavier's rule, with zero biases, and set what adaLN-zero wants to be 0 to 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, Patchify3D):
+                module.reset_parameters()
+        for name, parameter in self.named_parameters():
+            if "time_proj." in name or "scale_shift_table" in name or name.startswith("proj_out."):
+                nn.init.zeros_(parameter)
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: Tensor | None = None,
+        text_valid: Tensor | None = None,
+        *,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
+        mask: Masks | None = None,
+    ) -> Tensor:
+        """Predict [B, out_channels, T, H, W] from a noisy video x [B, in_channels, T, H, W], in the weights' dtype.
+
+        timestep: the noise level in [0, 1000]: [B], per frame of tokens [B, T/pt], or per token [B, N]. text: token ids
+        [B, L], or features [B, L, text_dim]; None is no text at all, the same as text_valid = 0. text_valid: [B]
+        counts, or [B, L] booleans, of real text tokens; the rest has no influence. known [B, in_channels, T, H, W],
+        known_mask [B, 1, T, H, W]: the part of the video that is given (mask 1, read nowhere else) to a model with
+        masked_input; None means nothing is. mask: replaces the mask of every SpaceTimeAttention for this call. Raises
+        ValueError or TypeError when an argument does not fit the config.
+        """
+        tokens, grid = self.predict_tokens(x, timestep, text, text_valid, known=known, known_mask=known_mask, mask=mask)
+        impl = impl_for(self.patchify.impl, "patchify")
+        return unpatchify3d(tokens, grid.shape, self.config.patch, self.config.out_channels, impl=impl)
+
+    def predict_tokens(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: Tensor | None = None,
+        text_valid: Tensor | None = None,
+        *,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
+        mask: Masks | None = None,
+    ) -> tuple[Tensor, Grid]:
+        """Predict as ``forward`` does; returns the patches, tokens [B, N, pt*ph*pw*out_channels], and their grid."""
+        x = self.model_input(x, known, known_mask)
+        tokens = self.patchify(x)
+        text = self.embed_text(text, text_valid, x.shape[0])
+        grid = self.patchify.grid(x, after=text.shape[1] if self.config.kind == "joint" else 0)
+        frames = self._check_timestep(timestep, x.shape[0], grid)
+        at = Layout(grid, self.rope(grid, x.device), frames, text_valid if text.shape[1] else None, mask)
+
+        temb = self.embed_time(timestep)
+        e, e_text = self._project_time(self.time_proj, temb), None
+        if self.config.kind == "joint":
+            # Frames may differ in noise; the text, which all of them read, follows the noisiest.
+            temb_text = temb if timestep.ndim == 1 else self.embed_time(timestep.amax(dim=1))
+            e_text = self._project_time(self.text_time_proj, temb_text)
+        for block in self.blocks:
+            tokens, text = block(tokens, text, e, e_text, at)
+
+        shift, scale = _modulation(self.scale_shift_table, temb.unsqueeze(-2))
+        return self.proj_out(self.norm_out(tokens, scale, shift, frames)), grid
+
+    def model_input(self, x: Tensor, known: Tensor | None, known_mask: Tensor | None) -> Tensor:
+        """Check x and join it on channels with what is known: [x | known * mask | mask]."""
+        config, dtype = self.config, self.proj_out.weight.dtype
+        if x.ndim != 5 or x.shape[1] != config.in_channels:
+            raise ValueError(f"x of shape {tuple(x.shape)} must be [B, {config.in_channels}, T, H, W]")
+        x = x.to(dtype)
+        if not config.masked_input:
+            if known is not None or known_mask is not None:
+                raise ValueError("known and known_mask are for a model with masked_input=True; this one has False")
+            return x
+        if (known is None) != (known_mask is None):
+            raise ValueError("known and known_mask go together: give both or neither")
+        if known is None or known_mask is None:
+            return torch.cat((x, torch.zeros_like(x), torch.zeros_like(x[:, :1])), dim=1)
+        if known.shape != x.shape:
+            raise ValueError(f"known of shape {tuple(known.shape)} must have the shape of x, {tuple(x.shape)}")
+        if known_mask.shape != x[:, :1].shape:
+            raise ValueError(f"known_mask of shape {tuple(known_mask.shape)} must be {tuple(x[:, :1].shape)}")
+        known_mask = known_mask.to(dtype)
+        # Selected, not multiplied: what is not known may hold anything, NaN included.
+        known = torch.where(known_mask > 0, known.to(dtype) * known_mask, 0)
+        return torch.cat((x, known, known_mask), dim=1)
+
+    def embed_text(self, text: Tensor | None, text_valid: Tensor | None, batch: int) -> Tensor:
+        """Embed text as tokens [B, L, dim]; no text gives L = 0."""
+        config, weight = self.config, self.proj_out.weight
+        if text is None:
+            if text_valid is not None:
+                raise ValueError("text_valid is given without text")
+            return weight.new_zeros(batch, 0, config.dim)
+        if not config.text_dim:
+            raise ValueError(f"text of shape {tuple(text.shape)} is given to a model with text_dim=0")
+        if not config.vocab:
+            if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != config.text_dim:
+                raise ValueError(f"text of shape {tuple(text.shape)} must be [{batch}, L, {config.text_dim}]")
+            return self.text_embed(text.to(weight.dtype))
+        if text.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"text of dtype {text.dtype} must be token ids, int32 or int64")
+        if text.ndim != 2 or text.shape[0] != batch or text.shape[1] > config.text_len:
+            raise ValueError(f"text of shape {tuple(text.shape)} must be [{batch}, L], L at most {config.text_len}")
+        return self.text_embed(self.words(text) + self.places.weight[: text.shape[1]])
+
+    def embed_time(self, timestep: Tensor) -> Tensor:
+        """Embed noise levels [...] as [..., dim]."""
+        return self.time_embed(sinusoid(timestep, self.config.freq_dim).to(self.time_embed[0].weight.dtype))
+
+    def rope(self, grid: Grid, device: torch.device) -> RopeTables:
+        """Return the rotary tables of a grid, made once per grid and device."""
+        key = (grid, device)
+        if key not in self._rope:
+            # A sampler may call first, in inference mode; training later needs tables that autograd can save.
+            with torch.inference_mode(False):
+                self._rope[key] = rope_tables(
+                    grid,
+                    self.config.head_dim,
+                    split=self.config.rope_split,
+                    theta=self.config.rope_theta,
+                    device=device,
+                )
+        return self._rope[key]
+
+    def flops(
+        self, grid: Grid | Triple, mask: Masks | None = None, *, text_len: int | None = None, batch: int = 1
+    ) -> int:
+        """Count the floating point operations of one forward pass: matrix products and attention, 2 per multiply-add.
+
+        grid: the video's tokens. mask: in place of every layer's own; attention counts the pairs that it allows.
+        text_len: text tokens, the config's by default.
+        """
+        config, dim = self.config, self.config.dim
+        length = (config.text_len if text_len is None else text_len) if config.text_dim else 0
+        joint = config.kind == "joint"
+        video = as_grid(grid).video
+        grid = Grid(*as_grid(grid).shape, after=length if joint else 0)
+        ends = self.patchify.weight.numel() + self.proj_out.weight.numel()
+        time = config.freq_dim * dim + dim * dim + 6 * dim * dim * (2 if joint else 1)
+        text = length * (config.text_dim * dim + dim * dim) if config.text_dim else 0
+        total = 2 * (video * ends + time + text)
+        for block in self.blocks:
+            each = check_mask(block.attn1.mask if mask is None else mask, config.heads)
+            masks = [each] if isinstance(each, Mask) else each
+            density = sum(head.density(grid) for head in masks) / len(masks)
+            total += 2 * grid.tokens * (4 * dim * dim + 2 * dim * config.ffn_dim)
+            total += round(4 * dim * density * grid.tokens**2)
+            if not joint:
+                total += 2 * (2 * video + 2 * length) * dim * dim + 4 * dim * video * length
+        return batch * total
+
+    def _check_timestep(self, timestep: Tensor, batch: int, grid: Grid) -> int | None:
+        shapes = [(batch,), (batch, grid.t), (batch, grid.video)]
+        if tuple(timestep.shape) not in shapes:
+            raise ValueError(f"timestep of shape {tuple(timestep.shape)} must be one of {', '.join(map(str, shapes))}")
+        return grid.t if timestep.shape[1:] == (grid.t,) else None
+
+    def _project_time(self, proj: nn.Linear, temb: Tensor) -> Tensor:
+        return proj(F.silu(temb).to(proj.weight.dtype)).unflatten(-1, (6, -1))
+
+
+def sinusoid(timestep: Tensor, dim: int) -> Tensor:
+    """Embed numbers [...] by cosines, then sines, of dim / 2 frequencies from 1 down to 1e-4: [..., dim] in fp32."""
+    frequencies = torch.exp(-math.log(1e4) / (dim // 2) * torch.arange(dim // 2, device=timestep.device))
+    angles = timestep.unsqueeze(-1).float() * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def save(model: DiT, path: str | Path, **notes: Any) -> None:
+    """Write a model's weights to path (.safetensors), and its config, with notes about it, beside them as .json.
+
+    notes: anything JSON holds, e.g. the training's steps and seed.
+    """
+    path = _weights_path(path)
+    _safetensors().save_file({name: each.detach().contiguous() for name, each in model.state_dict().items()}, path)
+    path.with_suffix(".json").write_text(json.dumps({"config": asdict(model.config), **notes}, indent=2) + "\n")
+
+
+def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
+    """Load a model with its weights: a name that ships with the package ("tiny"), or the path of a .safetensors file.
+
+    The config is the .json beside the weights. Returns the model in eval mode. Raises ValueError when there are no such
+    weights, RuntimeError (from PyTorch) when they do not fit the config.
+    """
+    path = _weights_path(name) if str(name).endswith(".safetensors") else WEIGHTS / f"{name}.safetensors"
+    if not path.is_file():
+        shipped = ", ".join(sorted(each.stem for each in WEIGHTS.glob("*.safetensors"))) or "none"
+        raise ValueError(f"no weights at {path}; weights that ship with stattn: {shipped}")
+    config = DiTConfig(**json.loads(path.with_suffix(".json").read_text())["config"])
+    with torch.device("meta"):
+        model = DiT(config)
+    tensors: Mapping[str, Tensor] = _safetensors().load_file(path, device=str(device))
+    model.load_state_dict({name: each.to(dtype) for name, each in tensors.items()}, strict=True, assign=True)
+    return model.eval()
+
+
+def _weights_path(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path={str(path)!r} must end in .safetensors")
+    return path
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("weights are safetensors files: pip install stattn[demo]") from error
+    return safetensors.torch
+
+
+def _resolve(config: DiTConfig | str, layers: int | None) -> DiTConfig:
+    if isinstance(config, str):
+        if config not in CONFIGS:
+            raise ValueError(f"config={config!r} must be one of {', '.join(CONFIGS)}")
+        config = CONFIGS[config]
+    if not isinstance(config, DiTConfig):
+        raise TypeError(f"config={config!r} must be a DiTConfig or the name of one")
+    return config if layers is None else replace(config, layers=layers)

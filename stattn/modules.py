@@ -1,0 +1,436 @@
+"""Drop-in modules around ``stattn``'s operations: plain ``nn.Module``s with the ``state_dict`` of what they replace.
+
+==================  ==========================================================  =================================
+module              replaces                                                    parameters
+==================  ==========================================================  =================================
+Patchify3D          nn.Conv3d(C, E, patch, stride=patch), flatten, transpose    weight, bias
+SpaceTimeAttention  the self-attention of Wan, HunyuanVideo and their kin       to_q to_k to_v to_out.0 norm_q norm_k
+CrossAttention      the text cross-attention of Wan                             the same
+ModulatedNorm       nn.LayerNorm or nn.RMSNorm, then x * (1 + scale) + shift    weight, bias when affine
+GatedResidual       x + gate * y, and the modulated norm that follows           none
+QKNormRope          RMSNorm of q and k, then the 3-D rotary embedding           norm_q.weight norm_k.weight
+DenoiseStep         guidance, prediction, solver update and known region        none
+==================  ==========================================================  =================================
+
+Each carries ``impl``: one implementation name for all its operations, or a mapping from stem (``STEMS``) to name in
+which ``"*"`` stands for the rest. `stattn.accelerate` sets it, and the mask of every SpaceTimeAttention, on a whole
+model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stattn.blocks import BlockList
+from stattn.grid import Grid, Triple, as_grid
+from stattn.masks import Mask, full
+from stattn.ops._dispatch import NAMES, impl_for
+from stattn.ops.attention import attention
+from stattn.ops.denoise import denoise_step
+from stattn.ops.gate import gate_residual, gate_residual_modulate
+from stattn.ops.modulate import modulate
+from stattn.ops.patchify import patchify3d
+from stattn.ops.qk_norm_rope import qk_norm_rope
+from stattn.rope import RopeTables
+
+STEMS = ("attention", "patchify", "modulate", "gate", "qk_norm_rope", "denoise")
+
+Impl: TypeAlias = str | Mapping[str, str]
+Masks: TypeAlias = Mask | BlockList | Sequence[Mask]
+
+
+def check_impl(impl: Impl) -> Impl:
+    """Return ``impl`` unchanged. Raises TypeError or ValueError when it names no implementation or an unknown stem."""
+    if not isinstance(impl, (str, Mapping)):
+        raise TypeError(f"impl={impl!r} must be a name or a mapping from stem to name")
+    for stem, name in {"*": impl}.items() if isinstance(impl, str) else impl.items():
+        if stem != "*" and stem not in STEMS:
+            raise ValueError(f"impl has the stem {stem!r}; the stems are {', '.join(STEMS)}, and '*' for the rest")
+        if name != "auto" and name not in NAMES:
+            raise ValueError(f"impl={name!r} for {stem!r} must be 'auto' or one of {', '.join(NAMES)}")
+    return impl
+
+
+def check_mask(mask: Masks, heads: int) -> Masks:
+    """Return ``mask``. Raises TypeError when it is none, ValueError for a sequence of other than ``heads`` masks."""
+    if isinstance(mask, (Mask, BlockList)):
+        return mask
+    if isinstance(mask, str) or not isinstance(mask, Sequence) or not all(isinstance(each, Mask) for each in mask):
+        raise TypeError(f"mask={mask!r} must be a Mask, a BlockList or a sequence of Masks, one per head")
+    if len(mask) != heads:
+        raise ValueError(f"mask is a sequence of {len(mask)} masks for {heads} heads; give one per head")
+    return mask
+
+
+def describe_mask(mask: Masks) -> str:
+    """Write a mask as text: its key, the keys of a sequence (once when all are equal), or the size of block lists."""
+    if isinstance(mask, Mask):
+        return mask.key
+    if isinstance(mask, BlockList):
+        return f"BlockList on {mask.shape}"
+    keys = [each.key for each in mask]
+    return f"{len(keys)} x {keys[0]}" if len(set(keys)) == 1 else f"[{', '.join(keys)}]"
+
+
+def _describe(impl: Impl) -> str:
+    return impl if isinstance(impl, str) else str(dict(impl))
+
+
+class Patchify3D(nn.Module):
+    """Embed the (pt, ph, pw) patches of a video as tokens in (t, h, w) order.
+
+    Loads the weights of ``nn.Conv3d(in_channels, dim, patch, stride=patch)`` unchanged, and starts from the same
+    distribution. pad: zero-pad sizes that are no multiple of the patch, at the end, instead of refusing them.
+    """
+
+    def __init__(
+        self, in_channels: int, dim: int, patch: Triple, *, bias: bool = True, pad: bool = False, impl: Impl = "auto"
+    ):
+        super().__init__()
+        if len(patch) != 3 or any(not isinstance(each, int) or each < 1 for each in patch):
+            raise ValueError(f"patch={patch!r} must be three positive integers")
+        self.in_channels, self.dim, self.patch, self.pad = in_channels, dim, tuple(patch), pad
+        self.impl = check_impl(impl)
+        self.weight = nn.Parameter(torch.empty(dim, in_channels, *patch))
+        self.bias = nn.Parameter(torch.empty(dim)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias uniformly within 1/sqrt(fan in), as nn.Conv3d does."""
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def grid(self, x: Tensor, *, before: int = 0, after: int = 0) -> Grid:
+        """Return the token grid of a video [B, C, T, H, W], with global tokens around it."""
+        t, h, w = (-(-size // patch) for size, patch in zip(x.shape[2:], self.patch, strict=True))
+        return Grid(t, h, w, before, after)
+
+    def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
+        """Return tokens [B, N, dim] from a video [B, C, T, H, W]; pos [N, dim] is added."""
+        return patchify3d(x, self.weight, self.bias, pos, pad=self.pad, impl=impl_for(self.impl, "patchify"))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.dim}, patch={self.patch}, bias={self.bias is not None}, pad={self.pad}, "
+            f"impl={_describe(self.impl)}"
+        )
+
+
+class ModulatedNorm(nn.Module):
+    """Normalise the channels, then scale and shift: norm(x) * (1 + scale) + shift, in fp32, rounded once.
+
+    Replaces nn.LayerNorm (norm="layer") or nn.RMSNorm (norm="rms"), whose ``elementwise_affine`` is ``affine`` here,
+    and the adaLN modulation after it.
+    """
+
+    def __init__(self, dim: int, *, norm: str = "layer", affine: bool = False, eps: float = 1e-6, impl: Impl = "auto"):
+        super().__init__()
+        if norm not in ("layer", "rms"):
+            raise ValueError(f"norm={norm!r} must be 'layer' or 'rms'")
+        self.dim, self.norm, self.eps = dim, norm, eps
+        self.impl = check_impl(impl)
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine and norm == "layer" else None
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, frames: int | None = None
+    ) -> Tensor:
+        """Modulate x [B, N, C] by scale and shift: [B, C], per frame [B, frames, C], per token [B, N, C], or None."""
+        return modulate(
+            x,
+            scale,
+            shift,
+            norm=self.norm,
+            weight=self.weight,
+            bias=self.bias,
+            eps=self.eps,
+            frames=frames,
+            impl=impl_for(self.impl, "modulate"),
+        )
+
+    def extra_repr(self) -> str:
+        affine = self.weight is not None
+        return f"{self.dim}, norm={self.norm}, affine={affine}, eps={self.eps}, impl={_describe(self.impl)}"
+
+
+class GatedResidual(nn.Module):
+    """Add a gated branch to the residual stream: x + gate * y, alone or with the modulated norm that follows."""
+
+    def __init__(self, *, impl: Impl = "auto"):
+        super().__init__()
+        self.impl = check_impl(impl)
+
+    def forward(self, x: Tensor, y: Tensor, gate: Tensor | None, frames: int | None = None) -> Tensor:
+        """Return x + gate * y; x, y [B, N, C], gate [B, C], [B, frames, C] per frame, [B, N, C] per token, or None."""
+        return gate_residual(x, y, gate, frames=frames, impl=impl_for(self.impl, "gate"))
+
+    def then(
+        self,
+        norm: ModulatedNorm,
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor | None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        frames: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return x' = x + gate * y and norm(x', scale, shift), in one pass."""
+        return gate_residual_modulate(
+            x,
+            y,
+            gate,
+            scale,
+            shift,
+            norm=norm.norm,
+            weight=norm.weight,
+            bias=norm.bias,
+            eps=norm.eps,
+            frames=frames,
+            impl=impl_for(self.impl, "gate"),
+        )
+
+    def extra_repr(self) -> str:
+        return f"impl={_describe(self.impl)}"
+
+
+def _qk_norm_width(qk_norm: str | None, heads: int, head_dim: int) -> int | None:
+    widths = {"across_heads": heads * head_dim, "per_head": head_dim, None: None}
+    if qk_norm not in widths:
+        raise ValueError(f"qk_norm={qk_norm!r} must be 'across_heads', 'per_head' or None")
+    return widths[qk_norm]
+
+
+def _qk_norm(qk_norm: str | None, heads: int, head_dim: int, eps: float) -> nn.RMSNorm | None:
+    width = _qk_norm_width(qk_norm, heads, head_dim)
+    return None if width is None else nn.RMSNorm(width, eps=eps)
+
+
+class QKNormRope(nn.Module):
+    """Normalise queries and keys by RMSNorm and rotate them by their place in the video.
+
+    Replaces two nn.RMSNorm (``norm_q``, ``norm_k``) and the rotary embedding after them. qk_norm: "across_heads" (one
+    norm over heads * head_dim, as Wan), "per_head", or None. interleaved: rotate pairs (2i, 2i+1), else (i, i + D/2).
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        kv_heads: int | None = None,
+        qk_norm: str | None = "per_head",
+        eps: float = 1e-6,
+        interleaved: bool = True,
+        impl: Impl = "auto",
+    ):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, head_dim
+        self.qk_norm, self.eps, self.interleaved = qk_norm, eps, interleaved
+        self.impl = check_impl(impl)
+        self.norm_q = _qk_norm(qk_norm, heads, head_dim, eps)
+        self.norm_k = _qk_norm(qk_norm, self.kv_heads, head_dim, eps)
+
+    def forward(self, q: Tensor, k: Tensor, rope: RopeTables | None = None) -> tuple[Tensor, Tensor]:
+        """Return q and k [B, N, heads, D] normalised and rotated; rope comes from ``stattn.rope_tables``."""
+        return _norm_and_rotate(self, q, k, rope)
+
+    def extra_repr(self) -> str:
+        return (
+            f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, qk_norm={self.qk_norm}, "
+            f"eps={self.eps}, interleaved={self.interleaved}, impl={_describe(self.impl)}"
+        )
+
+
+def _norm_and_rotate(
+    module: QKNormRope | SpaceTimeAttention, q: Tensor, k: Tensor, rope: RopeTables | None
+) -> tuple[Tensor, Tensor]:
+    return qk_norm_rope(
+        q,
+        k,
+        None if module.norm_q is None else module.norm_q.weight,
+        None if module.norm_k is None else module.norm_k.weight,
+        rope,
+        across_heads=module.qk_norm == "across_heads",
+        eps=module.eps,
+        interleaved=module.interleaved,
+        impl=impl_for(module.impl, "qk_norm_rope"),
+    )
+
+
+class SpaceTimeAttention(nn.Module):
+    """Self-attention of video tokens, and of the global tokens around them, under a mask.
+
+    Parameters are named as in diffusers' video transformers: to_q, to_k, to_v, to_out.0, norm_q, norm_k. dim: the width
+    of the residual stream. mask: which keys a video query sees, a mask or one per head; assign it freely between calls.
+    Global tokens are seen by every query and see everything (globals_see="all") or only one another ("globals").
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        kv_heads: int | None = None,
+        bias: bool = True,
+        qk_norm: str | None = "across_heads",
+        eps: float = 1e-6,
+        interleaved: bool = True,
+        mask: Masks | None = None,
+        globals_see: str = "all",
+        impl: Impl = "auto",
+    ):
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        self.head_dim = head_dim or dim // heads
+        if head_dim is None and dim % heads:
+            raise ValueError(f"dim={dim} is not a multiple of heads={heads}; give head_dim")
+        if heads % self.kv_heads:
+            raise ValueError(f"heads={heads} is not a multiple of kv_heads={kv_heads}")
+        if globals_see not in ("all", "globals"):
+            raise ValueError(f"globals_see={globals_see!r} must be 'all' or 'globals'")
+        self.dim, self.qk_norm, self.eps, self.interleaved = dim, qk_norm, eps, interleaved
+        self.globals_see = globals_see
+        self.mask: Masks = check_mask(full() if mask is None else mask, heads)
+        self.impl = check_impl(impl)
+        self.to_q = nn.Linear(dim, heads * self.head_dim, bias=bias)
+        self.to_k = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
+        self.to_v = nn.Linear(dim, self.kv_heads * self.head_dim, bias=bias)
+        # A list of one, because the modules replaced keep a dropout without parameters behind the projection.
+        self.to_out = nn.ModuleList([nn.Linear(heads * self.head_dim, dim, bias=bias)])
+        self.norm_q = _qk_norm(qk_norm, heads, self.head_dim, eps)
+        self.norm_k = _qk_norm(qk_norm, self.kv_heads, self.head_dim, eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: Grid | Triple,
+        *,
+        rope: RopeTables | None = None,
+        valid: Tensor | None = None,
+        mask: Masks | None = None,
+    ) -> Tensor:
+        """Attend. x [B, grid.tokens, dim]: video tokens with grid.before and grid.after global tokens around them.
+
+        rope: tables of ``stattn.rope_tables`` for this grid, or None for no rotation. valid: which global tokens are
+        real, [B] counts or [B, before + after] booleans. mask: used in place of ``self.mask`` for this call. Returns
+        [B, grid.tokens, dim].
+        """
+        grid = as_grid(grid)
+        q = self.to_q(x).unflatten(-1, (self.heads, self.head_dim))
+        k = self.to_k(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        v = self.to_v(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        q, k = _norm_and_rotate(self, q, k, rope)
+        out = attention(
+            q,
+            k,
+            v,
+            grid,
+            mask=self.mask if mask is None else mask,
+            valid=valid,
+            globals_see=self.globals_see,
+            impl=impl_for(self.impl, "attention"),
+        )
+        return self.to_out[0](out.flatten(2))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, "
+            f"qk_norm={self.qk_norm}, mask={describe_mask(self.mask)}, globals_see={self.globals_see}, "
+            f"impl={_describe(self.impl)}"
+        )
+
+
+class CrossAttention(nn.Module):
+    """Attention of video tokens to text: dense, without rotation. Parameters as SpaceTimeAttention.
+
+    The keys are few and on no grid, so this is PyTorch's own scaled_dot_product_attention.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        bias: bool = True,
+        qk_norm: str | None = "across_heads",
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.dim, self.heads, self.head_dim, self.qk_norm = dim, heads, head_dim or dim // heads, qk_norm
+        inner = heads * self.head_dim
+        self.to_q = nn.Linear(dim, inner, bias=bias)
+        self.to_k = nn.Linear(dim, inner, bias=bias)
+        self.to_v = nn.Linear(dim, inner, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim, bias=bias)])
+        self.norm_q = _qk_norm(qk_norm, heads, self.head_dim, eps)
+        self.norm_k = _qk_norm(qk_norm, heads, self.head_dim, eps)
+
+    def forward(self, x: Tensor, text: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Attend from x [B, N, dim] to text [B, L, dim]; valid: [B] counts or [B, L] booleans of real text tokens.
+
+        A sample without text attends to nothing: its attention is 0, and the output the bias of the last projection.
+        """
+        q, k, v = self.to_q(x), self.to_k(text), self.to_v(text)
+        across = self.qk_norm == "across_heads"
+        if across and self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        q, k, v = (each.unflatten(-1, (self.heads, self.head_dim)) for each in (q, k, v))
+        if not across and self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        if text.shape[1] == 0:
+            out = q * 0
+        elif valid is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            seen = valid_tokens(valid, text.shape[1])
+            some = seen.any(dim=1, keepdim=True)
+            # A softmax over no keys is undefined and differs between backends: such samples see all, and count for 0.
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=(seen | ~some)[:, None, None])
+            out = torch.where(some[:, :, None, None], out, 0)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, heads={self.heads}, head_dim={self.head_dim}, qk_norm={self.qk_norm}"
+
+
+def valid_tokens(valid: Tensor, length: int) -> Tensor:
+    """Return [B, length] booleans from [B] counts or from such booleans. Raises ValueError on other shapes."""
+    if valid.dtype == torch.bool and valid.ndim == 2 and valid.shape[1] == length:
+        return valid
+    if valid.dtype in (torch.int32, torch.int64) and valid.ndim == 1:
+        return torch.arange(length, device=valid.device) < valid[:, None]
+    raise ValueError(
+        f"valid of shape {tuple(valid.shape)} and {valid.dtype} must be [B] integer counts or [B, {length}] booleans"
+    )
+
+
+class DenoiseStep(nn.Module):
+    """One step of a sampler from the model's prediction to the next latent; see ``stattn.denoise_step``.
+
+    Keywords given here are the defaults of every call.
+    """
+
+    def __init__(self, *, impl: Impl = "auto", **defaults: Any):
+        super().__init__()
+        self.impl = check_impl(impl)
+        self.defaults = defaults
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call ``stattn.denoise_step`` with this module's defaults and implementation."""
+        return denoise_step(*args, impl=impl_for(self.impl, "denoise"), **{**self.defaults, **kwargs})
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            [*(f"{name}={value}" for name, value in self.defaults.items()), f"impl={_describe(self.impl)}"]
+        )
