@@ -1,11 +1,13 @@
-"""Build stattn, and its CUDA library where a CUDA compiler is at hand; everything else about the package is in pyproject.toml.
+"""Build the CUDA library where a CUDA compiler is at hand; everything else about the package is in pyproject.toml.
 
-The library is one shared object, stattn/libstattn.so, for Hopper (sm_90a). It uses PyTorch's stable ABI alone, so that one file
-serves every Python and every torch from 2.11 on; it is built without a GPU, from the headers of any torch, CPU builds included.
+The library is one shared object, stattn/libstattn.so, for Hopper (sm_90a). It uses PyTorch's stable ABI alone, so one
+file serves every Python and every torch from 2.11 on. It is built without a GPU, from the headers of any such torch,
+CPU builds included.
 
-    python setup.py build_ext --inplace     # into the source tree, again only what changed
+    python setup.py build_ext --inplace     # into the source tree; compiles only what changed
 
-The variable STATTN_CUDA steers the build: 1 fails where the library cannot be built, 0 leaves it out; unset, it is built if it can be.
+The variable STATTN_CUDA steers the build: with 1 it fails where the library cannot be built, with 0 it leaves the
+library out, and unset it builds the library if it can and says why if it cannot.
 """
 
 import os
@@ -37,8 +39,8 @@ COMPILE = [
     # The oldest torch that the library may meet, whatever torch the headers come from.
     f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000",
 ]
-# torch loads its libraries out of sight of others: DT_NEEDED is what makes libtorch_cpu's symbols visible to this one. With
-# "-z defs", a symbol that only a CUDA build of torch has stops the link instead of the import on somebody's CPU.
+# torch loads its libraries out of sight of others: DT_NEEDED is what makes libtorch_cpu's symbols visible to this one.
+# With "-z defs", a symbol that only a CUDA build of torch has stops the link, not the loading on somebody's CPU.
 LINK = ["-shared", "-cudart=static", "-gencode=arch=compute_90a,code=sm_90a", "-Xlinker=-z,defs"]
 
 
@@ -81,7 +83,7 @@ def ninja_path(path: str | Path) -> str:
 
 
 def ninja_file(sources: list[str], objects: Path, library: Path) -> str:
-    """Text of the build file, run from the root, that compiles `sources` into the folder `objects` and links `library`."""
+    """Text of the build file that, run from the root, compiles `sources` into `objects` and links `library`."""
     torch = Path(util.find_spec("torch").origin).parent
     include = ["-Icsrc", f"-isystem={torch}/include", f"-isystem={torch}/include/torch/csrc/api/include"]
 
@@ -125,7 +127,9 @@ class BuildLibrary(build_ext):
         command = [find_ninja(), "-C", str(ROOT), "-f", str(objects / "build.ninja")]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            raise SystemExit(f"{done.stdout}\nstattn: the CUDA library does not compile; STATTN_CUDA=0 installs without it")
+            raise SystemExit(
+                f"{done.stdout}\nstattn: the CUDA library does not build; STATTN_CUDA=0 installs without it"
+            )
         if "warning" in done.stdout:
             print(done.stdout)
         print("stattn: built the CUDA library")

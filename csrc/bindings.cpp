@@ -1,6 +1,6 @@
 // The one file that names torch: schemas, checks, and the way from a tensor to a raw pointer and a stream.
 //
-// Only PyTorch's stable ABI is used, so one library serves every Python and every torch from 2.11 on, with or without CUDA.
+// Only PyTorch's stable ABI is used, so one library serves every Python and every torch from 2.11 on, CPU builds included.
 #include <cstdint>
 #include <cstring>
 
@@ -16,15 +16,15 @@ namespace {
 
 using torch::stable::Tensor;
 
-// The current CUDA stream of torch. The getter lives in libtorch_cuda, which a CPU build of torch does not have: naming it would keep
-// this library from loading there, so it is looked up in the process, where a torch that made a CUDA tensor has loaded it.
+// The current CUDA stream of torch. Its getter lives in libtorch_cuda, which a CPU build of torch does not have: naming it
+// would keep this library from loading there. A torch that made a CUDA tensor has loaded it, so it is found in the process.
 cudaStream_t current_stream(int32_t device) {
     using Getter = AOTITorchError (*)(int32_t, void**);
     static const Getter getter = [] {
         void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
         return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
     }();
-    STD_TORCH_CHECK(getter != nullptr, "stattn: libtorch_cuda.so is not loaded or lacks aoti_torch_get_current_cuda_stream");
+    STD_TORCH_CHECK(getter != nullptr, "stattn: no aoti_torch_get_current_cuda_stream in a loaded libtorch_cuda.so");
     void* stream = nullptr;
     STD_TORCH_CHECK(getter(device, &stream) == AOTI_TORCH_SUCCESS, "stattn: no current stream on device ", device);
     return static_cast<cudaStream_t>(stream);
@@ -36,7 +36,7 @@ void check_launch(cudaError_t error, const char* op) {
 
 // Returns the number of bytes to copy.
 int64_t check_copy(const Tensor& src, const Tensor& dst) {
-    STD_TORCH_CHECK(src.is_cuda() == dst.is_cuda() && src.is_cpu() == dst.is_cpu() && src.get_device_index() == dst.get_device_index(),
+    STD_TORCH_CHECK(src.is_cuda() == dst.is_cuda() && src.get_device_index() == dst.get_device_index(),
                     "stattn::copy_bytes: src and dst are on different devices");
     STD_TORCH_CHECK(src.is_contiguous(), "stattn::copy_bytes: src must be contiguous");
     STD_TORCH_CHECK(dst.is_contiguous(), "stattn::copy_bytes: dst must be contiguous");
@@ -59,7 +59,8 @@ void copy_bytes_cuda(Tensor src, Tensor dst) {
     const int64_t bytes = check_copy(src, dst);
     const int32_t device = src.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    check_launch(stattn::copy_bytes(src.const_data_ptr(), dst.mutable_data_ptr(), bytes, current_stream(device)), "stattn::copy_bytes");
+    const cudaStream_t stream = current_stream(device);
+    check_launch(stattn::copy_bytes(src.const_data_ptr(), dst.mutable_data_ptr(), bytes, stream), "stattn::copy_bytes");
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Copy device memory with the widest accesses that both pointers allow: dst[i] = src[i].
 //
-// Nothing is computed, so its time is that of moving the bytes: a roof for memory-bound kernels, through the same launch path and in the
-// same access pattern (16-byte words, WORDS loads in flight per thread before its first store).
+// Nothing is computed, so its time is that of moving the bytes: a roof for memory-bound kernels, through the same launch
+// path and in the same access pattern (16-byte words, WORDS loads in flight per thread before its first store).
 #include "stattn.h"
 
 namespace stattn {
@@ -11,7 +11,8 @@ constexpr int THREADS = 256;
 constexpr int WORDS = 4;  // per thread
 
 template <typename Word>
-__global__ void __launch_bounds__(THREADS) copy_words(const Word* __restrict__ src, Word* __restrict__ dst, int64_t words, int rest) {
+__global__ void __launch_bounds__(THREADS)
+copy_words(const Word* __restrict__ src, Word* __restrict__ dst, int64_t words, int rest) {
     const int64_t first = int64_t{blockIdx.x} * (THREADS * WORDS);
     const int64_t mine = first + threadIdx.x;
     if (first + THREADS * WORDS <= words) {
@@ -38,7 +39,8 @@ cudaError_t launch(const void* src, void* dst, int64_t bytes, cudaStream_t strea
     const int rest = static_cast<int>(bytes % int64_t{sizeof(Word)});
     const int64_t blocks = words == 0 ? 1 : (words + THREADS * WORDS - 1) / (THREADS * WORDS);
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    copy_words<Word><<<static_cast<unsigned>(blocks), THREADS, 0, stream>>>(static_cast<const Word*>(src), static_cast<Word*>(dst), words, rest);
+    copy_words<<<static_cast<unsigned>(blocks), THREADS, 0, stream>>>(
+        static_cast<const Word*>(src), static_cast<Word*>(dst), words, rest);
     return cudaGetLastError();
 }
 

@@ -1,7 +1,7 @@
 // What the CUDA files offer to the bindings: raw pointers, 64-bit sizes and strides, a stream. No torch in here.
 //
-// Every entry launches on the given stream of the current device, does not synchronise, launches nothing when there is nothing to do, and
-// returns the error of the launch.
+// Every entry launches on the given stream of the current device, does not synchronise, launches nothing when there is
+// nothing to do, and returns the error of the launch.
 #pragma once
 
 #include <cstdint>

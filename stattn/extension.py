@@ -1,7 +1,8 @@
 """The CUDA library: whether it is here, and why not.
 
-The library (csrc/, built by setup.py) registers its operations under `torch.ops.stattn`. It is loaded when first asked for, never on
-import, so that `import stattn` works where it was not built. Its CPU operations run everywhere; its kernels run on compute capability 9.0.
+The library (csrc/, built by setup.py) registers its operations under `torch.ops.stattn`. It is loaded when first asked
+for, never on import, so that `import stattn` works where it was not built. Its CPU operations run everywhere, its
+kernels on compute capability 9.0.
 """
 
 import functools
@@ -17,7 +18,7 @@ CAPABILITY = (9, 0)
 def _failure() -> str | None:
     """Load the library once and return what stood in the way, or None."""
     if not LIBRARY.exists():
-        return "the CUDA library was not built (it needs nvcc 13 while installing; `python setup.py build_ext --inplace` builds it)"
+        return "the CUDA library was not built: installing stattn found no nvcc 13, or was told to leave it out"
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
@@ -39,18 +40,19 @@ def load() -> bool:
 def why_not(device: torch.device | str | None = None) -> str | None:
     """Say why the CUDA library cannot be used, or None if it can.
 
-    Without `device`: whether the library is built and loads. With a CUDA device: also whether that device can run its kernels.
-    Any other device than a CUDA one is a reason of its own. Never raises for what the machine lacks; the answer is the message.
+    Without `device`: whether the library is built and loads. With one: first whether its kernels could run there at
+    all. Never raises for what the machine lacks: that is the answer.
     """
-    failure = _failure()
-    if failure is not None or device is None:
-        return failure
-    device = torch.device(device)
-    if device.type != "cuda":
-        return f"the CUDA library has kernels for CUDA devices only, not for {device.type}"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
-    if capability != CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]}, not {CAPABILITY[0]}.{CAPABILITY[1]}"
-    return None
+    if device is not None:
+        device = torch.device(device)
+        if device.type != "cuda":
+            return f"the CUDA library has kernels for CUDA devices only, not for {device.type}"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            return f"torch finds {torch.cuda.device_count()} CUDA devices, so no {device}"
+        capability = _capability(index)
+        if capability != CAPABILITY:
+            return f"compute capability {capability[0]}.{capability[1]}, not {CAPABILITY[0]}.{CAPABILITY[1]}"
+    return _failure()
