@@ -1,4 +1,4 @@
-# One target per habit; `make help` lists them. The first run makes .venv, later ones find its stamp files and start at once.
+# One target per habit; `make help` lists them. The first run makes .venv; later ones find stamp files and start at once.
 #   PYTHON=python3.12       the interpreter that .venv is made from
 #   PY=python               run in an environment that you prepared: no .venv, nothing is installed
 #   TORCH=torch==2.13.0     what is installed as torch, with TORCH_ARGS for pip (an index with CPU builds, say)
@@ -52,7 +52,7 @@ clean: ## remove what was built; .venv stays
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # With a GPU, a torch that PYTHON already imports is kept: it fits the driver. Otherwise TORCH is installed first and by
-# name, so that no other package chooses one. Where ensurepip is missing (Debian without python3-venv), pip installs itself.
+# name, so that no other package chooses one. Without ensurepip (Debian without python3-venv), pip installs itself.
 .venv/.torch:
 	@echo "making .venv"
 	@site=; if nvidia-smi -L >/dev/null 2>&1; then site=--system-site-packages; fi; \

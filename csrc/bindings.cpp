@@ -1,6 +1,6 @@
 // The one file that names torch: schemas, checks, and the way from a tensor to a raw pointer and a stream.
 //
-// Only PyTorch's stable ABI is used, so one library serves every Python and every torch from 2.11 on, CPU builds included.
+// Only PyTorch's stable ABI is used, so one library serves every Python and every torch from 2.11 on, CPU builds too.
 #include <cstdint>
 #include <cstring>
 
@@ -16,8 +16,8 @@ namespace {
 
 using torch::stable::Tensor;
 
-// The current CUDA stream of torch. Its getter lives in libtorch_cuda, which a CPU build of torch does not have: naming it
-// would keep this library from loading there. A torch that made a CUDA tensor has loaded it, so it is found in the process.
+// The current CUDA stream of torch. Its getter lives in libtorch_cuda, which a CPU build of torch does not have: naming
+// it would keep this library from loading there. A torch that made a CUDA tensor has loaded it, so the process has it.
 cudaStream_t current_stream(int32_t device) {
     using Getter = AOTITorchError (*)(int32_t, void**);
     static const Getter getter = [] {

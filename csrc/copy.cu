@@ -1,7 +1,7 @@
 // Copy device memory with the widest accesses that both pointers allow: dst[i] = src[i].
 //
-// Nothing is computed, so its time is that of moving the bytes: a roof for memory-bound kernels, through the same launch
-// path and in the same access pattern (16-byte words, WORDS loads in flight per thread before its first store).
+// Nothing is computed, so its time is that of moving the bytes: a roof for memory-bound kernels, through the same
+// launch path and in the same access pattern (16-byte words, WORDS loads in flight per thread before its first store).
 #include "stattn.h"
 
 namespace stattn {
