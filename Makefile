@@ -1,4 +1,4 @@
-# One target per habit; `make help` lists them. The first run makes .venv; later ones find stamp files and start at once.
+# One target per habit; `make help` lists them. The first run makes .venv; later ones find stamp files and start.
 #   PYTHON=python3.12       the interpreter that .venv is made from
 #   PY=python               run in an environment that you prepared: no .venv, nothing is installed
 #   TORCH=torch==2.13.0     what is installed as torch, with TORCH_ARGS for pip (an index with CPU builds, say)

@@ -25,12 +25,13 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
-def python(code: str, cwd: Path, *path: Path) -> str:
+def python(code: str, cwd: Path, *path: Path, options: tuple[str, ...] = ()) -> str:
     """Run `code` in a new interpreter whose imports start with the folders `path`. Returns what it printed."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if path:
         env["PYTHONPATH"] = os.pathsep.join(map(str, path))
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    command = [sys.executable, *options, "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -137,10 +138,12 @@ class TestSourceTree:
     def test_a_kernel_imports_as_part_of_the_package_from_an_editable_install(self, tree: Path, tmp_path: Path) -> None:
         site = tmp_path / "site"
         zipfile.ZipFile(build(tree, "build_editable", tmp_path / "dist")).extractall(site)
-        # An editable install works through a .pth file, which is read in site folders only.
-        code = f"import site; site.addsitedir({str(site)!r})\n"
+        # An editable install works through a .pth file, read in site folders only. Those of this environment are put on
+        # the path without reading theirs (-S), since stattn may well be installed here in the same way.
+        packages = [folder for folder in sys.path if folder.endswith("-packages")]
+        code = f"import site, sys; site.addsitedir({str(site)!r}); sys.path += {packages!r}\n"
         code += "import stattn; from stattn.kernels import planted; print(stattn.__file__, planted.__name__)"
-        assert python(code, tmp_path) == f"{tree}/stattn/__init__.py stattn.kernels.planted"
+        assert python(code, tmp_path, options=("-S",)) == f"{tree}/stattn/__init__.py stattn.kernels.planted"
 
     def test_a_program_started_at_the_root_still_finds_the_installed_kernels_package(self, tmp_path: Path) -> None:
         package = tmp_path / "kernels"
