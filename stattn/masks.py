@@ -1,0 +1,630 @@
+"""What a query may see: masks over a (t, h, w) grid, as small tables.
+
+The rule of one axis is a pair of tables and a residue: a query at x sees the keys k with ``lo[x] <= k <= hi[x]`` and
+``(k - x) % step == 0``. A *product* is one rule per axis; a mask is a union of at most eight products, each excluding what
+earlier ones allow, so that no key counts twice. Every named mask is a way to fill the tables; ``a & b`` intersects them, and
+``a | b`` appends. A mask knows no grid: it is described once and packed for any grid.
+
+Global tokens are outside the mask: every video query sees them, and they see everything (or each other only, with
+``globals_see="globals"``).
+
+``python -m stattn.masks`` draws a page of all named masks.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from stattn.grid import Grid, Triple, as_grid, is_int
+
+if TYPE_CHECKING:
+    from stattn.blocks import BlockList
+
+MAX_PRODUCTS = 8
+EMPTY, PARTIAL, FULL = 0, 1, 2
+AXES = "thw"
+
+
+class Rule(NamedTuple):
+    """What one axis allows: lo[x] <= k <= hi[x] and (k - x) % step == 0. An empty row has lo = length, hi = -1."""
+
+    lo: np.ndarray  # int32 [length]
+    hi: np.ndarray  # int32 [length]
+    step: int
+
+    def count(self) -> np.ndarray:
+        """Count the keys that each query sees on this axis. [length]"""
+        return np.maximum((self.hi - self.lo) // self.step + 1, 0)  # the bounds are members of the residue class
+
+    def matrix(self) -> np.ndarray:
+        """Say which keys each query sees on this axis, as booleans. [length, length]"""
+        x = np.arange(len(self.lo))
+        return (self.lo[:, None] <= x) & (x <= self.hi[:, None]) & ((x - x[:, None]) % self.step == 0)
+
+
+Product = tuple[Rule, Rule, Rule]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The tables of a mask on one grid, as every implementation reads them. Equal by value.
+
+    shape: (t, h, w). data: the bytes of int32 [products, 2, t + h + w], lo and hi side by side for the three axes.
+    steps: the residue of each product and axis.
+    """
+
+    shape: Triple
+    data: bytes
+    steps: tuple[Triple, ...]
+
+    @classmethod
+    def of(cls, shape: Triple, products: Sequence[Product]) -> Packed:
+        """Pack the rules of products."""
+        rows = [[np.concatenate([r.lo for r in p]), np.concatenate([r.hi for r in p])] for p in products]
+        return cls(shape, np.array(rows, np.int32).tobytes(), tuple((t.step, h.step, w.step) for t, h, w in products))
+
+    @property
+    def tables(self) -> np.ndarray:
+        """The tables, int32 [products, 2, t + h + w], read-only."""
+        return np.frombuffer(self.data, np.int32).reshape(len(self.steps), 2, sum(self.shape))
+
+    def tensor(self, device: torch.device | str) -> torch.Tensor:
+        """Copy the tables to a device once; later calls return the same tensor. int32 [products, 2, t + h + w]"""
+        return _packed_tensor(self, str(device))
+
+    def products(self, grid: Grid | None = None) -> tuple[Product, ...]:
+        """Unpack the rules of each product. grid: as packed; taken so that a Packed can stand for a mask."""
+        bounds = np.cumsum((0, *self.shape))
+        return tuple(
+            tuple(Rule(lo[a:b], hi[a:b], step) for a, b, step in zip(bounds, bounds[1:], steps, strict=False))
+            for (lo, hi), steps in zip(self.tables, self.steps, strict=True)
+        )  # type: ignore[return-value]  # three axes each
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """What each video query may see, on any grid. Combine with ``&`` and ``|``; equal masks have equal ``key``.
+
+    key: the canonical expression that builds the mask, e.g. ``window(7, 17, 17)``; ``parse(key)`` gives the mask back.
+    """
+
+    key: str
+    build: Callable[[Triple], list[Product]] = field(repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        return self.key
+
+    def __reduce__(self) -> tuple[Callable[[str], Mask], tuple[str]]:
+        return parse, (self.key,)
+
+    def __and__(self, other: Mask) -> Mask:
+        """Allow what both masks allow."""
+        if not isinstance(other, Mask):
+            return NotImplemented
+
+        def build(shape: Triple) -> list[Product]:
+            pairs = itertools.product(self.build(shape), other.build(shape))
+            return [tuple(_intersect(a, b) for a, b in zip(p, q, strict=True)) for p, q in pairs]  # type: ignore[misc]
+
+        return Mask(f"({self.key} & {other.key})", build)
+
+    def __or__(self, other: Mask | BlockList) -> Mask | BlockList:
+        """Allow what either allows. With a BlockList the mask is lowered to lists of tiles on the lists' device."""
+        if isinstance(other, Mask):
+            return Mask(f"({self.key} | {other.key})", lambda shape: [*self.build(shape), *other.build(shape)])
+        return NotImplemented
+
+    def pack(self, grid: Grid | Triple) -> Packed:
+        """Give the tables on a grid: a few kilobytes, cached.
+
+        Raises ValueError when the mask does not fit the grid (a window over its axis), or has more than eight products.
+        """
+        return _pack(self, as_grid(grid).shape)
+
+    def products(self, grid: Grid | Triple) -> tuple[Product, ...]:
+        """Give the axis rules of each product on a grid; products that add nothing are left out."""
+        return _products(self, as_grid(grid).shape)
+
+    def allowed(
+        self,
+        grid: Grid | Triple,
+        q: torch.Tensor | Sequence[int] | None = None,
+        k: torch.Tensor | Sequence[int] | None = None,
+        *,
+        globals_see: str = "all",
+        valid: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Say for each query token and key token whether the query sees the key: the truth that all else is tested against.
+
+        q, k: token indices within grid.tokens, all of them when None. valid: booleans [before + after], the global tokens
+        that are real. Returns booleans [len(q), len(k)].
+        """
+        grid = as_grid(grid)
+        qi, ki = (torch.arange(grid.tokens) if i is None else torch.as_tensor(i).cpu().long() for i in (q, k))
+        video = torch.zeros(len(qi), len(ki), dtype=torch.bool)
+        qc, kc = (_coordinates(grid, i) for i in (qi, ki))
+        for product in self.products(grid):
+            inside = torch.ones_like(video)
+            for (lo, hi, step), x, y in zip(product, qc, kc, strict=True):
+                low, high = (torch.from_numpy(np.array(t))[x][:, None] for t in (lo, hi))
+                inside &= (low <= y) & (y <= high) & ((y - x[:, None]) % step == 0)
+            video |= inside
+        q_global, k_global = (is_global(grid, i) for i in (qi, ki))
+        sees_rest = globals_see == "all"
+        table = torch.where(q_global[:, None], k_global | sees_rest, video | k_global)
+        if valid is not None:
+            real = torch.ones(grid.tokens, dtype=torch.bool)
+            real[is_global(grid, torch.arange(grid.tokens))] = torch.as_tensor(valid).cpu().bool()
+            table &= real[qi][:, None] & real[ki]
+        return table
+
+    def tiles(self, grid: Grid | Triple, q_tile: Triple, k_tile: Triple) -> np.ndarray:
+        """Classify every pair of a query tile and a key tile of the video as EMPTY (0), PARTIAL (1) or FULL (2).
+
+        Tiles lie in row-major order from the origin; the last on an axis may be short. Returns int8 [q tiles, k tiles].
+        """
+        grid = as_grid(grid)
+        counts = self._counts_by_tile(grid, q_tile, k_tile)
+        sizes = [_tile_sizes(grid.shape, tile) for tile in (q_tile, k_tile)]
+        kinds = np.full(counts.shape, PARTIAL, np.int8)
+        kinds[counts == 0] = EMPTY
+        kinds[counts == sizes[0][:, None] * sizes[1]] = FULL
+        return kinds
+
+    def density(self, grid: Grid | Triple) -> float:
+        """Give the share of (query, key) pairs that are allowed, global tokens included."""
+        grid = as_grid(grid)
+        pairs = sum(
+            sign * math.prod(int(rule.count().sum(dtype=np.int64)) for rule in product)
+            for sign, product in _inclusion_exclusion(self.products(grid))
+        )
+        dense = grid.tokens**2 - grid.video**2
+        return (pairs + dense) / grid.tokens**2
+
+    def draw(self, grid: Grid | Triple, query: Triple | None = None) -> str:
+        """Draw what one query sees, a panel per frame, as an SVG picture. query: (t, h, w), the middle when None."""
+        from stattn.pictures import draw_mask
+
+        return draw_mask(self, as_grid(grid), query)
+
+    def _counts_by_tile(self, grid: Grid, q_tile: Triple, k_tile: Triple) -> np.ndarray:
+        for name, tile in (("q_tile", q_tile), ("k_tile", k_tile)):
+            check_triple(name, tile)
+        total = 0
+        for sign, product in _inclusion_exclusion(self.products(grid)):
+            per_axis = []
+            for rule, qe, ke, length in zip(product, q_tile, k_tile, grid.shape, strict=True):
+                sums = np.add.reduceat(rule.matrix().astype(np.int64), np.arange(0, length, qe), axis=0)
+                per_axis.append(np.add.reduceat(sums, np.arange(0, length, ke), axis=1))
+            t, h, w = per_axis
+            pairs = np.einsum("ad,be,cf->abcdef", t, h, w)
+            total = total + sign * pairs.reshape(t.shape[0] * h.shape[0] * w.shape[0], -1)
+        q_tiles, k_tiles = (len(_tile_sizes(grid.shape, tile)) for tile in (q_tile, k_tile))
+        return np.broadcast_to(np.asarray(total), (q_tiles, k_tiles))
+
+
+# --- named masks -----------------------------------------------------------------------------------------------------
+
+
+class Constructor(NamedTuple):
+    """A named mask: the function that makes it, and examples that fit any grid of at least the given shape."""
+
+    make: Callable[..., Mask]
+    examples: Callable[[Triple], list[Mask]]
+
+
+CONSTRUCTORS: dict[str, Constructor] = {}
+
+
+def _named(examples: Callable[[Triple], list[Mask]]) -> Callable[[Callable[..., Mask]], Callable[..., Mask]]:
+    """Register a constructor with examples for a grid shape, from which pictures and tests are made."""
+
+    def register(make: Callable[..., Mask]) -> Callable[..., Mask]:
+        CONSTRUCTORS[make.__name__] = Constructor(make, examples)
+        return make
+
+    return register
+
+
+@_named(lambda shape: [full()])
+def full() -> Mask:
+    """See every token."""
+    return Mask("full()", lambda shape: [_product(*(_whole(n) for n in shape))])
+
+
+@_named(lambda shape: [spatial()])
+def spatial() -> Mask:
+    """See the tokens of the same frame."""
+    return Mask("spatial()", lambda s: [_product(_same(s[0]), _whole(s[1]), _whole(s[2]))])
+
+
+@_named(lambda shape: [temporal()])
+def temporal() -> Mask:
+    """See the tokens at the same place in every frame."""
+    return Mask("temporal()", lambda s: [_product(_whole(s[0]), _same(s[1]), _same(s[2]))])
+
+
+def _window_examples(shape: Triple) -> list[Mask]:
+    odd = tuple(min(n, 3) for n in shape)
+    even = tuple(max(1, min(n, 4) // 2 * 2) if n > 1 else 1 for n in shape)
+    strided = tuple(max(1, n // 2) for n in shape)
+    dilation = tuple(max(1, min(3, n // size)) for n, size in zip(shape, odd, strict=True))
+    found = [window(*odd), window(*even), window(*shape), window(None, odd[1], even[2])]
+    found.append(window(*strided, stride=tuple(max(1, (size + 1) // 2) for size in strided)))
+    found.append(window(*odd, dilation=dilation))
+    found.append(window(*odd, stride=tuple(min(2, size) for size in odd), dilation=dilation, causal=(True, False, True)))
+    found.extend(window(*odd, causal=causal) for causal in itertools.product((False, True), repeat=3))
+    return found
+
+
+@_named(_window_examples)
+def window(
+    t: int | None,
+    h: int | None,
+    w: int | None,
+    *,
+    stride: int | Triple = 1,
+    dilation: int | Triple = 1,
+    causal: bool | tuple[bool, bool, bool] = False,
+) -> Mask:
+    """See a window of t x h x w tokens around the query: NATTEN's generalised neighbourhood attention.
+
+    t, h, w: the window's size on each axis, None for the whole axis. The centre is clamped so that windows stay inside the
+    grid and all have the same size; an even window reaches one further back than ahead. stride: queries of a group of that
+    many share the window of the group's leader (the middle one; the last when causal), at most the window. dilation: keys
+    (and windows) lie within the query's residue class modulo it. causal: no later key on that axis is seen.
+
+    Raises ValueError when an axis is shorter than size * dilation. Follows Hassani et al., arXiv:2504.16922.
+    """
+    sizes = (t, h, w)
+    strides, dilations = _triple("stride", stride), _triple("dilation", dilation)
+    causals = causal if isinstance(causal, tuple) else (causal,) * 3
+    if len(causals) != 3 or not all(isinstance(c, bool) for c in causals):
+        raise TypeError(f"causal={causal!r} must be a boolean or three booleans")
+    for axis, size, s, d in zip(AXES, sizes, strides, dilations, strict=True):
+        if size is None:
+            if (s, d) != (1, 1):
+                raise ValueError(f"window {axis}=None is the whole axis and takes no stride={s} or dilation={d}")
+            continue
+        _check_positive(f"window {axis}", size)
+        if s > size:
+            raise ValueError(f"stride={s} on axis {axis} exceeds the window's {size}: some keys would be seen by no query")
+
+    def build(shape: Triple) -> list[Product]:
+        return [
+            _product(*(_neighbourhood(*each) for each in zip(AXES, shape, sizes, strides, dilations, causals, strict=True)))
+        ]
+
+    options = [f"{n}={v}" for n, v, d in (("stride", strides, (1, 1, 1)), ("dilation", dilations, (1, 1, 1))) if v != d]
+    options += [f"causal={causals}"] if any(causals) else []
+    return Mask(f"window({', '.join([f'{t}, {h}, {w}', *options])})", build)
+
+
+@_named(
+    lambda shape: [
+        sliding_tile(tile := tuple(max(1, (n + 2) // 3) for n in shape), tuple(-(-n // e) for n, e in zip(shape, tile, strict=True))),
+        sliding_tile((2, 3, 4), tuple(min(2, -(-n // e)) for n, e in zip(shape, (2, 3, 4), strict=True))),
+        sliding_tile((1, 2, 2), tuple(min(3, -(-n // e)) for n, e in zip(shape, (1, 2, 2), strict=True))),
+    ]
+)  # fmt: skip
+def sliding_tile(tile: Triple, window: Triple) -> Mask:
+    """See a window of whole tiles around the query's tile.
+
+    tile: extents (t, h, w) in tokens; the last tile of an axis may be short. window: the window's size in tiles per axis,
+    centred on the query's tile and clamped so that it stays inside the grid.
+
+    Raises ValueError when an axis has fewer tiles than the window. Follows Zhang et al., arXiv:2502.04507, without its need
+    for grids that the tile divides.
+    """
+    tile, sizes = _triple("tile", tile), _triple("window", window)
+
+    def rule(axis: str, length: int, extent: int, size: int) -> Rule:
+        count = -(-length // extent)
+        if size > count:
+            raise ValueError(f"sliding_tile window={size} on axis {axis} exceeds its {count} tiles of {extent} (length {length})")
+        lo, hi, _ = _neighbourhood(axis, count, size, 1, 1, False)
+        own = np.arange(length) // extent
+        return Rule(lo[own] * extent, np.minimum((hi[own] + 1) * extent, length) - 1, 1)
+
+    return Mask(
+        f"sliding_tile({tile}, {sizes})",
+        lambda shape: [_product(*(rule(*each) for each in zip(AXES, shape, tile, sizes, strict=True)))],
+    )
+
+
+@_named(
+    lambda shape: [
+        frame_causal(1),
+        frame_causal(2),
+        frame_causal(3, window=3),
+        frame_causal(2, window=4, sink_frames=1),
+        frame_causal(1, window=2, sink_frames=3),
+    ]
+)
+def frame_causal(chunk: int, window: int | None = None, sink_frames: int = 0) -> Mask:
+    """See the frames of the own chunk and of earlier ones: causal attention by blocks of frames, for autoregressive video.
+
+    chunk: frames that are generated together and see each other. window: the number of latest frames seen, the own chunk
+    included, all when None. sink_frames: the first frames, which stay visible as long as they are not in the future.
+    """
+    _check_positive("chunk", chunk)
+    if window is not None:
+        _check_positive("window", window)
+        if window < chunk:
+            raise ValueError(f"window={window} frames must hold the own chunk={chunk}")
+    if not is_int(sink_frames) or sink_frames < 0:
+        raise ValueError(f"sink_frames={sink_frames!r} must be a non-negative integer")
+
+    def build(shape: Triple) -> list[Product]:
+        frames, h, w = shape
+        last = np.minimum((np.arange(frames) // chunk + 1) * chunk, frames) - 1
+        first = np.zeros_like(last) if window is None else np.maximum(last + 1 - window, 0)
+        found = [_product(Rule(first, last, 1), _whole(h), _whole(w))]
+        if sink_frames and window is not None:
+            sinks = Rule(np.zeros_like(last), np.minimum(last, sink_frames - 1), 1)
+            found.append(_product(sinks, _whole(h), _whole(w)))
+        return found
+
+    options = [f"window={window}"] if window is not None else []
+    options += [f"sink_frames={sink_frames}"] if sink_frames else []
+    return Mask(f"frame_causal({', '.join([str(chunk), *options])})", build)
+
+
+@_named(
+    lambda shape: [
+        radial(((0, None, None), (None, min(2, shape[1]), min(2, shape[2])))),
+        radial(((0, None, None), (1, min(3, shape[1]), min(3, shape[2])), (3, 1, min(2, shape[2])))),
+    ]
+)
+def radial(bands: Sequence[tuple[int | None, int | None, int | None]]) -> Mask:
+    """See a smaller window the further away a frame is.
+
+    bands: (frames, h, w) each: up to that many frames away, the query sees a window of h x w. Distances grow and windows
+    shrink from band to band; None as a distance is any, None as a window the whole axis.
+
+    The idea is that of Radial Attention (Li et al., arXiv:2506.19852); the 2-D windows are ours, in place of its 1-D bands.
+    """
+    bands = tuple(tuple(band) for band in bands)  # type: ignore[misc]
+    if not bands or any(len(band) != 3 for band in bands):
+        raise ValueError(f"bands={bands!r} must be (frames, h, w) triples, at least one")
+    for distance, h, w in bands:
+        if distance is not None and (not is_int(distance) or distance < 0):
+            raise ValueError(f"bands={bands!r}: distance {distance!r} must be a non-negative integer or None")
+        for name, size in (("h", h), ("w", w)):
+            if size is not None:
+                _check_positive(f"bands={bands!r}: window {name}", size)
+    infinite = [tuple(math.inf if each is None else each for each in band) for band in bands]
+    for near, far in itertools.pairwise(infinite):
+        if far[0] <= near[0] or far[1] > near[1] or far[2] > near[2]:
+            raise ValueError(f"bands={bands!r}: distances must grow and windows must not, from each band to the next")
+
+    def build(shape: Triple) -> list[Product]:
+        frames = np.arange(shape[0])
+        found = []
+        for distance, h, w in bands:
+            reach = shape[0] if distance is None else distance
+            near = Rule(np.maximum(frames - reach, 0), np.minimum(frames + reach, shape[0] - 1), 1)
+            h_rule = _neighbourhood("h", shape[1], h, 1, 1, False)
+            found.append(_product(near, h_rule, _neighbourhood("w", shape[2], w, 1, 1, False)))
+        return found
+
+    return Mask(f"radial({bands})", build)
+
+
+AxisTable = Sequence[Sequence[int]]
+
+
+@_named(
+    lambda shape: [
+        tables(t=([max(0, x - 1) for x in range(shape[0])], [x for x in range(shape[0])])),
+        tables(h=([shape[1]] * (shape[1] // 2) + [0] * (shape[1] - shape[1] // 2), [shape[1] - 1] * shape[1])),
+    ]
+)
+def tables(t: AxisTable | None = None, h: AxisTable | None = None, w: AxisTable | None = None) -> Mask:
+    """See what tables of your own allow: per axis (lo, hi), one entry per coordinate, both inclusive; None is the whole axis.
+
+    A row with lo > hi sees nothing. Fits only grids whose axes have the tables' lengths.
+    """
+    rules = []
+    for axis, table in zip(AXES, (t, h, w), strict=True):
+        if table is None:
+            rules.append(None)
+            continue
+        pair = tuple(tuple(int(x) for x in bounds) for bounds in table)
+        if len(pair) != 2 or len(pair[0]) != len(pair[1]) or not pair[0]:
+            raise ValueError(f"tables {axis}={table!r} must be (lo, hi) of equal length, one entry per coordinate")
+        rules.append(pair)
+
+    def rule(axis: str, length: int, pair: tuple[tuple[int, ...], ...] | None) -> Rule:
+        if pair is None:
+            return _whole(length)
+        if len(pair[0]) != length:
+            raise ValueError(f"tables {axis} has {len(pair[0])} entries, the grid's axis {length}")
+        lo, hi = (np.asarray(bounds) for bounds in pair)
+        return Rule(np.maximum(lo, 0), np.minimum(hi, length - 1), 1)
+
+    options = [f"{axis}={pair}" for axis, pair in zip(AXES, rules, strict=True) if pair is not None]
+    return Mask(
+        f"tables({', '.join(options)})",
+        lambda shape: [_product(*(rule(*each) for each in zip(AXES, shape, rules, strict=True)))],
+    )
+
+
+@lru_cache(maxsize=1024)
+def parse(key: str) -> Mask:
+    """Build a mask from its key, an expression of named masks with & and |. Raises ValueError when it is none."""
+
+    def evaluate(node: ast.expr) -> Mask:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):
+            left, right = evaluate(node.left), evaluate(node.right)
+            combined = left & right if isinstance(node.op, ast.BitAnd) else left | right
+            assert isinstance(combined, Mask)
+            return combined
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CONSTRUCTORS:
+            options = {each.arg: ast.literal_eval(each.value) for each in node.keywords if each.arg}
+            return CONSTRUCTORS[node.func.id].make(*map(ast.literal_eval, node.args), **options)
+        raise ValueError(f"mask {key!r}: expected {', '.join(CONSTRUCTORS)} joined by & and |, got {ast.unparse(node)!r}")
+
+    try:
+        tree = ast.parse(key, mode="eval")
+    except SyntaxError as error:
+        raise ValueError(f"mask {key!r} is not an expression: {error.msg}") from error
+    return evaluate(tree.body)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _whole(length: int) -> Rule:
+    return Rule(np.zeros(length, np.int32), np.full(length, length - 1, np.int32), 1)
+
+
+def _same(length: int) -> Rule:
+    x = np.arange(length, dtype=np.int32)
+    return Rule(x, x, 1)
+
+
+def _neighbourhood(axis: str, length: int, size: int | None, stride: int, dilation: int, causal: bool) -> Rule:
+    """Fill the tables of one axis of ``window``."""
+    x = np.arange(length)
+    if size is None:
+        lo, hi = np.zeros(length, int), np.full(length, length - 1)
+        return Rule(lo, np.minimum(hi, x) if causal else hi, 1)
+    if size * dilation > length:
+        raise ValueError(f"window {axis}={size} with dilation={dilation} exceeds its axis of length {length}")
+    residue, place = x % dilation, x // dilation
+    members = (length - residue + dilation - 1) // dilation  # of the residue class
+    group = place // stride * stride
+    leader = np.minimum(group + (stride - 1 if causal else stride // 2), members - 1)
+    if causal:
+        first, last = np.maximum(leader - size + 1, 0), place
+    else:
+        first = np.clip(leader - size // 2, 0, members - size)
+        last = first + size - 1
+    return Rule(first * dilation + residue, last * dilation + residue, dilation)
+
+
+def _product(t: Rule, h: Rule, w: Rule) -> Product:
+    return (t, h, w)
+
+
+def _intersect(a: Rule, b: Rule) -> Rule:
+    return _tighten(Rule(np.maximum(a.lo, b.lo), np.minimum(a.hi, b.hi), math.lcm(a.step, b.step)))
+
+
+def _tighten(rule: Rule) -> Rule:
+    """Move the bounds inwards to members of each query's residue class; give empty rows lo = length, hi = -1."""
+    lo, hi = np.asarray(rule.lo, np.int64), np.asarray(rule.hi, np.int64)
+    x = np.arange(len(lo))
+    lo = lo + (x - lo) % rule.step
+    hi = hi - (hi - x) % rule.step
+    empty = lo > hi
+    lo, hi = np.where(empty, len(lo), lo).astype(np.int32), np.where(empty, -1, hi).astype(np.int32)
+    # A step that no row can take is no step: it would split the walk into classes for nothing.
+    return Rule(lo, hi, rule.step if (hi - lo).max(initial=0) > 0 else 1)
+
+
+def _covers(outer: Product, inner: Product) -> bool:
+    """Say whether the outer product allows all that the inner one allows (sufficient, axis by axis)."""
+    return all(
+        i.step % o.step == 0 and bool(np.all((o.lo <= i.lo) & (i.hi <= o.hi) | (i.lo > i.hi)))
+        for o, i in zip(outer, inner, strict=True)
+    )
+
+
+@lru_cache(maxsize=512)
+def _products(mask: Mask, shape: Triple) -> tuple[Product, ...]:
+    kept: list[Product] = []
+    for found in mask.build(shape):
+        product = _product(*(_tighten(rule) for rule in found))
+        if any(not rule.count().any() for rule in product) or any(_covers(each, product) for each in kept):
+            continue
+        kept = [each for each in kept if not _covers(product, each)]
+        kept.append(product)
+    if len(kept) > MAX_PRODUCTS:
+        raise ValueError(f"mask {mask.key} is a union of {len(kept)} products, more than {MAX_PRODUCTS}")
+    for product in kept:
+        for rule in product:
+            rule.lo.flags.writeable = rule.hi.flags.writeable = False
+    return tuple(kept)
+
+
+@lru_cache(maxsize=512)
+def _pack(mask: Mask, shape: Triple) -> Packed:
+    return Packed.of(shape, _products(mask, shape))
+
+
+@lru_cache(maxsize=512)
+def _packed_tensor(packed: Packed, device: str) -> torch.Tensor:
+    return torch.from_numpy(packed.tables.copy()).to(device)
+
+
+def _inclusion_exclusion(products: tuple[Product, ...]) -> list[tuple[int, Product]]:
+    """List the signed intersections whose counts add up to the count of the union."""
+    terms = []
+    for size in range(1, len(products) + 1):
+        for chosen in itertools.combinations(products, size):
+            both = chosen[0]
+            for each in chosen[1:]:
+                both = _product(*(_intersect(a, b) for a, b in zip(both, each, strict=True)))
+            terms.append(((-1) ** (size + 1), both))
+    return terms
+
+
+def is_global(grid: Grid, tokens: torch.Tensor) -> torch.Tensor:
+    """Say which token indices are global tokens."""
+    return (tokens < grid.before) | (tokens >= grid.before + grid.video)
+
+
+def _coordinates(grid: Grid, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Give the (t, h, w) of token indices; global tokens get some coordinate inside the grid."""
+    place = (tokens - grid.before).clamp(0, grid.video - 1)
+    return place // (grid.h * grid.w), place // grid.w % grid.h, place % grid.w
+
+
+def _tile_sizes(shape: Triple, tile: Triple) -> np.ndarray:
+    """Count the tokens of each tile, the last ones on each axis short. [tiles]"""
+    sizes = [np.minimum(np.arange(0, n, e) + e, n) - np.arange(0, n, e) for n, e in zip(shape, tile, strict=True)]
+    return np.einsum("a,b,c->abc", *sizes).reshape(-1)
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not is_int(value):
+        raise TypeError(f"{name}={value!r} must be an integer")
+    if value < 1:  # type: ignore[operator]
+        raise ValueError(f"{name}={value} must be at least 1")
+
+
+def check_triple(name: str, value: object) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 3:
+        raise TypeError(f"{name}={value!r} must be three integers (t, h, w)")
+    for each in value:
+        _check_positive(name, each)
+
+
+def _triple(name: str, value: int | Sequence[int]) -> Triple:
+    if is_int(value):
+        value = (value,) * 3  # type: ignore[assignment]
+    check_triple(name, value)
+    return tuple(int(each) for each in value)  # type: ignore[return-value,union-attr]
+
+
+if __name__ == "__main__":
+    from stattn.pictures import main
+
+    main()

@@ -1,0 +1,89 @@
+"""Choice of implementation: which of an operation's implementations serves a call, and why the others do not.
+
+An operation lists its implementations in order of preference. Each carries one pure function ``why_not(call)`` over hashable
+metadata: None means that it serves the call, a sentence says why it does not. ``auto`` takes the first that serves; the
+reference joins ``auto`` on CPU tensors only, so that a slow path is never taken unnoticed on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+NAMES = ("cuda", "flash", "sdpa", "triton", "reference")
+
+
+class Call(Protocol):
+    """The metadata of one call: a hashable record with at least the device type."""
+
+    @property
+    def device(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation.
+
+    name: one of ``NAMES``. why_not: pure; None when the call is served, else a sentence. run: the function that computes.
+    """
+
+    name: str
+    why_not: Callable[[Any], str | None]
+    run: Callable[..., Any]
+
+
+class Operation:
+    """A named operation and its implementations, the preferred one first."""
+
+    def __init__(self, name: str, implementations: tuple[Implementation, ...]):
+        self.name = name
+        self.implementations = implementations
+        # Bounded: shapes may enter a call's metadata, and a long-running server sees many.
+        self._choose = lru_cache(maxsize=4096)(self._choose_uncached)
+
+    def choose(self, impl: str, call: Hashable) -> Implementation:
+        """Pick the implementation for a call.
+
+        Raises ValueError when ``impl`` is unknown, when the requested one refuses the call, or when ``auto`` finds none.
+        """
+        return self._choose(impl, call)
+
+    def table(self, call: Call) -> list[tuple[str, str | None]]:
+        """List (implementation, reason it does not serve ``call`` under ``auto`` or None), in order of preference."""
+        return [(each.name, self._auto_reason(each, call)) for each in self.implementations]
+
+    def _auto_reason(self, each: Implementation, call: Any) -> str | None:
+        reason = each.why_not(call)
+        if reason is None and each.name == "reference" and call.device != "cpu":
+            return "auto takes the reference on CPU tensors only; ask for it with impl='reference'"
+        return reason
+
+    def _choose_uncached(self, impl: str, call: Any) -> Implementation:
+        if impl == "auto":
+            for each in self.implementations:
+                if self._auto_reason(each, call) is None:
+                    return each
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.table(call))
+            raise ValueError(f"impl='auto': nothing serves {self.name} for this call ({reasons})")
+        if impl not in NAMES:
+            raise ValueError(f"impl={impl!r} must be 'auto' or one of {', '.join(NAMES)}")
+        for each in self.implementations:
+            if each.name == impl:
+                reason = each.why_not(call)
+                if reason is not None:
+                    raise ValueError(f"impl={impl!r} does not serve {self.name} for this call: {reason}")
+                return each
+        have = ", ".join(each.name for each in self.implementations)
+        raise ValueError(f"impl={impl!r}: {self.name} has no such implementation; it has {have}")
+
+
+def impl_for(impl: str | Mapping[str, str], stem: str) -> str:
+    """Return the implementation asked for one stem.
+
+    impl: a name for every operation, or a mapping from stem to name where ``"*"`` stands for the stems not listed.
+    """
+    if isinstance(impl, str):
+        return impl
+    return impl.get(stem, impl.get("*", "auto"))

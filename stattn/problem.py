@@ -1,0 +1,59 @@
+"""One attention call, checked: what every implementation receives.
+
+``Problem`` is static and hashable: plans and tables are cached by it. The tensors that come with a call (which slots hold
+which frame, which global tokens are real, block lists) travel beside it in ``Extras``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from stattn.grid import Grid, Region, Triple
+from stattn.masks import Mask
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The static part of a call.
+
+    masks: one mask for all heads, or one per query head; with block lists, the mask of their partial entries or none.
+    q_box, k_box: the parts of the grid that q, and k and v, hold. With k_frames the slots of k take the place of frames:
+    k_box then spans the slots from 0, and its t extent is their number. q_globals: whether q holds the global tokens.
+    """
+
+    grid: Grid
+    masks: tuple[Mask, ...]
+    q_box: Region
+    k_box: Region
+    q_globals: bool
+    globals_see: str
+    scale: float
+    q_tile: Triple | None = None  # of block lists
+    k_tile: Triple | None = None
+
+    @property
+    def q_tokens(self) -> int:
+        """The rows of q."""
+        return self.q_box.video + (self.grid.globals if self.q_globals else 0)
+
+    @property
+    def k_tokens(self) -> int:
+        """The rows of k and v."""
+        return self.k_box.video + self.grid.globals
+
+
+class Extras(NamedTuple):
+    """The tensors of a call beside q, k and v; each may be None.
+
+    k_frames: int32 [slots], the frame that each key slot holds, -1 for none. valid: booleans [B, before + after].
+    count, index, partial: the block lists.
+    """
+
+    k_frames: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    count: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+    partial: torch.Tensor | None = None

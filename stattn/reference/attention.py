@@ -1,0 +1,346 @@
+"""Attention over a video grid in plain PyTorch: the meaning of the operation, and its default on a CPU.
+
+For each query i and the keys j that it sees::
+
+    S_ij = scale * q_i . k_j,   LSE_i = log sum_j exp(S_ij),   out_i = sum_j exp(S_ij - LSE_i) v_j
+
+    P = exp(S - LSE),   dV = P^T dout,   dS = P * (dout V^T - rowsum(dout * out) + dLSE),   dQ = scale dS K,   dK = scale dS^T Q
+
+The walk goes group of equal query tiles by group (``walk.py``); what a group sees is gathered, and the backward recomputes
+the scores, so memory is that of inputs and outputs. On a CPU a group is one call of PyTorch's fused kernel; elsewhere it is
+written out. 16-bit inputs are multiplied with fp32 accumulation and rounded once more for P on a CPU, and computed in fp32 on
+other devices; fp32 and fp64 are computed as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from stattn.problem import Extras, Problem
+from stattn.reference.walk import block_rows, walk
+
+# What is gathered at once. On a CPU it should stay in the cache and in memory that the allocator hands out again.
+CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}
+_cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+class Job(NamedTuple):
+    """Query rows and the key rows they see, for some samples and heads at once.
+
+    batch: samples. heads: query heads. q: int64 [tiles, rows]. k: int64 [tiles, keys].
+    mask: booleans [rows, keys], None when all rows see all keys. Every row sees a key.
+    """
+
+    batch: torch.Tensor
+    heads: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the output [B, Nq, heads, D] and the LSE [B, heads, Nq] (natural log; fp32, fp64 for fp64)."""
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=_lse_dtype(q.dtype))
+    for job, bias in _chunks(_jobs(q, k, problem, extras), q):
+        part, part_lse = _forward(*_operands(q, k, v, job), bias, problem.scale)
+        _put(out, job, part)
+        _put_lse(lse, job, part_lse)
+    return out, lse
+
+
+def attention_backward(
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    problem: Problem,
+    extras: Extras,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute dq, dk and dv from the gradients of the output and of the LSE, either of which may be None."""
+    dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    # Keys that many tiles see gather many addends: their sums are kept wide.
+    dk, dv = (torch.zeros(x.shape, dtype=_lse_dtype(q.dtype), device=q.device) for x in (k, v))
+    dout = torch.zeros_like(out) if dout is None else dout
+    rep = q.shape[2] // k.shape[2]
+    for job, bias in _chunks(_jobs(q, k, problem, extras), q):
+        qg, kg, vg = _operands(q, k, v, job)
+        grads = _backward(
+            _take(dout, job.batch, job.q, job.heads),
+            None if dlse is None else _take(dlse.transpose(1, 2)[..., None], job.batch, job.q, job.heads)[..., 0],
+            qg, kg, vg,
+            _take(out, job.batch, job.q, job.heads),
+            _take(lse.transpose(1, 2)[..., None], job.batch, job.q, job.heads)[..., 0],
+            bias,
+            problem.scale,
+        )  # fmt: skip
+        _put(dq, job, grads[0])
+        for total, grad in ((dk, grads[1]), (dv, grads[2])):
+            _add(total, job, grad.to(total.dtype), rep)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Combine partial results over disjoint sets of keys: out [B, N, heads, D] and lse [B, heads, N] each."""
+    stacked = torch.stack(lses)
+    lse = torch.logsumexp(stacked, dim=0)
+    # A row that no part sees has weights exp(-inf - 0) = 0 instead of exp(-inf + inf).
+    weights = torch.exp(stacked - torch.where(torch.isneginf(lse), 0.0, lse)).transpose(2, 3)[..., None]
+    wide = torch.promote_types(outs[0].dtype, lse.dtype)
+    return (torch.stack(outs).to(wide) * weights).sum(0).to(outs[0].dtype), lse
+
+
+# --- which rows see which keys ---------------------------------------------------------------------------------------
+
+
+def _jobs(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) -> Iterator[Job]:
+    """List the work: samples with the same real global tokens and heads with the same mask go together."""
+    grid, device = problem.grid, q.device
+    if min(q.shape[0], q.shape[1], q.shape[2], k.shape[1]) == 0:
+        return
+    frames = None if extras.k_frames is None else tuple(extras.k_frames.tolist())
+    if frames is not None:
+        held = [f for f in frames if f >= 0]
+        if len(set(held)) != len(held) or max(frames, default=-1) >= grid.t:
+            raise ValueError(f"k_frames={list(frames)} must hold distinct frames below {grid.t}, or -1")
+    all_heads = torch.arange(q.shape[2], device=device)
+    for batch, real in _samples(q.shape[0], grid.globals, extras.valid):
+        batch, real = batch.to(device), real.to(device)
+        rows = torch.where(real < grid.before, real, real + problem.k_box.video)  # of k; those of q below
+        for heads, index in _heads_by_mask(problem, q.shape[2]):
+            if extras.index is not None:
+                yield from _block_jobs(batch, all_heads, rows, problem, extras, device)
+                break
+            for group in walk(problem.masks[index], grid, problem.q_box, problem.k_box, frames):
+                q_rows = torch.from_numpy(group.q_bases[:, None] + group.q).to(device)
+                k_rows = torch.from_numpy(group.k_bases[:, None] + group.k).to(device) + grid.before
+                mask = None if group.mask is None else torch.from_numpy(group.mask).to(device)
+                yield _with_globals(Job(batch, heads.to(device), q_rows + _q_offset(problem), k_rows, mask), rows)
+            if len(rows):
+                # Video queries whose mask allows nothing still see the global tokens.
+                lone = _unseeing(problem, index, frames)
+                if len(lone):
+                    yield Job(batch, heads.to(device), (lone.to(device) + _q_offset(problem))[None], rows[None], None)
+        if problem.q_globals and len(rows):
+            keys = rows
+            if problem.globals_see == "all":
+                keys = torch.cat([rows, _held(problem, frames, device) + grid.before])
+            q_rows = torch.where(real < grid.before, real, real + problem.q_box.video)
+            yield Job(batch, all_heads, q_rows[None], keys[None], None)
+
+
+def _q_offset(problem: Problem) -> int:
+    return problem.grid.before if problem.q_globals else 0
+
+
+def _samples(batch: int, count: int, valid: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Group the samples whose global tokens are real alike: (samples, indices of the real global tokens)."""
+    if valid is None or count == 0:
+        yield torch.arange(batch), torch.arange(count)
+        return
+    patterns, member = torch.unique(valid.cpu(), dim=0, return_inverse=True)
+    for number, pattern in enumerate(patterns):
+        yield torch.nonzero(member == number).flatten(), torch.nonzero(pattern).flatten()
+
+
+def _heads_by_mask(problem: Problem, heads: int) -> list[tuple[torch.Tensor, int]]:
+    """Group the heads that share a mask: (heads, index of the mask)."""
+    if len(problem.masks) <= 1:
+        return [(torch.arange(heads), 0)]
+    first = {mask: problem.masks.index(mask) for mask in problem.masks}
+    return [
+        (torch.tensor([h for h, each in enumerate(problem.masks) if each == mask]), index) for mask, index in first.items()
+    ]
+
+
+def _with_globals(job: Job, rows: torch.Tensor) -> Job:
+    """Let every row of a job see the global tokens too."""
+    if not len(rows):
+        return job
+    k = torch.cat([job.k, rows.expand(job.k.shape[0], -1)], dim=1)
+    mask = None if job.mask is None else torch.nn.functional.pad(job.mask, (0, len(rows)), value=True)
+    return job._replace(k=k, mask=mask)
+
+
+def _unseeing(problem: Problem, index: int, frames: tuple[int, ...] | None) -> torch.Tensor:
+    """List the video rows of q that no group of the walk holds: they see no video token."""
+    lone = np.ones(problem.q_box.video, bool)
+    for group in walk(problem.masks[index], problem.grid, problem.q_box, problem.k_box, frames):
+        lone[(group.q_bases[:, None] + group.q).reshape(-1)] = False
+    return torch.from_numpy(np.flatnonzero(lone))
+
+
+def _held(problem: Problem, frames: tuple[int, ...] | None, device: torch.device) -> torch.Tensor:
+    """List the video keys that are there: all, or those of the slots in use."""
+    keys = torch.arange(problem.k_box.video, device=device)
+    if frames is None:
+        return keys
+    used = torch.tensor([f >= 0 for f in frames], device=device)
+    return keys[used.repeat_interleave(problem.k_box.video // len(frames))]
+
+
+def _block_jobs(
+    batch: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor, problem: Problem, extras: Extras, device: torch.device
+) -> Iterator[Job]:
+    """List the work of block lists, per sample and head; short rows are padded with keys that the mask hides."""
+    assert extras.count is not None and extras.index is not None
+    assert problem.q_tile is not None and problem.k_tile is not None
+    grid = problem.grid
+    q_table = torch.from_numpy(block_rows(grid.shape, problem.q_tile)).to(device)
+    k_table = torch.from_numpy(block_rows(grid.shape, problem.k_tile)).to(device)
+    element = problem.masks[0].allowed(grid.shape).to(device) if problem.masks else None
+    slots = torch.arange(extras.index.shape[-1], device=device)
+    for b in batch.tolist():
+        for h in heads.tolist():
+            at = (b if extras.count.shape[0] > 1 else 0, h if extras.count.shape[1] > 1 else 0)
+            used = slots < extras.count[at][:, None]  # [q tiles, most]
+            k = torch.where(used[..., None], k_table[extras.index[at].long()], -1)
+            whole = used if extras.partial is None else used & ~extras.partial[at]
+            for tile in range(len(q_table)):
+                q_rows, k_rows = q_table[tile][q_table[tile] >= 0], k[tile].reshape(-1)
+                seen = whole[tile].repeat_interleave(k_table.shape[1])
+                here = k_rows >= 0
+                k_rows, seen = k_rows[here], seen[here]
+                mask = None if element is None else seen | element[q_rows][:, k_rows]
+                if mask is not None and not len(rows):
+                    q_rows, mask = q_rows[mask.any(1)], mask[mask.any(1)]
+                if len(q_rows) and len(k_rows) + len(rows):
+                    offset = _q_offset(problem)
+                    job = Job(batch.new_tensor([b]), heads.new_tensor([h]), q_rows[None] + offset, k_rows[None] + grid.before, mask)
+                    yield _with_globals(job, rows)
+
+
+def _chunks(jobs: Iterator[Job], q: torch.Tensor) -> Iterator[tuple[Job, torch.Tensor | None]]:
+    """Cut jobs so that what is gathered at once stays small; give each part with its mask as additive scores."""
+    budget = CHUNK_BYTES.get(q.device.type, 256 << 20)
+    for job in jobs:
+        bias = None
+        if job.mask is not None:
+            bias = torch.zeros(job.mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~job.mask, -torch.inf)
+        tiles, rows, keys = len(job.q), job.q.shape[1], job.k.shape[1]
+        places = len(job.batch) * len(job.heads)
+        per_row = 0 if q.device.type == "cpu" else places * keys * 8  # the scores are written out there
+        per_tile = places * q.shape[3] * max(q.element_size(), 4) * 4 * (rows + keys)
+        if tiles == 1 and per_row:
+            most = max(1, budget // per_row)
+            for start in range(0, rows, most):
+                part = slice(start, start + most)
+                yield job._replace(q=job.q[:, part]), None if bias is None else bias[part]
+            continue
+        most = max(1, budget // (per_tile + rows * per_row))
+        for start in range(0, tiles, most):
+            part = slice(start, start + most)
+            yield job._replace(q=job.q[part], k=job.k[part]), bias
+
+
+# --- gathering -------------------------------------------------------------------------------------------------------
+
+
+def _take(x: torch.Tensor, batch: torch.Tensor, rows: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """Gather rows of x [B, N, heads, D] as [samples * tiles, heads, rows, D]; a view where they lie together."""
+    x = _pick(_pick(x, 0, batch), 2, heads)
+    tiles, count = rows.shape
+    x = _pick(x, 1, rows.reshape(-1))
+    return x.unflatten(1, (tiles, count)).flatten(0, 1).transpose(1, 2)
+
+
+def _pick(x: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    first, count = int(index[0]), len(index)
+    if int(index[-1]) - first == count - 1 and bool((index.diff() == 1).all()):
+        return x.narrow(dim, first, count)
+    return x.index_select(dim, index)
+
+
+def _operands(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    kv_heads = job.heads // (q.shape[2] // k.shape[2])
+    qg = _take(q, job.batch, job.q, job.heads)
+    return qg, _take(k, job.batch, job.k, kv_heads), _take(v, job.batch, job.k, kv_heads)
+
+
+def _put(total: torch.Tensor, job: Job, part: torch.Tensor) -> None:
+    """Write rows [samples * tiles, heads, rows, D] into total [B, N, heads, D]; each row is written once."""
+    part = part.transpose(1, 2).reshape(len(job.batch), job.q.numel(), len(job.heads), -1).to(total.dtype)
+    total[job.batch[:, None, None], job.q.reshape(-1)[:, None], job.heads] = part
+
+
+def _put_lse(total: torch.Tensor, job: Job, part: torch.Tensor) -> None:
+    part = part.transpose(1, 2).reshape(len(job.batch), job.q.numel(), len(job.heads)).to(total.dtype)
+    total.transpose(1, 2)[job.batch[:, None, None], job.q.reshape(-1)[:, None], job.heads] = part
+
+
+def _add(total: torch.Tensor, job: Job, part: torch.Tensor, rep: int) -> None:
+    """Add key rows [samples * tiles, heads, keys, D] to total [B, N, kv heads, D], in the same order every time."""
+    part = part.transpose(1, 2).reshape(len(job.batch), job.k.numel(), len(job.heads), -1)
+    rows, heads = job.k.reshape(-1), job.heads // rep
+    if len(rows) == total.shape[1] and len(job.batch) == total.shape[0] and rep == 1 and len(heads) == total.shape[2]:
+        if bool((rows == torch.arange(len(rows), device=rows.device)).all()):
+            total += part
+            return
+    total.index_put_((job.batch[:, None, None], rows[:, None], heads), part, accumulate=True)
+
+
+# --- the arithmetic --------------------------------------------------------------------------------------------------
+
+
+def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if q.device.type == "cpu":
+        return _cpu_forward(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+    scores = _scores(q, k, bias, scale)
+    lse = torch.logsumexp(scores, dim=-1)
+    return torch.exp(scores - lse[..., None]) @ v.to(scores.dtype), lse
+
+
+def _backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if q.device.type == "cpu":
+        if dlse is None:
+            return _cpu_backward(dout, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)
+        # The kernel computes rowsum(dout * out) itself. One more column, -1 in out and dLSE in dout but 0 in v, makes that
+        # rowsum(dout * out) - dLSE and changes nothing else.
+        wide = _lse_dtype(q.dtype)
+        columns = [torch.cat([x.to(wide), x.new_zeros(*x.shape[:-1], 1, dtype=wide)], dim=-1) for x in (q, k, v)]
+        more_out = torch.cat([out.to(wide), -torch.ones_like(lse)[..., None]], dim=-1)
+        more_dout = torch.cat([dout.to(wide), dlse.to(wide)[..., None]], dim=-1)
+        bias = None if bias is None else bias.to(wide)
+        grads = _cpu_backward(more_dout, *columns, more_out, lse.to(wide), 0.0, False, attn_mask=bias, scale=scale)
+        return tuple(grad[..., :-1] for grad in grads)  # type: ignore[return-value]
+    scores = _scores(q, k, bias, scale)
+    wide = scores.dtype
+    dout, out = dout.to(wide), out.to(wide)
+    p = torch.exp(scores - lse[..., None])
+    rest = (dout * out).sum(-1) - (0 if dlse is None else dlse)
+    ds = p * (dout @ v.to(wide).transpose(-1, -2) - rest[..., None]) * scale
+    return ds @ k.to(wide), ds.transpose(-1, -2) @ q.to(wide), p.transpose(-1, -2) @ dout
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, scale: float) -> torch.Tensor:
+    wide = _lse_dtype(q.dtype)
+    scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * scale
+    return scores if bias is None else scores + bias.to(wide)
