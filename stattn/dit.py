@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stattn.blocks import BlockList
 from stattn.grid import Grid, Triple, as_grid
-from stattn.masks import Mask
 from stattn.modules import (
     CrossAttention,
     GatedResidual,
@@ -37,6 +37,7 @@ from stattn.modules import (
     Patchify3D,
     SpaceTimeAttention,
     check_mask,
+    density,
 )
 from stattn.ops._dispatch import impl_for
 from stattn.ops.patchify import unpatchify3d
@@ -84,6 +85,8 @@ class DiTConfig:
         for name in ("text_dim", "text_len", "vocab"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.kind == "cross" and not self.text_dim:
+            raise ValueError("text_dim=0 leaves a model of kind 'cross' nothing to attend across to; use kind='joint'")
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim={self.freq_dim} must be even")
         if self.vocab and not (self.text_dim and self.text_len):
@@ -184,7 +187,7 @@ class Layout(NamedTuple):
     rope: RopeTables
     frames: int | None
     text_valid: Tensor | None
-    mask: Masks | None
+    mask: Masks | BlockList | None
 
 
 def _modulation(table: Tensor, e: Tensor) -> tuple[Tensor, ...]:
@@ -259,8 +262,8 @@ class DiT(nn.Module):
 
     config: a DiTConfig, or a name in ``CONFIGS``. layers: replaces the config's. mask, impl: of every attention and
     operation; `stattn.accelerate` changes them later. Starts as the zero function: gates, shifts, scales and the last
-    projection are 0 (adaLN-zero, arXiv:2212.09748). Any shape fits on the meta device: ``with torch.device("meta"):
-    DiT("wan2.1-14b")``.
+    projection are 0 (adaLN-zero, arXiv:2212.09748). Any shape can be built without memory, under
+    ``with torch.device("meta")``.
     """
 
     def __init__(
@@ -291,7 +294,7 @@ class DiT(nn.Module):
         self.norm_out = ModulatedNorm(dim, eps=eps, impl=impl)
         self.proj_out = nn.Linear(dim, config.out_channels * math.prod(config.patch))
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
-        self._rope: dict[tuple[Grid, torch.device], RopeTables] = {}
+        self._angles: dict[tuple[int, int, int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -320,7 +323,7 @@ class DiT(nn.Module):
         *,
         known: Tensor | None = None,
         known_mask: Tensor | None = None,
-        mask: Masks | None = None,
+        mask: Masks | BlockList | None = None,
     ) -> Tensor:
         """Predict [B, out_channels, T, H, W] from a noisy video x [B, in_channels, T, H, W], in the weights' dtype.
 
@@ -344,7 +347,7 @@ class DiT(nn.Module):
         *,
         known: Tensor | None = None,
         known_mask: Tensor | None = None,
-        mask: Masks | None = None,
+        mask: Masks | BlockList | None = None,
     ) -> tuple[Tensor, Grid]:
         """Predict as ``forward`` does; returns the patches, tokens [B, N, pt*ph*pw*out_channels], and their grid."""
         x = self.model_input(x, known, known_mask)
@@ -354,12 +357,14 @@ class DiT(nn.Module):
         frames = self._check_timestep(timestep, x.shape[0], grid)
         at = Layout(grid, self.rope(grid, x.device), frames, text_valid if text.shape[1] else None, mask)
 
-        temb = self.embed_time(timestep)
-        e, e_text = self._project_time(self.time_proj, temb), None
-        if self.config.kind == "joint":
-            # Frames may differ in noise; the text, which all of them read, follows the noisiest.
-            temb_text = temb if timestep.ndim == 1 else self.embed_time(timestep.amax(dim=1))
-            e_text = self._project_time(self.text_time_proj, temb_text)
+        # The noise level is embedded in the weights' precision even where autocast would round it, as Wan does.
+        with torch.autocast(x.device.type, enabled=False):
+            temb = self.embed_time(timestep)
+            e, e_text = self._project_time(self.time_proj, temb), None
+            if self.config.kind == "joint":
+                # Frames may differ in noise; the text, which all of them read, follows the noisiest.
+                temb_text = temb if timestep.ndim == 1 else self.embed_time(timestep.amax(dim=1))
+                e_text = self._project_time(self.text_time_proj, temb_text)
         for block in self.blocks:
             tokens, text = block(tokens, text, e, e_text, at)
 
@@ -410,22 +415,24 @@ class DiT(nn.Module):
 
     def embed_time(self, timestep: Tensor) -> Tensor:
         """Embed noise levels [...] as [..., dim]."""
-        return self.time_embed(sinusoid(timestep, self.config.freq_dim).to(self.time_embed[0].weight.dtype))
+        return self.time_embed(sinusoid(timestep, self.config.freq_dim).to(next(self.time_embed.parameters()).dtype))
 
     def rope(self, grid: Grid, device: torch.device) -> RopeTables:
-        """Return the rotary tables of a grid, made once per grid and device."""
-        key = (grid, device)
-        if key not in self._rope:
+        """Return the rotary tables of a grid; the angles are computed once per shape and device."""
+        # Kept as tensors under plain keys, which torch.compile can write from a traced first call.
+        key = (*grid.shape, device)
+        if key not in self._angles:
             # A sampler may call first, in inference mode; training later needs tables that autograd can save.
             with torch.inference_mode(False):
-                self._rope[key] = rope_tables(
+                made = rope_tables(
                     grid,
                     self.config.head_dim,
                     split=self.config.rope_split,
                     theta=self.config.rope_theta,
                     device=device,
                 )
-        return self._rope[key]
+            self._angles[key] = (made.t, made.h, made.w)
+        return RopeTables(*self._angles[key], grid.before, grid.after)
 
     def flops(
         self, grid: Grid | Triple, mask: Masks | None = None, *, text_len: int | None = None, batch: int = 1
@@ -444,12 +451,10 @@ class DiT(nn.Module):
         time = config.freq_dim * dim + dim * dim + 6 * dim * dim * (2 if joint else 1)
         text = length * (config.text_dim * dim + dim * dim) if config.text_dim else 0
         total = 2 * (video * ends + time + text)
-        for block in self.blocks:
-            each = check_mask(block.attn1.mask if mask is None else mask, config.heads)
-            masks = [each] if isinstance(each, Mask) else each
-            density = sum(head.density(grid) for head in masks) / len(masks)
+        for layer in (each for each in self.modules() if isinstance(each, SpaceTimeAttention)):
+            attended = density(check_mask(layer.mask if mask is None else mask, config.heads), grid)
             total += 2 * grid.tokens * (4 * dim * dim + 2 * dim * config.ffn_dim)
-            total += round(4 * dim * density * grid.tokens**2)
+            total += round(4 * dim * attended * grid.tokens**2)
             if not joint:
                 total += 2 * (2 * video + 2 * length) * dim * dim + 4 * dim * video * length
         return batch * total

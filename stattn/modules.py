@@ -19,6 +19,7 @@ model.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -42,7 +43,7 @@ from stattn.rope import RopeTables
 STEMS = ("attention", "patchify", "modulate", "gate", "qk_norm_rope", "denoise")
 
 Impl: TypeAlias = str | Mapping[str, str]
-Masks: TypeAlias = Mask | BlockList | Sequence[Mask]
+Masks: TypeAlias = Mask | Sequence[Mask]
 
 
 def check_impl(impl: Impl) -> Impl:
@@ -59,23 +60,27 @@ def check_impl(impl: Impl) -> Impl:
 
 def check_mask(mask: Masks, heads: int) -> Masks:
     """Return ``mask``. Raises TypeError when it is none, ValueError for a sequence of other than ``heads`` masks."""
-    if isinstance(mask, (Mask, BlockList)):
+    if isinstance(mask, Mask):
         return mask
-    if isinstance(mask, str) or not isinstance(mask, Sequence) or not all(isinstance(each, Mask) for each in mask):
-        raise TypeError(f"mask={mask!r} must be a Mask, a BlockList or a sequence of Masks, one per head")
+    if not isinstance(mask, Sequence) or not all(isinstance(each, Mask) for each in mask):
+        raise TypeError(f"mask={mask!r} must be a Mask or a sequence of Masks, one per head")
     if len(mask) != heads:
         raise ValueError(f"mask is a sequence of {len(mask)} masks for {heads} heads; give one per head")
     return mask
 
 
 def describe_mask(mask: Masks) -> str:
-    """Write a mask as text: its key, the keys of a sequence (once when all are equal), or the size of block lists."""
+    """Write a mask as text: its key, or the keys of a sequence (once when all are equal)."""
     if isinstance(mask, Mask):
         return mask.key
-    if isinstance(mask, BlockList):
-        return f"BlockList on {mask.shape}"
     keys = [each.key for each in mask]
     return f"{len(keys)} x {keys[0]}" if len(set(keys)) == 1 else f"[{', '.join(keys)}]"
+
+
+def density(mask: Masks, grid: Grid | Triple) -> float:
+    """Give the share of (query, key) pairs that a mask allows, the mean over heads for a sequence."""
+    masks = (mask,) if isinstance(mask, Mask) else mask
+    return sum(each.density(grid) for each in masks) / len(masks)
 
 
 def _describe(impl: Impl) -> str:
@@ -208,6 +213,17 @@ def _qk_norm_width(qk_norm: str | None, heads: int, head_dim: int) -> int | None
     return widths[qk_norm]
 
 
+def _head_dim(dim: int, heads: int, head_dim: int | None) -> int:
+    if head_dim is None and dim % heads:
+        raise ValueError(f"dim={dim} is not a multiple of heads={heads}; give head_dim")
+    return head_dim or dim // heads
+
+
+def _rms_norm(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    """Normalise in the wider of x's and the weight's dtype (they differ under autocast); returns x's dtype."""
+    return x if norm is None else norm(x.to(torch.promote_types(x.dtype, norm.weight.dtype))).to(x.dtype)
+
+
 def _qk_norm(qk_norm: str | None, heads: int, head_dim: int, eps: float) -> nn.RMSNorm | None:
     width = _qk_norm_width(qk_norm, heads, head_dim)
     return None if width is None else nn.RMSNorm(width, eps=eps)
@@ -289,10 +305,7 @@ class SpaceTimeAttention(nn.Module):
         impl: Impl = "auto",
     ):
         super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads or heads
-        self.head_dim = head_dim or dim // heads
-        if head_dim is None and dim % heads:
-            raise ValueError(f"dim={dim} is not a multiple of heads={heads}; give head_dim")
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, _head_dim(dim, heads, head_dim)
         if heads % self.kv_heads:
             raise ValueError(f"heads={heads} is not a multiple of kv_heads={kv_heads}")
         if globals_see not in ("all", "globals"):
@@ -316,7 +329,7 @@ class SpaceTimeAttention(nn.Module):
         *,
         rope: RopeTables | None = None,
         valid: Tensor | None = None,
-        mask: Masks | None = None,
+        mask: Masks | BlockList | None = None,
     ) -> Tensor:
         """Attend. x [B, grid.tokens, dim]: video tokens with grid.before and grid.after global tokens around them.
 
@@ -366,7 +379,7 @@ class CrossAttention(nn.Module):
         eps: float = 1e-6,
     ):
         super().__init__()
-        self.dim, self.heads, self.head_dim, self.qk_norm = dim, heads, head_dim or dim // heads, qk_norm
+        self.dim, self.heads, self.head_dim, self.qk_norm = dim, heads, _head_dim(dim, heads, head_dim), qk_norm
         inner = heads * self.head_dim
         self.to_q = nn.Linear(dim, inner, bias=bias)
         self.to_k = nn.Linear(dim, inner, bias=bias)
@@ -381,19 +394,18 @@ class CrossAttention(nn.Module):
         A sample without text attends to nothing: its attention is 0, and the output the bias of the last projection.
         """
         q, k, v = self.to_q(x), self.to_k(text), self.to_v(text)
-        across = self.qk_norm == "across_heads"
-        if across and self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
+        if self.qk_norm == "across_heads":
+            q, k = _rms_norm(q, self.norm_q), _rms_norm(k, self.norm_k)
         q, k, v = (each.unflatten(-1, (self.heads, self.head_dim)) for each in (q, k, v))
-        if not across and self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
+        if self.qk_norm == "per_head":
+            q, k = _rms_norm(q, self.norm_q), _rms_norm(k, self.norm_k)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         if text.shape[1] == 0:
             out = q * 0
         elif valid is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
-            seen = valid_tokens(valid, text.shape[1])
+            seen = valid_tokens(valid, *text.shape[:2])
             some = seen.any(dim=1, keepdim=True)
             # A softmax over no keys is undefined and differs between backends: such samples see all, and count for 0.
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=(seen | ~some)[:, None, None])
@@ -404,14 +416,15 @@ class CrossAttention(nn.Module):
         return f"{self.dim}, heads={self.heads}, head_dim={self.head_dim}, qk_norm={self.qk_norm}"
 
 
-def valid_tokens(valid: Tensor, length: int) -> Tensor:
-    """Return [B, length] booleans from [B] counts or from such booleans. Raises ValueError on other shapes."""
-    if valid.dtype == torch.bool and valid.ndim == 2 and valid.shape[1] == length:
+def valid_tokens(valid: Tensor, batch: int, length: int) -> Tensor:
+    """Return [batch, length] booleans from [batch] counts or from such booleans. Raises ValueError on anything else."""
+    if valid.dtype == torch.bool and valid.shape == (batch, length):
         return valid
-    if valid.dtype in (torch.int32, torch.int64) and valid.ndim == 1:
+    if valid.dtype in (torch.int32, torch.int64) and valid.shape == (batch,):
         return torch.arange(length, device=valid.device) < valid[:, None]
     raise ValueError(
-        f"valid of shape {tuple(valid.shape)} and {valid.dtype} must be [B] integer counts or [B, {length}] booleans"
+        f"valid of shape {tuple(valid.shape)} and {valid.dtype} must be integer counts [{batch}] "
+        f"or booleans [{batch}, {length}]"
     )
 
 
@@ -423,6 +436,9 @@ class DenoiseStep(nn.Module):
 
     def __init__(self, *, impl: Impl = "auto", **defaults: Any):
         super().__init__()
+        unknown = set(defaults) - set(inspect.signature(denoise_step).parameters)
+        if unknown:
+            raise TypeError(f"DenoiseStep has no keyword {', '.join(sorted(unknown))}")
         self.impl = check_impl(impl)
         self.defaults = defaults
 
