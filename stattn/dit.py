@@ -184,7 +184,7 @@ class Layout(NamedTuple):
     """
 
     grid: Grid
-    rope: RopeTables
+    rope: RopeTables | None
     frames: int | None
     text_valid: Tensor | None
     mask: Masks | BlockList | None
