@@ -46,9 +46,10 @@ def number(name: str, value: object) -> float:
     """Return a finite number of the host. A tensor is refused: reading it would wait for the device."""
     if not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} must be a number")
-    if not math.isfinite(value):
+    result = float(value)
+    if not abs(result) < math.inf:  # torch.compile traces this comparison; it does not trace math.isfinite
         raise ValueError(f"{name}={value!r} must be finite")
-    return float(value)
+    return result
 
 
 def epsilon(value: object) -> float:
