@@ -204,7 +204,7 @@ def _block_jobs(
         for h in heads.tolist():
             at = (b if extras.count.shape[0] > 1 else 0, h if extras.count.shape[1] > 1 else 0)
             used = slots < extras.count[at][:, None]  # [q tiles, most]
-            k = torch.where(used[..., None], k_table[extras.index[at].long()], -1)
+            k = torch.where(used[..., None], k_table[torch.where(used, extras.index[at], 0).long()], -1)
             whole = used if extras.partial is None else used & ~extras.partial[at]
             for tile in range(len(q_table)):
                 q_rows, k_rows = q_table[tile][q_table[tile] >= 0], k[tile].reshape(-1)
