@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stattn import dit, masks
 from stattn.dit import CONFIGS, DiT, DiTConfig, Layout
 from stattn.grid import Grid
+from stattn.rope import rope_tables
 
 JOINT = DiTConfig(
     kind="joint",
@@ -214,6 +215,16 @@ def test_timesteps_per_token_equal_those_per_frame_when_constant_in_a_frame(conf
     assert not torch.allclose(model(x, frames.flip(1), text), per_frame, atol=1e-3)
 
 
+def test_text_follows_the_noisiest_frame():
+    model = make(JOINT)
+    seen = []
+    model.text_time_proj.register_forward_hook(lambda module, arguments, out: seen.append(out))
+    x, _, text = inputs(JOINT, batch=1)
+    for timestep in ([[0.0, 900.0, 300.0]], [900.0]):
+        model(x, torch.tensor(timestep), text)
+    torch.testing.assert_close(seen[0], seen[1])
+
+
 def test_what_is_known_is_read_where_the_mask_says_and_nowhere_else():
     model = make(JOINT)
     x, timestep, text = inputs(JOINT)
@@ -299,6 +310,24 @@ def test_rotary_tables_made_in_inference_mode_serve_training_later():
     model(*arguments).sum().backward()
     assert len(model._angles) == 1
     assert all(not table.is_inference() for tables in model._angles.values() for table in tables)
+
+
+def test_rotary_tables_are_those_of_the_config_and_the_grid():
+    model = make(dataclasses.replace(JOINT, rope_split=(8, 2, 2), rope_theta=256.0))
+    device = torch.device("cpu")
+    # Two grids of as many tokens, the first of them twice.
+    for grid in (Grid(3, 4, 5), Grid(5, 4, 3), Grid(3, 4, 5, after=6)):
+        got = model.rope(grid, device)
+        expected = rope_tables(grid, 12, split=(8, 2, 2), theta=256.0)
+        assert got.grid == grid
+        assert all(torch.equal(getattr(got, axis), getattr(expected, axis)) for axis in "thw")
+
+
+@pytest.mark.parametrize("stem", ["attention", "patchify", "modulate", "gate", "qk_norm_rope"])
+def test_the_implementation_of_every_stem_reaches_its_operation(stem):
+    make(JOINT, impl={stem: "reference"})(*inputs(JOINT))
+    with pytest.raises(ValueError, match="impl='cuda'"):
+        make(JOINT, impl={stem: "cuda"})(*inputs(JOINT))
 
 
 def test_rotary_tables_are_no_part_of_the_state():

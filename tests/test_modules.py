@@ -106,8 +106,9 @@ def test_a_modulation_per_frame_acts_on_the_tokens_of_its_frame():
     assert not torch.equal(per_token, ours(x, scale.repeat(1, 2, 1), shift.repeat(1, 2, 1)))
 
 
-def test_a_gated_residual_has_no_state_and_its_fused_form_is_the_two_steps():
-    add, norm = GatedResidual(), randomise(ModulatedNorm(8, affine=True))
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_gated_residual_has_no_state_and_its_fused_form_is_the_two_steps(kind):
+    add, norm = GatedResidual(), randomise(ModulatedNorm(8, norm=kind, affine=True, eps=1e-2))
     assert shapes(add) == {}
     x, y = randn(2, 6, 8), randn(2, 6, 8, seed=2)
     gate, scale, shift = (randn(2, 3, 8, seed=seed) for seed in (3, 4, 5))
@@ -137,6 +138,23 @@ def test_qk_norm_rope_has_the_state_of_two_rms_norms(qk_norm, width):
     rotated = ours(q, k, rope_tables(GRID, 4, split=(0, 2, 2)))
     assert not torch.allclose(rotated[0], plain[0])
     torch.testing.assert_close(rotated[0].norm(dim=-1), plain[0].norm(dim=-1))
+
+
+@pytest.mark.parametrize("interleaved, pair", [(True, (0, 1)), (False, (0, 2))])
+def test_rotation_turns_neighbours_or_halves(interleaved, pair):
+    q = torch.zeros(1, 2, 1, 4)
+    q[..., 0] = 1
+    rope = rope_tables((2, 1, 1), 4, split=(4, 0, 0))
+    # The token of frame 1 turns its first pair by one radian.
+    expected = torch.zeros(4)
+    expected[list(pair)] = torch.tensor([math.cos(1), math.sin(1)])
+    rotated, _ = QKNormRope(1, 4, qk_norm=None, interleaved=interleaved)(q, q, rope)
+    torch.testing.assert_close(rotated[0, 1, 0], expected)
+    attention = SpaceTimeAttention(4, 1, qk_norm=None, interleaved=interleaved)
+    other = SpaceTimeAttention(4, 1, qk_norm=None, interleaved=not interleaved)
+    other.load_state_dict(attention.state_dict())
+    x = randn(1, 2, 4)
+    assert not torch.allclose(attention(x, (2, 1, 1), rope=rope), other(x, (2, 1, 1), rope=rope))
 
 
 def test_space_time_attention_has_the_state_of_a_diffusers_attention():
