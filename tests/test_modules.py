@@ -346,6 +346,17 @@ def test_wrong_arguments_are_named(error, message, make):
         make()
 
 
+def test_both_forms_of_a_gated_residual_obey_the_implementation():
+    x, gate = randn(1, 6, 8), randn(1, 8)
+    add, norm = GatedResidual(impl={"gate": "cuda"}), ModulatedNorm(8)
+    with pytest.raises(ValueError, match="impl='cuda'"):
+        add(x, x, gate)
+    with pytest.raises(ValueError, match="impl='cuda'"):
+        add.then(norm, x, x, gate)
+    add.impl = "reference"
+    assert torch.equal(add.then(norm, x, x, gate)[0], add(x, x, gate))
+
+
 def test_modules_print_their_settings():
     text = str(SpaceTimeAttention(8, 2, mask=[masks.spatial(), masks.temporal()], impl={"attention": "sdpa"}))
     assert "mask=[spatial(), temporal()]" in text
