@@ -1,10 +1,49 @@
 """Exact, fast 3-D attention for video diffusion transformers, and the operations around it in a denoising step."""
 
 from stattn import masks
+from stattn.accelerate import accelerate
 from stattn.blocks import BlockList
 from stattn.grid import Grid, Region
-from stattn.ops import attention, explain, merge, top_k, top_p
+from stattn.ops import (
+    attention,
+    denoise_step,
+    explain,
+    gate_residual,
+    gate_residual_modulate,
+    merge,
+    modulate,
+    patchify3d,
+    philox_normal,
+    qk_norm_rope,
+    qk_norm_rope_,
+    top_k,
+    top_p,
+    unpatchify3d,
+)
+from stattn.rope import RopeTables, rope_tables
 
 __version__ = "0.1.0"
 
-__all__ = ["BlockList", "Grid", "Region", "attention", "explain", "masks", "merge", "top_k", "top_p"]
+__all__ = [
+    "BlockList",
+    "Grid",
+    "Region",
+    "RopeTables",
+    "accelerate",
+    "attention",
+    "denoise_step",
+    "explain",
+    "gate_residual",
+    "gate_residual_modulate",
+    "masks",
+    "merge",
+    "modulate",
+    "patchify3d",
+    "philox_normal",
+    "qk_norm_rope",
+    "qk_norm_rope_",
+    "rope_tables",
+    "top_k",
+    "top_p",
+    "unpatchify3d",
+]

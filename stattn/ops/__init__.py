@@ -1,6 +1,26 @@
 """Public operations. Each stem's file checks its arguments, chooses an implementation and registers what kernels need."""
 
 from stattn.ops.attention import attention, explain, merge
+from stattn.ops.denoise import denoise_step, philox_normal
+from stattn.ops.gate import gate_residual, gate_residual_modulate
+from stattn.ops.modulate import modulate
+from stattn.ops.patchify import patchify3d, unpatchify3d
+from stattn.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_
 from stattn.ops.select import top_k, top_p
 
-__all__ = ["attention", "explain", "merge", "top_k", "top_p"]
+__all__ = [
+    "attention",
+    "denoise_step",
+    "explain",
+    "gate_residual",
+    "gate_residual_modulate",
+    "merge",
+    "modulate",
+    "patchify3d",
+    "philox_normal",
+    "qk_norm_rope",
+    "qk_norm_rope_",
+    "top_k",
+    "top_p",
+    "unpatchify3d",
+]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
+import torch
+
 NAMES = ("cuda", "flash", "sdpa", "triton", "reference")
 
 
@@ -48,6 +50,8 @@ class Operation:
 
         Raises ValueError when ``impl`` is unknown, when the requested one refuses the call, or when ``auto`` finds none.
         """
+        if torch.compiler.is_compiling():  # Dynamo traces the search, not the cache around it
+            return self._choose_uncached(impl, call)
         return self._choose(impl, call)
 
     def table(self, call: Call) -> list[tuple[str, str | None]]:
