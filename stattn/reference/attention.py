@@ -93,9 +93,11 @@ def attention_backward(
 def merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Combine partial results over disjoint sets of keys: out [B, N, heads, D] and lse [B, heads, N] each."""
     stacked = torch.stack(lses)
-    lse = torch.logsumexp(stacked, dim=0)
-    # A row that no part sees has weights exp(-inf - 0) = 0 instead of exp(-inf + inf).
-    weights = torch.exp(stacked - torch.where(torch.isneginf(lse), 0.0, lse)).transpose(2, 3)[..., None]
+    # A row that no part sees has weights exp(-inf - 0) = 0 instead of exp(-inf + inf), and gradients 0 as well.
+    unseen = torch.isneginf(stacked).all(dim=0)
+    total = torch.logsumexp(torch.where(unseen, 0.0, stacked), dim=0)
+    weights = torch.exp(stacked - total).transpose(2, 3)[..., None]
+    lse = torch.where(unseen, -torch.inf, total)
     wide = torch.promote_types(outs[0].dtype, lse.dtype)
     return (torch.stack(outs).to(wide) * weights).sum(0).to(outs[0].dtype), lse
 
@@ -288,6 +290,10 @@ def _add(total: torch.Tensor, job: Job, part: torch.Tensor, rep: int) -> None:
         if bool((rows == torch.arange(len(rows), device=rows.device)).all()):
             total += part
             return
+    if total.device.type == "cpu":  # index_put_ would add fp32 from several threads in any order
+        flat = (job.batch[:, None, None] * total.shape[1] + rows[:, None]) * total.shape[2] + heads
+        total.view(-1, total.shape[3]).index_add_(0, flat.reshape(-1), part.reshape(-1, total.shape[3]))
+        return
     total.index_put_((job.batch[:, None, None], rows[:, None], heads), part, accumulate=True)
 
 
