@@ -35,6 +35,12 @@ class BlockList:
         for name in ("shape", "q_tile", "k_tile"):
             check_triple(name, getattr(self, name))
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("count", "index", "partial"):
+            value = getattr(self, name)
+            if not isinstance(value, torch.Tensor) and not (name == "partial" and value is None):
+                raise TypeError(f"{name}={value!r} must be a tensor")
+        if self.mask is not None and not isinstance(self.mask, Mask):
+            raise TypeError(f"mask={self.mask!r} must be a Mask")
         if (self.partial is None) != (self.mask is None):
             raise ValueError(f"partial and mask go together, got partial={self.partial is not None} and mask={self.mask}")
         q_tiles = self.tiles[0]

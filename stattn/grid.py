@@ -106,7 +106,7 @@ class AxisTables(Protocol):
     def products(self, grid: Grid) -> tuple[tuple[tuple[np.ndarray, np.ndarray, int], ...], ...]: ...
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)  # typed, or 128.0 would be taken for a cached 128
 def tile_for(grid: Grid, mask: AxisTables, rows: int) -> Triple:
     """Choose the extents (t, h, w) of a query tile of at most ``rows`` tokens for a mask: the fewest visited pairs.
 

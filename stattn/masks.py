@@ -83,6 +83,8 @@ class Packed:
 
     def products(self, grid: Grid | None = None) -> tuple[Product, ...]:
         """Unpack the rules of each product. grid: as packed; taken so that a Packed can stand for a mask."""
+        if grid is not None and grid.shape != self.shape:
+            raise ValueError(f"grid={grid.shape} differs from the {self.shape} that the mask was packed for")
         bounds = np.cumsum((0, *self.shape))
         return tuple(
             tuple(Rule(lo[a:b], hi[a:b], step) for a, b, step in zip(bounds, bounds[1:], steps, strict=False))
@@ -152,10 +154,12 @@ class Mask:
         """Say for each query token and key token whether the query sees the key: the truth that all else is tested against.
 
         q, k: token indices within grid.tokens, all of them when None. valid: booleans [before + after], the global tokens
-        that are real. Returns booleans [len(q), len(k)].
+        that are real. Returns booleans [len(q), len(k)]. Raises ValueError for tokens outside the grid.
         """
         grid = as_grid(grid)
-        qi, ki = (torch.arange(grid.tokens) if i is None else torch.as_tensor(i).cpu().long() for i in (q, k))
+        if globals_see not in ("all", "globals"):
+            raise ValueError(f"globals_see={globals_see!r} must be 'all' or 'globals'")
+        qi, ki = (_tokens(name, given, grid) for name, given in (("q", q), ("k", k)))
         video = torch.zeros(len(qi), len(ki), dtype=torch.bool)
         qc, kc = (_coordinates(grid, i) for i in (qi, ki))
         for product in self.products(grid):
@@ -408,6 +412,7 @@ def radial(bands: Sequence[tuple[int | None, int | None, int | None]]) -> Mask:
         for name, size in (("h", h), ("w", w)):
             if size is not None:
                 _check_positive(f"bands={bands!r}: window {name}", size)
+    bands = tuple(tuple(None if each is None else int(each) for each in band) for band in bands)  # type: ignore[misc]
     infinite = [tuple(math.inf if each is None else each for each in band) for band in bands]
     for near, far in itertools.pairwise(infinite):
         if far[0] <= near[0] or far[1] > near[1] or far[2] > near[2]:
@@ -445,10 +450,12 @@ def tables(t: AxisTable | None = None, h: AxisTable | None = None, w: AxisTable 
         if table is None:
             rules.append(None)
             continue
-        pair = tuple(tuple(int(x) for x in bounds) for bounds in table)
+        pair = tuple(tuple(bounds) for bounds in table)
         if len(pair) != 2 or len(pair[0]) != len(pair[1]) or not pair[0]:
             raise ValueError(f"tables {axis}={table!r} must be (lo, hi) of equal length, one entry per coordinate")
-        rules.append(pair)
+        if not all(is_int(x) for bounds in pair for x in bounds):
+            raise TypeError(f"tables {axis}={table!r} must hold integers")
+        rules.append(tuple(tuple(int(x) for x in bounds) for bounds in pair))
 
     def rule(axis: str, length: int, pair: tuple[tuple[int, ...], ...] | None) -> Rule:
         if pair is None:
@@ -476,8 +483,11 @@ def parse(key: str) -> Mask:
             assert isinstance(combined, Mask)
             return combined
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CONSTRUCTORS:
-            options = {each.arg: ast.literal_eval(each.value) for each in node.keywords if each.arg}
-            return CONSTRUCTORS[node.func.id].make(*map(ast.literal_eval, node.args), **options)
+            try:
+                options = {str(each.arg): ast.literal_eval(each.value) for each in node.keywords}
+                return CONSTRUCTORS[node.func.id].make(*map(ast.literal_eval, node.args), **options)
+            except TypeError as error:
+                raise ValueError(f"mask {key!r}: {error}") from error
         raise ValueError(f"mask {key!r}: expected {', '.join(CONSTRUCTORS)} joined by & and |, got {ast.unparse(node)!r}")
 
     try:
@@ -589,6 +599,16 @@ def _inclusion_exclusion(products: tuple[Product, ...]) -> list[tuple[int, Produ
 def is_global(grid: Grid, tokens: torch.Tensor) -> torch.Tensor:
     """Say which token indices are global tokens."""
     return (tokens < grid.before) | (tokens >= grid.before + grid.video)
+
+
+def _tokens(name: str, given: torch.Tensor | Sequence[int] | None, grid: Grid) -> torch.Tensor:
+    """Give token indices as a tensor, all of the grid's when None."""
+    if given is None:
+        return torch.arange(grid.tokens)
+    tokens = torch.as_tensor(given).cpu().long()
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < grid.tokens:
+        raise ValueError(f"{name} has tokens from {int(tokens.min())} to {int(tokens.max())}, the grid 0 to {grid.tokens - 1}")
+    return tokens
 
 
 def _coordinates(grid: Grid, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
