@@ -113,7 +113,7 @@ def _jobs(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) ->
     frames = None if extras.k_frames is None else tuple(extras.k_frames.tolist())
     if frames is not None:
         held = [f for f in frames if f >= 0]
-        if len(set(held)) != len(held) or max(frames, default=-1) >= grid.t:
+        if len(set(held)) != len(held) or not -1 <= min(frames) <= max(frames) < grid.t:
             raise ValueError(f"k_frames={list(frames)} must hold distinct frames below {grid.t}, or -1")
     all_heads = torch.arange(q.shape[2], device=device)
     for batch, real in _samples(q.shape[0], grid.globals, extras.valid):
