@@ -8,7 +8,7 @@ earlier ones allow, so that no key counts twice. Every named mask is a way to fi
 Global tokens are outside the mask: every video query sees them, and they see everything (or each other only, with
 ``globals_see="globals"``).
 
-``python -m stattn.masks`` draws a page of all named masks.
+``python -m stattn.pictures`` draws a page of all named masks.
 """
 
 from __future__ import annotations
@@ -163,11 +163,10 @@ class Mask:
         video = torch.zeros(len(qi), len(ki), dtype=torch.bool)
         qc, kc = (_coordinates(grid, i) for i in (qi, ki))
         for product in self.products(grid):
-            inside = torch.ones_like(video)
-            for (lo, hi, step), x, y in zip(product, qc, kc, strict=True):
-                low, high = (torch.from_numpy(np.array(t))[x][:, None] for t in (lo, hi))
-                inside &= (low <= y) & (y <= high) & ((y - x[:, None]) % step == 0)
-            video |= inside
+            inside = [
+                torch.from_numpy(rule.matrix())[x][:, y] for rule, x, y in zip(product, qc, kc, strict=True)
+            ]
+            video |= inside[0] & inside[1] & inside[2]
         q_global, k_global = (is_global(grid, i) for i in (qi, ki))
         sees_rest = globals_see == "all"
         table = torch.where(q_global[:, None], k_global | sees_rest, video | k_global)
@@ -642,9 +641,3 @@ def _triple(name: str, value: int | Sequence[int]) -> Triple:
         value = (value,) * 3  # type: ignore[assignment]
     check_triple(name, value)
     return tuple(int(each) for each in value)  # type: ignore[return-value,union-attr]
-
-
-if __name__ == "__main__":
-    from stattn.pictures import main
-
-    main()
