@@ -121,7 +121,8 @@ def tile_for(grid: Grid, mask: AxisTables, rows: int) -> Triple:
     if not is_int(rows) or rows < 1:
         raise ValueError(f"rows={rows!r} must be a positive integer")
     products = mask.products(grid)
-    longest = [min(rows, length) for length in grid.shape]
+    steps = [math.gcd(*(product[axis][2] for product in products)) or 1 for axis in range(3)]
+    longest = [min(rows, -(-length // step)) for length, step in zip(grid.shape, steps, strict=True)]
     visited = np.zeros(longest, dtype=np.float64)
     for product in products:
         t, h, w = (
@@ -131,7 +132,10 @@ def tile_for(grid: Grid, mask: AxisTables, rows: int) -> Triple:
         visited += t[:, None, None] * h[:, None] * w
     extents = np.indices(longest) + 1
     visited[extents.prod(axis=0) > rows] = np.inf
-    tiles = np.prod([-(-length // e) for length, e in zip(grid.shape, extents, strict=True)], axis=0)
+    tiles = np.ones(longest, np.int64)
+    for axis, (length, step) in enumerate(zip(grid.shape, steps, strict=True)):
+        per_axis = [len(tile_coordinates(length, extent, step)) for extent in range(1, longest[axis] + 1)]
+        tiles *= np.array(per_axis)[extents[axis] - 1]
     candidates = np.argwhere(visited == visited.min()) + 1
     t, h, w = min(candidates, key=lambda e: (tiles[tuple(e - 1)], -e[2], -e[1], -e[0]))
     return int(t), int(h), int(w)

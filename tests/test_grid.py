@@ -181,6 +181,11 @@ def test_packed_tables_stand_for_their_mask() -> None:
         tile_for(Grid(9, 10, 12), mask.pack(grid), 32)
 
 
+def test_a_tile_is_no_longer_than_a_residue_class() -> None:
+    assert tile_for(Grid(8, 16, 16), masks.window(3, 3, 3, dilation=(2, 4, 4)), 128) == (4, 4, 4)
+    assert tile_for(Grid(1, 1, 12), masks.window(1, 1, 3, dilation=(1, 1, 4)), 128) == (1, 1, 3)
+
+
 def test_a_mask_that_sees_nothing_still_gets_a_tile() -> None:
     nothing = masks.tables(t=([3, 3, 3], [0, 0, 0]))
     tile = tile_for(Grid(3, 4, 5), nothing, 16)
