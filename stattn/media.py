@@ -21,11 +21,12 @@ SMALL = 128  # pixels: a clip whose longer side is at most this is enlarged unle
 ENLARGED = 4
 
 
-def _extra(module: str, package: str) -> Any:
+def extra(module: str, package: str) -> Any:
+    """Import a module of the `demo` extra; raise ImportError naming the package and the extra when it is missing."""
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(f"stattn.media needs {package}, which is not installed: pip install stattn[demo]") from error
+        raise ImportError(f"{package} is needed here and is not installed: pip install stattn[demo]") from error
 
 
 def to_uint8(video: torch.Tensor) -> torch.Tensor:
@@ -78,7 +79,7 @@ def write_mp4(path: str | os.PathLike[str], video: torch.Tensor, *, fps: float =
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(f"video is {height} x {width} pixels: yuv420p needs even sizes (scale=2 makes them even)")
-    av = _extra("av", "PyAV")
+    av = extra("av", "PyAV")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(target), "w", format="mp4", options={"movflags": "+faststart"}) as container:
@@ -95,7 +96,7 @@ def write_gif(path: str | os.PathLike[str], video: torch.Tensor, *, fps: float =
     """Write one clip as a GIF that loops. video: [3, T, H, W]. One palette of 256 colours serves all frames."""
     seconds = 1 / _rate(fps)
     frames = _frames(video, scale)
-    images = _extra("PIL.Image", "pillow")
+    images = extra("PIL.Image", "pillow")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # A palette per frame would make still colours flicker from frame to frame.
@@ -119,7 +120,7 @@ def contact_sheet(
 
     videos: [B, 3, T, H, W]; captions: B strings; columns: frames a row, at most T.
     """
-    images, draws = _extra("PIL.Image", "pillow"), _extra("PIL.ImageDraw", "pillow")
+    images, draws = extra("PIL.Image", "pillow"), extra("PIL.ImageDraw", "pillow")
     if not isinstance(videos, torch.Tensor) or videos.ndim != 5 or videos.shape[0] == 0:
         raise ValueError(f"videos={tuple(getattr(videos, 'shape', ()))} must be [B, 3, T, H, W] with at least one clip")
     if captions is not None and len(captions) != len(videos):
@@ -154,7 +155,7 @@ def read_video(path: str | os.PathLike[str], *, max_frames: int | None = None) -
         raise ValueError(f"max_frames={max_frames!r} must be a positive integer or None")
     if not Path(path).is_file():
         raise FileNotFoundError(f"path={os.fspath(path)!r}: there is no such file")
-    av = _extra("av", "PyAV")
+    av = extra("av", "PyAV")
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:

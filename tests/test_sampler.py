@@ -181,6 +181,7 @@ def test_ddim_steps_equal_those_of_diffusers(prediction, zero_snr):
     torch.testing.assert_close(ours, x, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers under numpy 2
 def test_second_order_steps_equal_those_of_diffusers_dpm_solver():
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DPMSolverMultistepScheduler(
