@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
@@ -22,6 +22,32 @@ from stattn.reference.attention import merge as _reference_merge
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _FULL = _masks.full()
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grid: Grid | Triple,
+    mask: Mask | BlockList | Sequence[Mask] = ...,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Any,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grid: Grid | Triple,
+    mask: Mask | BlockList | Sequence[Mask] = ...,
+    *,
+    return_lse: Literal[True],
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def attention(
