@@ -22,7 +22,7 @@ from torch import Tensor
 from stattn import checks, dit, media, results, world
 from stattn.accelerate import accelerate
 from stattn.demo_page import ClipCard, MaskCard, Page, render
-from stattn.demo_timings import Timings, elementwise, serving
+from stattn.demo_timings import Timings, around_attention, serving
 from stattn.grid import Grid
 from stattn.masks import Mask, parse
 from stattn.sampler import FlowMatching, sample
@@ -125,7 +125,7 @@ class Demo:
         rest, impls = self._plan()
         with tqdm(total=self.args.steps * len(self.masks), unit="step", desc="sampling") as bar:
             for mask in self.masks:
-                self.sample(mask, {"attention": impls[mask], "*": rest}, bar)
+                self.sample(mask, {"attention": impls[mask], **rest}, bar)
                 self._done(f"clips under {mask.key}")
         if self.args.rounds:
             with tqdm(bar_format="{desc}") as bar:
@@ -201,23 +201,17 @@ class Demo:
         page.todo += ["timings of two Wan 1.3B layers"] if args.rounds and self.device.type == "cuda" else []
         return page
 
-    def _plan(self) -> tuple[str, dict[Mask, str]]:
+    def _plan(self) -> tuple[dict[str, str], dict[Mask, str]]:
         """Choose implementations: of all operations but attention, and of attention under each mask."""
-        # The smallest call that looks like the sampler's: one clip, with its text.
-        x = torch.zeros((1, *self.shape[1:]), device=self.device)
-        level, ids, valid = torch.full((1,), 500.0, device=self.device), self.ids[:1], self.valid[:1]
-        with torch.no_grad():
-            rest, reason = elementwise(self.model, lambda each: each(x, level, ids, valid))
-            if reason:
-                self.page.notes.append(f"Operations around attention run as their reference: {reason}")
-            chosen = {}
-            for mask in self.masks:
+        rest, reasons = around_attention(lambda impl: one_step(self.model, self.shape, self.ids, self.valid, impl))
+        self.page.notes += [f"sampling: {reason}" for reason in reasons]
+        chosen = {}
+        for mask in self.masks:
 
-                def attempt(name: str, mask: Mask = mask) -> None:
-                    with accelerate(self.model, impl={"attention": name, "*": rest}):
-                        self.model(x, level, ids, valid, mask=mask)
+            def attempt(name: str, mask: Mask = mask) -> None:
+                one_step(self.model, self.shape, self.ids, self.valid, {"attention": name, **rest}, mask)
 
-                chosen[mask] = serving(attempt)[0][0]
+            chosen[mask] = serving(attempt)[0][0]
         return rest, chosen
 
     def _draw_masks(self) -> None:
@@ -226,7 +220,7 @@ class Demo:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(mask.draw(Grid(*self.grid.shape)), encoding="utf-8")
 
-    def _time(self, rest: str, tick: Any) -> None:
+    def _time(self, rest: dict[str, str], tick: Any) -> None:
         timings = Timings(rounds=self.args.rounds, budget=8.0, tick=tick)
         if self.device.type == "cuda":
             tick("measuring what the GPU reaches")
@@ -248,6 +242,19 @@ class Demo:
     def _done(self, stage: str) -> None:
         self.page.todo.remove(stage)
         self.write()
+
+
+def one_step(
+    model: dit.DiT,
+    shape: tuple[int, ...],
+    ids: Tensor,
+    valid: Tensor,
+    impl: dict[str, str],
+    mask: Mask | None = None,
+) -> None:
+    """Sample one clip in one step: the smallest call that asks the implementations what sampling asks them."""
+    with accelerate(model, impl=impl):
+        sample(model, (1, *shape[1:]), text=ids[:1], text_valid=valid[:1], steps=1, mask=mask, seed=0, impl=impl)
 
 
 def judge(video: Tensor, captions: list[str]) -> list[list[tuple[str, str, str]]]:

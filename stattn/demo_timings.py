@@ -21,6 +21,7 @@ from stattn.demo_page import STEP
 from stattn.dit import CONFIGS, DiT
 from stattn.grid import Grid
 from stattn.masks import Mask
+from stattn.modules import STEMS
 from stattn.ops.attention import OPERATION, attention
 from stattn.results import Result
 from stattn.sampler import draw_noise, sample
@@ -55,19 +56,34 @@ def serving(try_it: Callable[[str], object]) -> tuple[list[str], dict[str, str]]
     return names, reasons
 
 
-def elementwise(model: nn.Module, call: Callable[[nn.Module], object]) -> tuple[str, str | None]:
-    """Return "auto" where automatic choice serves all operations but attention, else "reference" and the reason."""
-    trial = copy.deepcopy(model)
-    accelerate(trial, impl={"attention": "reference", "*": "auto"})
+def around_attention(try_it: Callable[[dict[str, str]], object]) -> tuple[dict[str, str], list[str]]:
+    """Choose for every operation but attention: "auto" where something serves it, else the reference, with the reason.
+
+    try_it: makes a call under a mapping from stem to implementation, and raises ValueError where one refuses it.
+    """
+    reference = {"attention": "reference", "*": "reference"}
     try:
-        call(trial)
-    except ValueError as error:
-        return "reference", str(error)
-    return "auto", None
+        try_it(reference | {"*": "auto"})
+    except ValueError:
+        pass
+    else:
+        return {"*": "auto"}, []
+    chosen, reasons = {}, []
+    for stem in STEMS:
+        if stem == "attention":
+            continue
+        try:
+            try_it(reference | {stem: "auto"})
+        except ValueError as error:
+            chosen[stem] = "reference"
+            reasons.append(f"{stem} runs as its reference: {error}")
+        else:
+            chosen[stem] = "auto"
+    return chosen, reasons
 
 
 class Timings:
-    """Collect results and notes, group by group. rest: the implementation of all operations but attention."""
+    """Collect results and notes, group by group."""
 
     def __init__(self, *, rounds: int, budget: float, tick: Callable[[str], object]):
         self.rounds, self.budget, self.tick = rounds, budget, tick
@@ -83,9 +99,12 @@ class Timings:
         valid: Tensor,
         guidance: float,
         wanted: Sequence[Mask],
-        rest: str,
+        rest: dict[str, str],
     ) -> None:
-        """Time one sampler step of the model under each mask and implementation, guidance included."""
+        """Time one sampler step of the model under each mask and implementation, guidance included.
+
+        rest: the implementations of all operations but attention.
+        """
         device, dtype = ids.device, next(model.parameters()).dtype
         noise = draw_noise(shape, seed=0).to(device)
         options: dict[str, Any] = {"steps": 1, "guidance": guidance, "impl": rest}
@@ -107,7 +126,7 @@ class Timings:
             def attempt(name: str, mask: Mask = mask, trials: Any = trials, outputs: Any = outputs) -> None:
                 self.tick(f"checking {mask.key}, {name}")
                 trials[name] = copy.deepcopy(model)
-                accelerate(trials[name], impl={"attention": name, "*": rest})
+                accelerate(trials[name], impl={"attention": name, **rest})
                 outputs[name] = step(trials[name], mask)[:1]
 
             names, reasons = serving(attempt)
@@ -135,14 +154,18 @@ class Timings:
             1, config.text_len, config.text_dim, device=device, dtype=torch.bfloat16, generator=generator
         )
         level = torch.full((1,), 500.0, device=device)
-        rest, reason = elementwise(model, lambda each: each(x, level, text, mask=masks.spatial()))
-        if reason:
-            self.notes.append(f"Wan 1.3B: operations around attention run as their reference: {reason}")
 
         @torch.no_grad()
         def forward(each: nn.Module, mask: Mask) -> Tensor:
             return each(x, level, text, mask=mask)
 
+        def trial_of(impl: dict[str, str]) -> nn.Module:
+            trial = copy.deepcopy(model)
+            accelerate(trial, impl=impl)
+            return trial
+
+        rest, reasons_around = around_attention(lambda impl: forward(trial_of(impl), masks.spatial()))
+        self.notes += [f"two Wan layers: {reason}" for reason in reasons_around]
         contenders: dict[str, Callable[[], Any]] = {}
         for mask in wanted:
             errors: dict[str, float] = {}
@@ -154,8 +177,7 @@ class Timings:
             names, reasons = serving(attempt)
             truth = None
             for name in reversed(names):  # the reference is the last
-                trial = copy.deepcopy(model)
-                accelerate(trial, impl={"attention": name, "*": rest})
+                trial = trial_of({"attention": name, **rest})
                 try:
                     output = forward(trial, mask)
                 except torch.OutOfMemoryError:

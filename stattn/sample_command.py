@@ -11,7 +11,7 @@ import torch
 
 from stattn import demo, dit, media, world
 from stattn.accelerate import accelerate
-from stattn.demo_timings import elementwise
+from stattn.demo_timings import around_attention
 from stattn.masks import parse
 from stattn.sampler import FlowMatching, sample
 
@@ -53,12 +53,10 @@ def main(args: argparse.Namespace) -> int:
         words, real = world.tokenize([args.negative], model.config.text_len, device=device)
         negative = {"negative": words, "negative_valid": real}
     shape = (1, model.config.in_channels, *args.size)
-    level = torch.full((1,), 500.0, device=device)
-    with torch.no_grad():
-        rest, reason = elementwise(model, lambda each: each(torch.zeros(shape, device=device), level, ids, valid))
-    if reason:
-        print(f"operations around attention run as their reference: {reason}", file=sys.stderr)
-    impl = {"attention": args.impl, "*": rest}
+    rest, reasons = around_attention(lambda impl: demo.one_step(model, shape, ids, valid, impl))
+    for reason in reasons:
+        print(reason, file=sys.stderr)
+    impl = {"attention": args.impl, **rest}
     with tqdm(total=args.steps, unit="step") as bar, accelerate(model, impl=impl):
         video = sample(
             model,

@@ -27,6 +27,7 @@ def test_the_module_runs_as_a_program():
     assert done.stdout.strip() == f"stattn {stattn.__version__}"
 
 
+@pytest.mark.smoke
 def test_help_names_every_command(capsys):
     status, out, _ = _run(capsys, "--help")
     assert status == 0
@@ -64,6 +65,7 @@ def test_an_invalid_command_line_ends_with_status_two_and_a_reason(capsys, argum
     assert any(part in err for part in message.split("|"))
 
 
+@pytest.mark.smoke
 def test_explain_prints_the_table_and_the_density(capsys):
     key = "window(3, 5, 7)"
     status, out, _ = _run(
@@ -129,6 +131,7 @@ def test_ctrl_c_ends_with_status_130(monkeypatch, capsys):
     assert _run(capsys, "doctor")[0] == 130
 
 
+@pytest.mark.smoke
 def test_the_doctor_describes_the_machine_and_every_operation(capsys):
     status, out, _ = _run(capsys, "doctor", "--device", "cpu")
     assert status == 0

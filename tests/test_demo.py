@@ -80,6 +80,7 @@ def _links(out: Path) -> list[str]:
     return page.found
 
 
+@pytest.mark.smoke
 def test_the_demo_writes_a_page_whose_files_all_exist(weights, tmp_path, capsys):
     assert _demo(weights, tmp_path) == 0
     links = _links(tmp_path)
@@ -121,13 +122,14 @@ def test_clips_are_sampled_from_the_same_noise_and_a_seed_reproduces_them(weight
 
 
 def test_ctrl_c_leaves_what_is_done_and_says_what_is_not(weights, tmp_path, monkeypatch, capsys):
-    real, calls = demo.sample, []
+    real = demo.sample
 
     def stops(*arguments, **keywords):
-        calls.append(keywords["mask"])
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments, **keywords)
+        def callback(step, *_):
+            if step == 1 and keywords["mask"] == masks.window(2, 3, 3):
+                raise KeyboardInterrupt
+
+        return real(*arguments, **(keywords | {"callback": callback} if "callback" in keywords else keywords))
 
     monkeypatch.setattr(demo, "sample", stops)
     assert _demo(weights, tmp_path) == 130
@@ -169,6 +171,19 @@ def test_an_implementation_whose_output_is_wrong_is_not_timed_and_fails_the_demo
     assert "WRONG: full(), reference: the output is wrong (error 5.00e-01" in capsys.readouterr().err
     assert "the output is wrong" in (tmp_path / "index.html").read_text(encoding="utf-8")
     assert results.read(tmp_path / "timings.json").results == []
+
+
+def test_each_operation_without_a_kernel_runs_as_its_reference_and_says_so():
+    def call(impl: dict[str, str]) -> None:
+        served = {"attention": "reference", "gate": "auto"}  # as if only gate had a kernel
+        for stem in ("patchify", "modulate", "gate", "qk_norm_rope", "denoise"):
+            if impl.get(stem, impl["*"]) == "auto" and stem not in served:
+                raise ValueError(f"nothing serves {stem}")
+
+    rest, reasons = demo_timings.around_attention(call)
+    assert rest == {"gate": "auto"} | dict.fromkeys(("patchify", "modulate", "qk_norm_rope", "denoise"), "reference")
+    assert [reason.split(" ")[0] for reason in reasons] == ["patchify", "modulate", "qk_norm_rope", "denoise"]
+    assert demo_timings.around_attention(lambda impl: None) == ({"*": "auto"}, [])
 
 
 def test_the_rows_of_a_mask_are_checked_against_its_definition():

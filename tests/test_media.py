@@ -38,6 +38,7 @@ def test_small_clips_are_enlarged_four_times_and_large_ones_are_left():
     assert media.enlarge(torch.tensor([[1, 2]]), 2).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
 
 
+@pytest.mark.smoke
 def test_an_mp4_reads_back_nearly_the_same_with_its_frame_rate(tmp_path):
     path = tmp_path / "new" / "clip.mp4"
     media.write_mp4(path, _clip(), fps=12)

@@ -27,6 +27,7 @@ def _data() -> dict:
     return dataclasses.asdict(_report())
 
 
+@pytest.mark.smoke
 def test_a_report_reads_back_as_it_was_written(tmp_path):
     results.write(tmp_path / "deep" / "r.json", _report())
     assert results.read(tmp_path / "deep" / "r.json") == _report()
@@ -40,6 +41,7 @@ def test_the_file_holds_exactly_the_documented_fields(tmp_path):
     assert list(data["results"][0]) == ["name", "unit", "value", "p20", "p80", "baseline", "ratio", "checked"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("checked", [False, None, 1, "true"])
 def test_an_unchecked_result_is_not_written(tmp_path, checked):
     report = _report()

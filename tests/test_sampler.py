@@ -105,6 +105,7 @@ def test_a_model_that_knows_the_video_is_sampled_exactly(schedule, prediction, o
     torch.testing.assert_close(out, clean.double(), rtol=0, atol=1e-9)
 
 
+@pytest.mark.smoke
 def test_a_clean_prediction_is_returned_bitwise():
     clean = _clips()
     out = sample(lambda x, t: clean, SHAPE, steps=5, seed=0)
@@ -252,6 +253,7 @@ def test_guidance_in_one_call_equals_guidance_in_two(given):
     assert [call["batch"] for call in two.calls] == [2] * 6
 
 
+@pytest.mark.smoke
 def test_guidance_extrapolates_from_empty_text_and_guidance_one_asks_for_no_second_prediction():
     x0 = [sample(Reader(), SHAPE, text=TEXT, steps=1, guidance=g, seed=1) for g in (0.0, 1.0, 3.0)]
     torch.testing.assert_close(x0[2], x0[0] + 3 * (x0[1] - x0[0]))
@@ -339,6 +341,7 @@ def _hole() -> torch.Tensor:
     return generated
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("boolean", [False, True])
 def test_the_result_equals_the_known_video_bitwise_outside_the_generated_region(schedule, boolean):
@@ -415,6 +418,7 @@ def _pointwise(x, t):
     return torch.tanh(1.7 * x - 0.2)
 
 
+@pytest.mark.smoke
 def test_a_sample_does_not_depend_on_its_batch():
     whole = sample(_pointwise, (3, *SHAPE[1:]), steps=4, seed=[5, 6, 7])
     assert torch.equal(whole, sample(_pointwise, (3, *SHAPE[1:]), steps=4, seed=5))
