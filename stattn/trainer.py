@@ -88,8 +88,8 @@ class Recipe:
         return t, h, w
 
 
-# A score whose exponential is 0 beside any score of normalised queries and keys, and finite: kernels need no special case
-# for a tile of keys that are all hidden.
+# A score whose exponential is 0 beside any score of normalised queries and keys, and finite: kernels need no special
+# case for a tile of keys that are all hidden.
 HIDDEN = -1e4
 _TINY = dit.CONFIGS["tiny"]
 PRESETS: dict[str, Recipe] = {

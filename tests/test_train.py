@@ -97,9 +97,11 @@ def test_a_batch_drops_captions_and_clauses_and_mixes_masks_and_tasks() -> None:
     assert torch.equal(ids[named, :3], full[named, :3])
     assert 0.3 < (ids[named] == full[named]).all(1).float().mean() < 0.9
     # The bias hides unreal words and what the mask hides.
-    chosen = set()
-    for made.steps in range(8):
-        *_, valid, bias = made.batch()
+    chosen, seen_clips = set(), [clean]
+    for made.steps in range(1, 9):
+        clean, *_, valid, bias = made.batch()
+        assert not any(torch.equal(clean, other) for other in seen_clips)
+        seen_clips.append(clean)
         seen = bias[:, 0] == 0
         assert torch.equal(seen[:, 0, made.grid.video :].sum(1), valid)
         chosen.add(int(seen[0, 0, : made.grid.video].sum()))

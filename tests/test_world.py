@@ -56,6 +56,20 @@ def test_the_flow_leads_each_pixel_to_where_it_is_in_the_next_frame(camera: str)
             assert missed[where].nanmean() > 3 * error[where].mean()
 
 
+@pytest.mark.parametrize("camera", ["zooms in", "zooms out"])
+def test_the_flow_of_an_object_follows_its_edge_as_it_grows(camera: str) -> None:
+    scene = world.sample(16, 3, seed=13, objects=(1, 1), cameras=(camera,))  # 3 frames: it grows by a tenth in each
+    mask = scene.masks()[:, None, :, 0].expand(-1, 3, -1, -1, -1)
+    flow = scene.flow()
+    edge = (mask[:, 0, :-1] >= 0.5) & (mask[:, 0, :-1] < 0.999)
+    follows = (_warp(mask[:, :, 1:], flow)[:, 0] - mask[:, 0, :-1]).abs()[edge]
+    # The control: all of the object moving as its centre does.
+    centre = scene.centres[:, :, 0].diff(dim=1)[..., None, None]
+    misses = (_warp(mask[:, :, 1:], centre.expand_as(flow))[:, 0] - mask[:, 0, :-1]).abs()[edge]
+    assert follows.mean() < 0.15  # a pixel's edge, seen through bilinear sampling
+    assert misses.mean() > 0.2
+
+
 def test_a_zoom_magnifies_both_layers_alike_and_a_dolly_the_near_one_more() -> None:
     magnified = {}
     for camera in ("zooms in", "dollies in", "pans right", "tracks right"):
