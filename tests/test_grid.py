@@ -52,7 +52,7 @@ def test_grids_are_equal_by_value() -> None:
 @pytest.mark.parametrize("name", ["t", "h", "w", "before", "after"])
 @pytest.mark.parametrize("value, error", [(-1, ValueError), (2.0, TypeError), (True, TypeError), ("3", TypeError)])
 def test_a_grid_refuses_what_is_no_extent(name: str, value: object, error: type[Exception]) -> None:
-    good = dict(t=2, h=3, w=4, before=1, after=1)
+    good = {"t": 2, "h": 3, "w": 4, "before": 1, "after": 1}
     assert Grid(**good).tokens == 26
     with pytest.raises(error, match=f"{name}="):
         Grid(**{**good, name: value})
@@ -61,7 +61,7 @@ def test_a_grid_refuses_what_is_no_extent(name: str, value: object, error: type[
 @pytest.mark.parametrize("name", ["t", "h", "w"])
 def test_a_grid_refuses_an_empty_axis(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
-        Grid(**{**dict(t=2, h=3, w=4), name: 0})
+        Grid(**{"t": 2, "h": 3, "w": 4, name: 0})
 
 
 def test_as_grid_takes_grids_and_triples() -> None:
