@@ -1,0 +1,238 @@
+"""Block lists: what they refuse, what they allow, and masks that are lowered to them or join them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from mask_definitions import COMBINED, RAGGED, Triple, every_example
+
+import stattn
+from stattn import BlockList, masks
+from stattn.blocks import block_list, lower, tile_count, tile_of
+from stattn.grid import Grid
+from stattn.masks import EMPTY, FULL, PARTIAL
+
+TILES = [((1, 1, 1), (1, 1, 1)), ((2, 2, 2), (2, 3, 4)), ((1, 5, 3), (3, 1, 7)), ((4, 8, 8), (2, 2, 2))]
+
+
+def good(**changes: object) -> dict[str, object]:
+    """Arguments of a BlockList on (3, 5, 7) with 12 query tiles and 8 key tiles."""
+    arguments: dict[str, object] = {
+        "shape": RAGGED,
+        "q_tile": (2, 2, 4),
+        "k_tile": (2, 3, 4),
+        "count": torch.full((2, 3, 12), 4, dtype=torch.int32),
+        "index": torch.arange(4, dtype=torch.int32).expand(2, 3, 12, 4).contiguous(),
+    }
+    return {**arguments, **changes}
+
+
+def owner(shape: Triple, tile: Triple, token: int) -> int:
+    """The tile of a token, counted by hand."""
+    place = np.unravel_index(token, shape)
+    number = 0
+    for x, n, e in zip(place, shape, tile, strict=True):
+        number = number * math.ceil(n / e) + int(x) // e
+    return number
+
+
+def allowed_by_hand(blocks: BlockList, batch: int, head: int) -> torch.Tensor:
+    """What the lists allow, entry by entry."""
+    b = batch if blocks.count.shape[0] > 1 else 0
+    h = head if blocks.count.shape[1] > 1 else 0
+    tokens = math.prod(blocks.shape)
+    q_owner = [owner(blocks.shape, blocks.q_tile, x) for x in range(tokens)]
+    k_owner = [owner(blocks.shape, blocks.k_tile, x) for x in range(tokens)]
+    element = None if blocks.mask is None else blocks.mask.allowed(blocks.shape)
+    table = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for q in range(tokens):
+        count = int(blocks.count[b, h, q_owner[q]])
+        for entry in range(count):
+            tile = int(blocks.index[b, h, q_owner[q], entry])
+            partial = blocks.partial is not None and bool(blocks.partial[b, h, q_owner[q], entry])
+            for k in range(tokens):
+                if k_owner[k] == tile:
+                    table[q, k] = not partial or bool(element[q, k])  # type: ignore[index]
+    return table
+
+
+# --- construction ----------------------------------------------------------------------------------------------------
+
+
+def test_a_block_list_counts_its_tiles_and_keeps_triples() -> None:
+    blocks = BlockList(**good(q_tile=[2, 2, 4]))  # type: ignore[arg-type]
+    assert blocks.tiles == (12, 8)
+    assert blocks.q_tile == (2, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"shape": (3, 5)}, TypeError, "shape="),
+        ({"q_tile": (2, 0, 4)}, ValueError, "q_tile=0"),
+        ({"k_tile": (2, 3, 4.0)}, TypeError, "k_tile=4.0"),
+        ({"q_tile": (1, 2, 4)}, ValueError, r"count has shape \(2, 3, 12\), expected \[B, heads, 18"),
+        ({"count": torch.zeros(3, 12, dtype=torch.int32)}, ValueError, r"count has shape \(3, 12\)"),
+        ({"index": torch.zeros(2, 3, 12, dtype=torch.int32)}, ValueError, r"index has shape \(2, 3, 12\)"),
+        ({"index": torch.zeros(2, 1, 12, 4, dtype=torch.int32)}, ValueError, r"index has shape \(2, 1, 12, 4\)"),
+        ({"count": torch.zeros(2, 3, 12, dtype=torch.int64)}, TypeError, "count has dtype torch.int64"),
+        ({"index": torch.zeros(2, 3, 12, 4)}, TypeError, "index has dtype torch.float32"),
+        ({"count": [[4]]}, TypeError, r"count=\[\[4\]\] must be a tensor"),
+        (
+            {"count": torch.zeros(2, 3, 12, dtype=torch.int32, device="meta")},
+            ValueError,
+            "count is on meta, index on cpu",
+        ),
+        ({"partial": torch.zeros(2, 3, 12, 4, dtype=torch.bool)}, ValueError, "partial and mask go together"),
+        ({"mask": masks.full()}, ValueError, "partial and mask go together"),
+        ({"mask": "full()", "partial": torch.zeros(2, 3, 12, 4, dtype=torch.bool)}, TypeError, r"mask='full\(\)'"),
+        (
+            {"mask": masks.full(), "partial": torch.zeros(2, 3, 12, 3, dtype=torch.bool)},
+            ValueError,
+            r"partial has shape \(2, 3, 12, 3\)",
+        ),
+        (
+            {"mask": masks.full(), "partial": torch.zeros(2, 3, 12, 4, dtype=torch.int8)},
+            TypeError,
+            "partial has dtype torch.int8",
+        ),
+    ],
+)
+def test_a_block_list_that_does_not_fit_is_refused(
+    changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    BlockList(**good())  # type: ignore[arg-type]
+    with pytest.raises(error, match=message):
+        BlockList(**good(**changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "shape, tile", [(RAGGED, (2, 2, 4)), ((1, 1, 1), (5, 5, 5)), ((4, 6, 8), (2, 3, 4)), ((2, 3, 5), (1, 1, 1))]
+)
+def test_tokens_lie_in_tiles_in_row_major_order(shape: Triple, tile: Triple) -> None:
+    owners = tile_of(Grid(*shape), tile)
+    assert owners.tolist() == [owner(shape, tile, token) for token in range(math.prod(shape))]
+    assert tile_count(shape, tile) == owners.max() + 1
+
+
+# --- kinds and allowed -----------------------------------------------------------------------------------------------
+
+
+def some_lists(seed: int, mask: masks.Mask | None, shape: Triple = RAGGED) -> tuple[BlockList, torch.Tensor]:
+    """Random lists for 2 samples and 3 heads, and the table of kinds that they were made of."""
+    generator = torch.Generator().manual_seed(seed)
+    q_tile, k_tile = (2, 2, 4), (2, 3, 4)
+    size = (2, 3, tile_count(shape, q_tile), tile_count(shape, k_tile))
+    kinds = torch.randint(0, 3, size, generator=generator, dtype=torch.int8)
+    if mask is None:
+        kinds = torch.where(kinds == PARTIAL, EMPTY, kinds).to(torch.int8)
+    kinds[0, 1, 3] = EMPTY  # a query tile that sees nothing
+    kinds[1, 0, 2] = FULL  # and one that sees everything
+    return block_list(shape, q_tile, k_tile, kinds, mask), kinds
+
+
+@pytest.mark.parametrize("mask", [None, masks.window(3, 3, 3), COMBINED[0]], ids=str)
+def test_lists_say_the_kinds_that_they_were_made_of(mask: masks.Mask | None) -> None:
+    blocks, kinds = some_lists(1, mask)
+    assert torch.equal(blocks.kinds(), kinds)
+    assert torch.equal(blocks.count, (kinds != EMPTY).sum(-1, dtype=torch.int32))
+    for row in range(blocks.index.shape[2]):
+        used = blocks.index[1, 2, row, : int(blocks.count[1, 2, row])].tolist()
+        assert used == sorted(set(used))
+
+
+@pytest.mark.parametrize("mask", [None, masks.window(3, 3, 3), COMBINED[0]], ids=str)
+def test_lists_allow_what_their_entries_say(mask: masks.Mask | None) -> None:
+    shape = (2, 3, 5)
+    blocks, _ = some_lists(2, None if mask is None else masks.window(1, 3, 3), shape)
+    for batch, head in ((0, 0), (0, 1), (1, 2)):
+        assert torch.equal(blocks.allowed(batch, head), allowed_by_hand(blocks, batch, head))
+    assert not torch.equal(blocks.allowed(0, 0), blocks.allowed(1, 2))
+
+
+def test_unused_entries_may_hold_anything() -> None:
+    blocks, kinds = some_lists(3, masks.window(3, 3, 3))
+    used = torch.arange(blocks.index.shape[-1]) < blocks.count[..., None]
+    assert not used.all()
+    q, k, v = torch.randn(3, 2, 105, 3, 4, dtype=torch.float64)
+    expected = stattn.attention(q, k, v, RAGGED, blocks)
+    for junk in (-1, 8, 2**31 - 1):
+        index = torch.where(used, blocks.index, junk).to(torch.int32)
+        other = BlockList(blocks.shape, blocks.q_tile, blocks.k_tile, blocks.count, index, blocks.partial, blocks.mask)
+        assert torch.equal(other.kinds(), kinds)
+        assert torch.equal(stattn.attention(q, k, v, RAGGED, other), expected)
+
+
+def test_lists_of_one_sample_and_head_stand_for_all() -> None:
+    blocks = lower(masks.window(3, 3, 3), RAGGED, (2, 2, 4), (2, 3, 4))
+    assert blocks.count.shape[:2] == (1, 1)
+    assert torch.equal(blocks.allowed(5, 7), blocks.allowed())
+
+
+def test_lists_in_another_order_allow_the_same() -> None:
+    blocks, kinds = some_lists(4, masks.window(3, 3, 3))
+    assert blocks.partial is not None
+    turned = (blocks.count[..., None] - 1 - torch.arange(8)).clamp(min=0)
+    index, partial = (x.gather(-1, turned) for x in (blocks.index, blocks.partial))
+    other = BlockList(blocks.shape, blocks.q_tile, blocks.k_tile, blocks.count, index, partial, blocks.mask)
+    assert not torch.equal(other.index, blocks.index)
+    assert torch.equal(other.kinds(), kinds)
+    q, k, v = torch.randn(3, 2, 105, 3, 4, dtype=torch.float64)
+    torch.testing.assert_close(
+        stattn.attention(q, k, v, RAGGED, other), stattn.attention(q, k, v, RAGGED, blocks), atol=1e-12, rtol=1e-12
+    )
+
+
+# --- masks and lists -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("q_tile, k_tile", TILES)
+def test_a_lowered_mask_allows_what_the_mask_allows(q_tile: Triple, k_tile: Triple) -> None:
+    for shape in (RAGGED, (4, 6, 8)):
+        for mask in [*COMBINED, *every_example(shape)]:
+            blocks = lower(mask, Grid(*shape, 2, 3), q_tile, k_tile)
+            assert torch.equal(blocks.allowed(), mask.allowed(shape)), mask
+            kinds = mask.tiles(shape, q_tile, k_tile)
+            assert (blocks.kinds()[0, 0].numpy() == kinds).all()
+            assert (blocks.partial is None) == (not (kinds == PARTIAL).any())
+
+
+@pytest.mark.parametrize("mask", [masks.window(3, 3, 3), masks.spatial(), COMBINED[1], masks.full()], ids=str)
+def test_a_mask_or_lists_allows_what_either_allows(mask: masks.Mask) -> None:
+    blocks, _ = some_lists(5, None)
+    both = mask | blocks
+    assert isinstance(both, BlockList)
+    for batch in range(2):
+        for head in range(3):
+            expected = mask.allowed(RAGGED) | blocks.allowed(batch, head)
+            assert torch.equal(both.allowed(batch, head), expected)
+
+
+def test_a_mask_joins_lists_that_already_have_its_partial_tiles_and_no_others() -> None:
+    mask = masks.window(3, 3, 3)
+    blocks, _ = some_lists(6, mask)
+    both = mask | blocks
+    assert isinstance(both, BlockList)
+    assert torch.equal(both.allowed(1, 1), mask.allowed(RAGGED) | blocks.allowed(1, 1))
+    with pytest.raises(ValueError, match=r"already have partial tiles of mask window\(3, 3, 3\)"):
+        masks.spatial() | blocks
+
+
+def test_lists_join_masks_only() -> None:
+    blocks, _ = some_lists(7, None)
+    with pytest.raises(TypeError):
+        "window(3, 3, 3)" | blocks  # type: ignore[operator]
+
+
+def test_joined_lists_are_no_longer_than_they_need_to_be() -> None:
+    kinds = torch.zeros(1, 1, 12, 8, dtype=torch.int8)
+    kinds[..., 0] = FULL
+    blocks = block_list(RAGGED, (2, 2, 4), (2, 3, 4), kinds, most=1)
+    assert blocks.index.shape[-1] == 1
+    both = masks.window(1, 1, 1) | blocks
+    assert isinstance(both, BlockList)
+    assert both.index.shape[-1] < 8
+    assert torch.equal(both.allowed(), masks.window(1, 1, 1).allowed(RAGGED) | blocks.allowed())
