@@ -1,0 +1,264 @@
+"""Plant small bugs, one at a time, in a copy of the tree and see that the tests named beside them turn red.
+
+    python tests/planted_bugs.py [--only NAME] [--list]
+
+A bug replaces text that must be found exactly once. First all named tests must pass in an unchanged copy. Exits with 1
+when a bug is not seen, or when its tests end in anything but failures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("stattn", "kernels", "tests", "pyproject.toml")
+REFERENCE = "stattn/reference/attention.py"
+AWKWARD = "tests/test_probes.py::test_every_constructor_is_seen_as_it_is_on_awkward_grids"
+
+
+class Bug(NamedTuple):
+    """What to replace in which file, and the tests that must see it."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+BUGS = (
+    Bug(
+        "window-one-too-wide-on-one-side",
+        "stattn/masks.py",
+        "last = first + size - 1\n",
+        "last = np.minimum(first + size, members - 1)\n",
+        ("tests/test_masks.py::test_every_constructor_allows_what_it_means_on_awkward_grids[window]",),
+    ),
+    Bug(
+        "causal-window-sees-the-next-key",
+        "stattn/masks.py",
+        "first, last = np.maximum(leader - size + 1, 0), place\n",
+        "first, last = np.maximum(leader - size + 1, 0), np.minimum(place + 1, members - 1)\n",
+        ("tests/test_masks.py::test_no_causal_window_sees_a_later_key",),
+    ),
+    Bug(
+        "walk-loses-the-last-key-of-a-window",
+        "stattn/reference/walk.py",
+        "(keys <= hi.max()))\n",
+        "(keys < hi.max()))\n",
+        (f"{AWKWARD}[window]",),
+    ),
+    Bug(
+        "walk-ignores-residue-classes",
+        "stattn/reference/walk.py",
+        "mask = (lo[:, None] <= y) & (y <= hi[:, None]) & ((y - queries[:, None]) % rule.step == 0)\n",
+        "mask = (lo[:, None] <= y) & (y <= hi[:, None])\n",
+        (f"{AWKWARD}[window]",),
+    ),
+    Bug(
+        "last-partial-tile-dropped",
+        "stattn/grid.py",
+        "for start in range(0, len(members), extent))\n",
+        "for start in range(0, max(len(members) - extent + 1, 1), extent))\n",
+        (f"{AWKWARD}[window]",),
+    ),
+    Bug(
+        "h-and-w-swapped",
+        "stattn/reference/walk.py",
+        "return (((t[:, None] * extent[1] + h)[:, :, None]) * extent[2] + w).reshape(-1)\n",
+        "return (((t[:, None] * extent[2] + w)[:, :, None]) * extent[1] + h).reshape(-1)\n",
+        (f"{AWKWARD}[window]",),
+    ),
+    Bug(
+        "lse-with-the-wrong-sign",
+        REFERENCE,
+        "_put_lse(lse, job, part_lse)\n",
+        "_put_lse(lse, job, -part_lse)\n",
+        (f"{AWKWARD}[spatial]",),
+    ),
+    Bug(
+        "scale-skipped",
+        REFERENCE,
+        "return _cpu_forward(q, k, v, 0.0, False, attn_mask=bias, scale=scale)\n",
+        "return _cpu_forward(q, k, v, 0.0, False, attn_mask=bias, scale=1.0)\n",
+        ("tests/test_attention.py::test_float64_equals_the_formula_for_every_mask",),
+    ),
+    Bug(
+        "only-dq-unmasked",
+        REFERENCE,
+        "        _put(dq, job, grads[0])\n",
+        "        rows = [_take(x, job.batch, job.q, job.heads) for x in (dout, out, lse.transpose(1, 2)[..., None])]\n"
+        "        rows.append(_backward(rows[0], None, qg, kg, vg, rows[1], rows[2][..., 0], None, problem.scale)[0])\n"
+        "        _put(dq, job, rows[3])\n",
+        (f"{AWKWARD}[window]",),
+    ),
+    Bug(
+        "tail-of-a-short-tile-unmasked",
+        "stattn/reference/walk.py",
+        "strict=True)], -1, np.int64)\n",
+        "strict=True)], 0, np.int64)\n",
+        ("tests/test_probes.py::test_block_lists_are_walked_as_listed",),
+    ),
+    Bug(
+        "strides-of-dout-ignored",
+        REFERENCE,
+        "            _take(dout, job.batch, job.q, job.heads),\n",
+        "            _take(dout.as_strided(out.shape, out.stride()), job.batch, job.q, job.heads),\n",
+        ("tests/test_attention.py::test_the_gradient_of_the_output_may_have_any_strides",),
+    ),
+    Bug(
+        "global-tokens-seen-twice",
+        REFERENCE,
+        "    k = torch.cat([job.k, rows.expand(job.k.shape[0], -1)], dim=1)\n",
+        "    rows = torch.cat([rows, rows])\n    k = torch.cat([job.k, rows.expand(job.k.shape[0], -1)], dim=1)\n",
+        ("tests/test_probes.py::test_global_tokens_are_seen_beside_every_mask",),
+    ),
+    Bug(
+        "invalid-global-tokens-seen",
+        REFERENCE,
+        "    if valid is None or count == 0:\n",
+        "    if valid is not None or count == 0:\n",
+        ("tests/test_attention.py::test_invalid_global_tokens_are_neither_keys_nor_queries",),
+    ),
+    Bug(
+        "union-counts-a-key-twice",
+        "stattn/reference/walk.py",
+        "    k = np.unique(np.concatenate([keys for keys, _ in parts]))\n",
+        "    if len(parts) > 1:\n"
+        "        masks = [np.ones((rows, len(keys)), bool) if mask is None else mask for keys, mask in parts]\n"
+        "        return np.concatenate([keys for keys, _ in parts]), np.concatenate(masks, axis=1)\n"
+        "    k = np.unique(np.concatenate([keys for keys, _ in parts]))\n",
+        ("tests/test_probes.py::test_overlapping_products_count_no_key_twice",),
+    ),
+    Bug(
+        "merge-of-nothing-is-not-a-number",
+        REFERENCE,
+        "    unseen = torch.isneginf(stacked).all(dim=0)\n",
+        "    unseen = torch.zeros_like(stacked[0], dtype=torch.bool)\n",
+        ("tests/test_attention.py::test_merging_nothing_changes_nothing",),
+    ),
+    Bug(
+        "grouped-heads-taken-in-turn",
+        REFERENCE,
+        "    kv_heads = job.heads // (q.shape[2] // k.shape[2])\n",
+        "    kv_heads = job.heads % k.shape[2]\n",
+        ("tests/test_attention.py::test_grouped_heads_equal_repeated_ones",),
+    ),
+    Bug(
+        "modulate-forgets-one-plus-scale",
+        "stattn/reference/modulate.py",
+        "y = y * (1 + spread(scale.to(dtype), x.shape[1]))\n",
+        "y = y * spread(scale.to(dtype), x.shape[1])\n",
+        ("tests/test_modulate.py::test_modulate_equals_the_norm_of_torch_scaled_and_shifted",),
+    ),
+    Bug(
+        "gate-rounded-before-the-sum",
+        "stattn/reference/gate.py",
+        "    return (x.to(dtype) + update).to(x.dtype)\n",
+        "    return x + update.to(x.dtype)\n",
+        ("tests/test_gate.py::test_the_sum_is_rounded_once_and_the_product_is_not",),
+    ),
+    Bug(
+        "unpatchify-swaps-ph-and-pw",
+        "stattn/reference/patchify.py",
+        "video = video.reshape(tokens.shape[0], t, h, w, pt, ph, pw, channels).permute(0, 7, 1, 4, 2, 5, 3, 6)\n",
+        "video = video.reshape(tokens.shape[0], t, h, w, pt, pw, ph, channels).permute(0, 7, 1, 4, 2, 6, 3, 5)\n",
+        ("tests/test_patchify.py::test_unpatchify_puts_feature_pt_ph_pw_c_where_it_belongs",),
+    ),
+    Bug(
+        "rotation-turns-the-wrong-way",
+        "stattn/reference/qk_norm_rope.py",
+        "a, b = a * cos - b * sin, a * sin + b * cos\n",
+        "a, b = a * cos + b * sin, b * cos - a * sin\n",
+        ("tests/test_qk_norm_rope.py::test_the_rotation_is_a_complex_product_and_leaves_global_tokens_alone",),
+    ),
+    Bug(
+        "known-region-blended-the-wrong-way",
+        "stattn/reference/denoise.py",
+        "following = torch.where(m == 1, following, torch.where(m == 0, kept, blend))\n",
+        "following = torch.where(m == 0, following, torch.where(m == 1, kept, blend))\n",
+        ("tests/test_denoise.py::test_a_known_region_without_noise_is_kept_bitwise_and_shields_from_nan",),
+    ),
+)
+
+
+def planted(bug: Bug, root: Path = ROOT) -> str:
+    """Return the text of the file with the bug in it. Raises ValueError unless its place is found exactly once."""
+    text = (root / bug.path).read_text(encoding="utf-8")
+    found = text.count(bug.old)
+    if found != 1:
+        raise ValueError(f"{bug.name}: the text to replace is found {found} times in {bug.path}:\n{bug.old}")
+    return text.replace(bug.old, bug.new)
+
+
+def copy_tree(to: Path) -> None:
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            junk = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=junk)
+        else:
+            shutil.copy(ROOT / name, to / name)
+
+
+def run(tests: Sequence[str], tree: Path) -> subprocess.CompletedProcess[str]:
+    """Run tests in a copy of the tree, in a process of their own."""
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+
+
+def check(bug: Bug, tree: Path) -> str | None:
+    """Plant a bug in the copy, run its tests and heal it. Returns what went wrong, or None when the tests saw it."""
+    path = tree / bug.path
+    healthy = path.read_text(encoding="utf-8")
+    path.write_text(planted(bug), encoding="utf-8")
+    try:
+        result = run(bug.tests, tree)
+    finally:
+        path.write_text(healthy, encoding="utf-8")
+    if result.returncode == 0:
+        return "its tests stay green"
+    if result.returncode != 1:  # 1 says that tests ran and some failed
+        return f"its tests did not run:\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Plant bugs and see that the tests turn red.")
+    parser.add_argument("--only", choices=[bug.name for bug in BUGS], metavar="NAME", help="plant one bug")
+    parser.add_argument("--list", action="store_true", help="print the bugs and their tests")
+    options = parser.parse_args(argv)
+    bugs = [bug for bug in BUGS if options.only in (None, bug.name)]
+    if options.list:
+        for bug in bugs:
+            print(f"{bug.name} ({bug.path})", *bug.tests, sep="\n    ")
+        return 0
+    with tempfile.TemporaryDirectory(prefix="planted-") as folder:
+        tree = Path(folder)
+        copy_tree(tree)
+        healthy = run(sorted({test for bug in bugs for test in bug.tests}), tree)
+        if healthy.returncode != 0:
+            print(f"without a bug the tests do not pass:\n{healthy.stdout[-4000:]}{healthy.stderr[-2000:]}")
+            return 1
+        missed = 0
+        for bug in bugs:
+            start = time.perf_counter()
+            wrong = check(bug, tree)
+            missed += wrong is not None
+            verdict = "red" if wrong is None else f"NOT SEEN: {wrong}"
+            print(f"{bug.name:40} {time.perf_counter() - start:5.1f} s  {verdict}", flush=True)
+    print(f"{len(bugs) - missed} of {len(bugs)} bugs turn their tests red")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
