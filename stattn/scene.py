@@ -211,7 +211,10 @@ class Scene:
         full = waves.new_zeros(self.batch, FIELDS, period, period // 2 + 1)
         full[:, :, : band + 1, : band + 1] = waves[:, :, band:]
         full[:, :, -band:, : band + 1] = waves[:, :, :band]
-        return torch.fft.irfft2(full, s=(period, period), norm="forward")
+        columns = torch.fft.ifft(full, dim=-2, norm="forward")
+        # A real field has a real mean along x. The CPU's library ignores what is not; cuFFT turns it into stripes.
+        columns.imag[..., 0] = 0
+        return torch.fft.irfft(columns, n=period, norm="forward")
 
     def _surface(self, light: Tensor, tint: Tensor, index: int) -> Tensor:
         """Colour one layer: [B, 3, P, P] in [0, 1], greyish, so that the six colours stand out."""

@@ -50,25 +50,19 @@ class Recipe:
     frames: int = 16
     height: int = 64
     width: int = 64
-    batch: int = 256
+    batch: int = 96
     learning_rate: float = 1e-3
     warmup: int = 200
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float = 0.999
-    level_mean: float = 0.5
-    level_std: float = 1.0
+    level_mean: float = 1.2
+    level_std: float = 1.2
     least_level: float = 0.05
     caption_dropout: float = 0.1
     clause_dropout: float = 0.15
-    masks: tuple[tuple[str, float], ...] = (
-        ("full()", 0.5),
-        ("window(5, 7, 7)", 0.15),
-        ("window(5, 5, 5)", 0.15),
-        ("window(3, 5, 5)", 0.1),
-        ("sliding_tile((2, 4, 4), (3, 1, 1))", 0.1),
-    )
+    masks: tuple[tuple[str, float], ...] = (("full()", 0.5), ("window(5, 7, 7)", 0.2), ("window(5, 5, 5)", 0.3))
     tasks: tuple[float, ...] = (0.5, 0.1, 0.1, 0.1, 0.1, 0.1)
     seed: int = 0
 

@@ -297,3 +297,13 @@ def test_a_seed_draws_the_same_clips_on_the_gpu() -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     with torch.cuda.stream(torch.cuda.Stream()):
         assert world.render(4, generator=generator, device="cuda").video.is_cuda
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 24, 96, 256])
+def test_scenery_on_the_gpu_has_no_stripes_at_any_batch(batch: int) -> None:
+    video = world.render(batch, seed=1, device="cuda").video[:, :, ::5]
+    # The wave of two pixels along x, which no scenery holds more of than along y.
+    along_x = (video[..., 1:-1] - (video[..., :-2] + video[..., 2:]) / 2).abs().mean()
+    along_y = (video[..., 1:-1, :] - (video[..., :-2, :] + video[..., 2:, :]) / 2).abs().mean()
+    assert along_x < 1.2 * along_y

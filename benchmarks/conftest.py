@@ -1,0 +1,36 @@
+"""Where benchmarks leave their results: one file per stem, in the schema of ``stattn.results``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from stattn import results
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", default="build/results", help="folder of the results files, one per stem")
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """The device that is measured: the GPU where there is one."""
+    return DEVICE
+
+
+@pytest.fixture(scope="module")
+def report(request: pytest.FixtureRequest) -> Iterator[results.Report]:
+    """Collect the module's results; they are written when all its benchmarks are over, if there are any."""
+    command = shlex.join(["python", "-m", "pytest", *sys.argv[1:]])
+    found = results.new_report(command, DEVICE)
+    yield found
+    if found.results:
+        stem = Path(request.node.name).stem.removeprefix("bench_")
+        results.write(Path(request.config.getoption("--results")) / f"{stem}.json", found)
