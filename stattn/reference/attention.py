@@ -93,11 +93,12 @@ def attention_backward(
 def merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Combine partial results over disjoint sets of keys: out [B, N, heads, D] and lse [B, heads, N] each."""
     stacked = torch.stack(lses)
-    # A row that no part sees has weights exp(-inf - 0) = 0 instead of exp(-inf + inf), and gradients 0 as well.
+    # A row that no part sees takes part as a row of zeros, and so has gradients of 0 instead of NaN.
     unseen = torch.isneginf(stacked).all(dim=0)
-    total = torch.logsumexp(torch.where(unseen, 0.0, stacked), dim=0)
-    weights = torch.exp(stacked - total).transpose(2, 3)[..., None]
-    lse = torch.where(unseen, -torch.inf, total)
+    stacked = torch.where(unseen, 0.0, stacked)
+    lse = torch.where(unseen, -torch.inf, torch.logsumexp(stacked, dim=0))
+    # Not exp(stacked - lse): the rounding of a large LSE would be lost from the sum of the weights.
+    weights = torch.where(unseen, 0.0, torch.softmax(stacked, dim=0)).transpose(2, 3)[..., None]
     wide = torch.promote_types(outs[0].dtype, lse.dtype)
     return (torch.stack(outs).to(wide) * weights).sum(0).to(outs[0].dtype), lse
 
