@@ -166,6 +166,35 @@ def test_unused_entries_may_hold_anything() -> None:
         assert torch.equal(stattn.attention(q, k, v, RAGGED, other), expected)
 
 
+@pytest.mark.parametrize(
+    "count, entries, message",
+    [
+        (3, [0, 1, 2, 3], None),
+        (5, [0, 1, 2, 3], "counts from 5 to 5, their rows have 4 entries"),
+        (-1, [0, 1, 2, 3], "counts from -1 to -1"),
+        (4, [0, 1, 2, 8], "key tiles 0 to 8 of 8"),
+        (1, [-1, 1, 2, 3], "key tiles -1 to -1 of 8"),
+        (3, [5, 1, 5, 3], "a key tile twice"),
+    ],
+)
+def test_the_reference_refuses_entries_that_are_no_tiles_or_appear_twice(
+    count: int, entries: list[int], message: str | None
+) -> None:
+    blocks = BlockList(
+        RAGGED,
+        (2, 2, 4),
+        (2, 3, 4),
+        torch.full((1, 1, 12), count, dtype=torch.int32),
+        torch.tensor(entries, dtype=torch.int32).expand(1, 1, 12, 4),
+    )
+    q, k, v = torch.randn(3, 1, 105, 2, 4)
+    if message is None:
+        assert stattn.attention(q, k, v, RAGGED, blocks).shape == q.shape
+        return
+    with pytest.raises(ValueError, match=message):
+        stattn.attention(q, k, v, RAGGED, blocks)
+
+
 def test_lists_of_one_sample_and_head_stand_for_all() -> None:
     blocks = lower(masks.window(3, 3, 3), RAGGED, (2, 2, 4), (2, 3, 4))
     assert blocks.count.shape[:2] == (1, 1)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from stattn.blocks import tile_count
 from stattn.problem import Extras, Problem
 from stattn.reference.walk import block_rows, walk
 
@@ -116,6 +117,8 @@ def _jobs(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) ->
         held = [f for f in frames if f >= 0]
         if len(set(held)) != len(held) or not -1 <= min(frames) <= max(frames) < grid.t:
             raise ValueError(f"k_frames={list(frames)} must hold distinct frames below {grid.t}, or -1")
+    if extras.index is not None:
+        _check_entries(problem, extras)
     all_heads = torch.arange(q.shape[2], device=device)
     for batch, real in _samples(q.shape[0], grid.globals, extras.valid):
         batch, real = batch.to(device), real.to(device)
@@ -140,6 +143,24 @@ def _jobs(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) ->
                 keys = torch.cat([rows, _held(problem, frames, device) + grid.before])
             q_rows = torch.where(real < grid.before, real, real + problem.q_box.video)
             yield Job(batch, all_heads, q_rows[None], keys[None], None)
+
+
+def _check_entries(problem: Problem, extras: Extras) -> None:
+    """Raise ValueError when block lists name a key tile that is not there, or one twice."""
+    assert extras.count is not None
+    assert extras.index is not None
+    assert problem.k_tile is not None
+    most, tiles = extras.index.shape[-1], tile_count(problem.grid.shape, problem.k_tile)
+    low, high = int(extras.count.min()), int(extras.count.max())
+    if low < 0 or high > most:
+        raise ValueError(f"mask: block lists have counts from {low} to {high}, their rows have {most} entries")
+    slots = torch.arange(most, device=extras.index.device)
+    used = slots < extras.count[..., None]
+    entries = extras.index[used]
+    if len(entries) and not 0 <= int(entries.min()) <= int(entries.max()) < tiles:
+        raise ValueError(f"mask: block lists hold key tiles {int(entries.min())} to {int(entries.max())} of {tiles}")
+    if most and bool((torch.where(used, extras.index, tiles + slots).sort(dim=-1).values.diff() == 0).any()):
+        raise ValueError("mask: block lists hold a key tile twice in a row")
 
 
 def _q_offset(problem: Problem) -> int:
