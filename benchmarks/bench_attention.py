@@ -1,9 +1,9 @@
-"""Attention: the implementations of this machine beside PyTorch's own kernels, on the same tensors in interleaved rounds.
+"""Attention: the implementations of this machine beside PyTorch's own kernels, on the same tensors, round by round.
 
     python -m pytest benchmarks/bench_attention.py --results benchmarks/results/h200
 
-Every contender's output is compared with float64 rows before it is timed; a wrong one fails the benchmark and nothing is
-written of it. Names are attention/<implementation>/<mask>_<pass>/<shape>.
+Every contender's output is compared with float64 rows before it is timed; a wrong one fails the benchmark and nothing
+is written of it. Names are attention/<implementation>/<mask>_<pass>/<shape>.
 """
 
 from __future__ import annotations

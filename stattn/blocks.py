@@ -14,13 +14,13 @@ from stattn.masks import EMPTY, FULL, PARTIAL, Mask, check_triple
 class BlockList:
     """The key tiles that each query tile of a video visits.
 
-    shape: the grid's (t, h, w). q_tile, k_tile: tile extents (t, h, w); tiles lie in row-major order from the origin, and
-    the last on an axis may be short. count: int32 [B, heads, q tiles], the entries in use. index: int32 [B, heads, q tiles,
-    most], the key tiles; an entry appears once in its row. B and heads may be 1 and then stand for all.
+    shape: the grid's (t, h, w). q_tile, k_tile: tile extents (t, h, w); tiles lie in row-major order from the origin,
+    and the last on an axis may be short. count: int32 [B, heads, q tiles], the entries in use. index: int32 [B, heads,
+    q tiles, most], the key tiles; an entry appears once in its row. B and heads may be 1 and then stand for all.
     partial: booleans like index, the entries of which only what ``mask`` allows is seen; None when all are whole.
 
-    Raises TypeError or ValueError when shapes, dtypes or devices do not fit. Entries are not read: that would wait for the
-    device.
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit. Entries are not read: that would wait for
+    the device.
     """
 
     shape: Triple
@@ -42,13 +42,22 @@ class BlockList:
         if self.mask is not None and not isinstance(self.mask, Mask):
             raise TypeError(f"mask={self.mask!r} must be a Mask")
         if (self.partial is None) != (self.mask is None):
-            raise ValueError(f"partial and mask go together, got partial={self.partial is not None} and mask={self.mask}")
+            raise ValueError(
+                f"partial and mask go together, got partial={self.partial is not None} and mask={self.mask}"
+            )
         q_tiles = self.tiles[0]
         if self.count.ndim != 3 or self.count.shape[2] != q_tiles:
             raise ValueError(f"count has shape {tuple(self.count.shape)}, expected [B, heads, {q_tiles} query tiles]")
         if self.index.ndim != 4 or self.index.shape[:3] != self.count.shape:
-            raise ValueError(f"index has shape {tuple(self.index.shape)}, expected [*count.shape, most] = {tuple(self.count.shape)} + (most,)")
-        for name, tensor, dtype in (("count", self.count, torch.int32), ("index", self.index, torch.int32), ("partial", self.partial, torch.bool)):
+            raise ValueError(
+                f"index has shape {tuple(self.index.shape)}, expected [*count.shape, most] = "
+                f"{tuple(self.count.shape)} + (most,)"
+            )
+        for name, tensor, dtype in (
+            ("count", self.count, torch.int32),
+            ("index", self.index, torch.int32),
+            ("partial", self.partial, torch.bool),
+        ):
             if tensor is None:
                 continue
             if tensor.dtype != dtype:
@@ -56,7 +65,9 @@ class BlockList:
             if tensor.device != self.index.device:
                 raise ValueError(f"{name} is on {tensor.device}, index on {self.index.device}")
         if self.partial is not None and self.partial.shape != self.index.shape:
-            raise ValueError(f"partial has shape {tuple(self.partial.shape)}, expected index's {tuple(self.index.shape)}")
+            raise ValueError(
+                f"partial has shape {tuple(self.partial.shape)}, expected index's {tuple(self.index.shape)}"
+            )
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -80,10 +91,14 @@ class BlockList:
         if not isinstance(mask, Mask):
             return NotImplemented
         if self.mask is not None and self.mask != mask:
-            raise ValueError(f"the lists already have partial tiles of mask {self.mask}; they cannot take those of {mask} too")
+            raise ValueError(
+                f"the lists already have partial tiles of mask {self.mask}; they cannot take those of {mask} too"
+            )
         kinds = torch.from_numpy(mask.tiles(self.shape, self.q_tile, self.k_tile))
         most = min(self.tiles[1], self.index.shape[-1] + int((kinds != EMPTY).sum(-1).max()))
-        return block_list(self.shape, self.q_tile, self.k_tile, torch.maximum(kinds.to(self.index.device), self.kinds()), mask, most)
+        return block_list(
+            self.shape, self.q_tile, self.k_tile, torch.maximum(kinds.to(self.index.device), self.kinds()), mask, most
+        )
 
     def allowed(self, batch: int = 0, head: int = 0) -> torch.Tensor:
         """Say for each video query and key of one sample and head whether it is seen: the truth. Booleans [N, N]"""
@@ -97,12 +112,17 @@ class BlockList:
 
 
 def block_list(
-    shape: Triple, q_tile: Triple, k_tile: Triple, kinds: torch.Tensor, mask: Mask | None = None, most: int | None = None
+    shape: Triple,
+    q_tile: Triple,
+    k_tile: Triple,
+    kinds: torch.Tensor,
+    mask: Mask | None = None,
+    most: int | None = None,
 ) -> BlockList:
     """Make lists from a table of EMPTY, PARTIAL and FULL pairs of tiles.
 
-    kinds: int8 [B, heads, q tiles, k tiles] on any device. mask: what PARTIAL pairs allow; without one every listed pair is
-    taken as FULL. most: the longest row, if known; the number of key tiles otherwise.
+    kinds: int8 [B, heads, q tiles, k tiles] on any device. mask: what PARTIAL pairs allow; without one every listed
+    pair is taken as FULL. most: the longest row, if known; the number of key tiles otherwise.
     """
     k_tiles = kinds.shape[-1]
     most = k_tiles if most is None else most
@@ -121,7 +141,9 @@ def block_list(
     )
 
 
-def lower(mask: Mask, grid: Grid | Triple, q_tile: Triple, k_tile: Triple, device: torch.device | str = "cpu") -> BlockList:
+def lower(
+    mask: Mask, grid: Grid | Triple, q_tile: Triple, k_tile: Triple, device: torch.device | str = "cpu"
+) -> BlockList:
     """Lower a mask to lists that all samples and heads share."""
     grid = as_grid(grid)
     kinds = torch.from_numpy(mask.tiles(grid, q_tile, k_tile)).to(device)

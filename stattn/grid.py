@@ -1,6 +1,6 @@
 """Token geometry: the (t, h, w) grid of a video, boxes of it, and the tiles that kernels walk.
 
-Tokens lie in row-major (t, h, w) order with ``before`` and ``after`` *global* tokens (text, memory, sinks) around them::
+Tokens lie in row-major (t, h, w) order with ``before`` and ``after`` *global* tokens (text, memory, sinks) around::
 
     token index = before + (t * H + h) * W + w
 """
@@ -111,8 +111,8 @@ def tile_for(grid: Grid, mask: AxisTables, rows: int) -> Triple:
     """Choose the extents (t, h, w) of a query tile of at most ``rows`` tokens for a mask: the fewest visited pairs.
 
     A tile visits, for each product of the mask, the box of keys from the least lower to the greatest upper bound of its
-    queries on every axis. An axis with residue ``step`` is tiled within a residue class, so that extents count its members.
-    Ties go to fewer tiles, then to the longer w, h and t in that order (contiguous memory).
+    queries on every axis. An axis with residue ``step`` is tiled within a residue class, so that extents count its
+    members. Ties go to fewer tiles, then to the longer w, h and t in that order (contiguous memory).
 
     The cost separates by axis: with S_a(e) the key span summed over the tiles of extent e on axis a, a product costs
     rows * S_t * S_h * S_w. A tile always costs ``rows`` rows, full or not. Pure and cached; nothing is timed.
@@ -142,7 +142,7 @@ def tile_for(grid: Grid, mask: AxisTables, rows: int) -> Triple:
 
 
 def tile_coordinates(length: int, extent: int, step: int = 1) -> list[np.ndarray]:
-    """List the coordinates of each tile of an axis: ``extent`` members of one residue class modulo ``step``, in order."""
+    """List the coordinates of each tile of an axis: ``extent`` members of one residue class modulo ``step``."""
     tiles = []
     for residue in range(min(step, length)):
         members = np.arange(residue, length, step)

@@ -1,9 +1,9 @@
 """What a query may see: masks over a (t, h, w) grid, as small tables.
 
 The rule of one axis is a pair of tables and a residue: a query at x sees the keys k with ``lo[x] <= k <= hi[x]`` and
-``(k - x) % step == 0``. A *product* is one rule per axis; a mask is a union of at most eight products, each excluding what
-earlier ones allow, so that no key counts twice. Every named mask is a way to fill the tables; ``a & b`` intersects them, and
-``a | b`` appends. A mask knows no grid: it is described once and packed for any grid.
+``(k - x) % step == 0``. A *product* is one rule per axis; a mask is a union of at most eight products, each excluding
+what earlier ones allow, so that no key counts twice. Every named mask is a way to fill the tables; ``a & b`` intersects
+them, and ``a | b`` appends. A mask knows no grid: it is described once and packed for any grid.
 
 Global tokens are outside the mask: every video query sees them, and they see everything (or each other only, with
 ``globals_see="globals"``).
@@ -151,10 +151,10 @@ class Mask:
         globals_see: str = "all",
         valid: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Say for each query token and key token whether the query sees the key: the truth that all else is tested against.
+        """Say for each query token and key token whether it is seen: the truth that all else is tested against.
 
-        q, k: token indices within grid.tokens, all of them when None. valid: booleans [before + after], the global tokens
-        that are real. Returns booleans [len(q), len(k)]. Raises ValueError for tokens outside the grid.
+        q, k: token indices within grid.tokens, all of them when None. valid: booleans [before + after], the global
+        tokens that are real. Returns booleans [len(q), len(k)]. Raises ValueError for tokens outside the grid.
         """
         grid = as_grid(grid)
         if globals_see not in ("all", "globals"):
@@ -163,9 +163,7 @@ class Mask:
         video = torch.zeros(len(qi), len(ki), dtype=torch.bool)
         qc, kc = (_coordinates(grid, i) for i in (qi, ki))
         for product in self.products(grid):
-            inside = [
-                torch.from_numpy(rule.matrix())[x][:, y] for rule, x, y in zip(product, qc, kc, strict=True)
-            ]
+            inside = [torch.from_numpy(rule.matrix())[x][:, y] for rule, x, y in zip(product, qc, kc, strict=True)]
             video |= inside[0] & inside[1] & inside[2]
         q_global, k_global = (is_global(grid, i) for i in (qi, ki))
         sees_rest = globals_see == "all"
@@ -270,7 +268,9 @@ def _window_examples(shape: Triple) -> list[Mask]:
     found = [window(*odd), window(*even), window(*shape), window(None, odd[1], even[2])]
     found.append(window(*strided, stride=tuple(max(1, (size + 1) // 2) for size in strided)))
     found.append(window(*odd, dilation=dilation))
-    found.append(window(*odd, stride=tuple(min(2, size) for size in odd), dilation=dilation, causal=(True, False, True)))
+    found.append(
+        window(*odd, stride=tuple(min(2, size) for size in odd), dilation=dilation, causal=(True, False, True))
+    )
     found.extend(window(*odd, causal=causal) for causal in itertools.product((False, True), repeat=3))
     return found
 
@@ -287,10 +287,11 @@ def window(
 ) -> Mask:
     """See a window of t x h x w tokens around the query: NATTEN's generalised neighbourhood attention.
 
-    t, h, w: the window's size on each axis, None for the whole axis. The centre is clamped so that windows stay inside the
-    grid and all have the same size; an even window reaches one further back than ahead. stride: queries of a group of that
-    many share the window of the group's leader (the middle one; the last when causal), at most the window. dilation: keys
-    (and windows) lie within the query's residue class modulo it. causal: no later key on that axis is seen.
+    t, h, w: the window's size on each axis, None for the whole axis. The centre is clamped so that windows stay inside
+    the grid and all have the same size; an even window reaches one further back than ahead. stride: queries of a group
+    of that many share the window of the group's leader (the middle one; the last when causal), at most the window.
+    dilation: keys (and windows) lie within the query's residue class modulo it. causal: no later key on that axis is
+    seen.
 
     Raises ValueError when an axis is shorter than size * dilation. Follows Hassani et al., arXiv:2504.16922.
     """
@@ -306,11 +307,15 @@ def window(
             continue
         _check_positive(f"window {axis}", size)
         if s > size:
-            raise ValueError(f"stride={s} on axis {axis} exceeds the window's {size}: some keys would be seen by no query")
+            raise ValueError(
+                f"stride={s} on axis {axis} exceeds the window's {size}: some keys would be seen by no query"
+            )
 
     def build(shape: Triple) -> list[Product]:
         return [
-            _product(*(_neighbourhood(*each) for each in zip(AXES, shape, sizes, strides, dilations, causals, strict=True)))
+            _product(
+                *(_neighbourhood(*each) for each in zip(AXES, shape, sizes, strides, dilations, causals, strict=True))
+            )
         ]
 
     options = [f"{n}={v}" for n, v, d in (("stride", strides, (1, 1, 1)), ("dilation", dilations, (1, 1, 1))) if v != d]
@@ -320,26 +325,27 @@ def window(
 
 @_named(
     lambda shape: [
-        sliding_tile(tile := tuple(max(1, (n + 2) // 3) for n in shape), tuple(-(-n // e) for n, e in zip(shape, tile, strict=True))),
-        sliding_tile((2, 3, 4), tuple(min(2, -(-n // e)) for n, e in zip(shape, (2, 3, 4), strict=True))),
-        sliding_tile((1, 2, 2), tuple(min(3, -(-n // e)) for n, e in zip(shape, (1, 2, 2), strict=True))),
+        sliding_tile(tile, tuple(min(most, -(-n // e)) for n, e in zip(shape, tile, strict=True)))
+        for tile, most in ((tuple(max(1, (n + 2) // 3) for n in shape), 3), ((2, 3, 4), 2), ((1, 2, 2), 3))
     ]
-)  # fmt: skip
+)
 def sliding_tile(tile: Triple, window: Triple) -> Mask:
     """See a window of whole tiles around the query's tile.
 
-    tile: extents (t, h, w) in tokens; the last tile of an axis may be short. window: the window's size in tiles per axis,
-    centred on the query's tile and clamped so that it stays inside the grid.
+    tile: extents (t, h, w) in tokens; the last tile of an axis may be short. window: the window's size in tiles per
+    axis, centred on the query's tile and clamped so that it stays inside the grid.
 
-    Raises ValueError when an axis has fewer tiles than the window. Follows Zhang et al., arXiv:2502.04507, without its need
-    for grids that the tile divides.
+    Raises ValueError when an axis has fewer tiles than the window. Follows Zhang et al., arXiv:2502.04507, without its
+    need for grids that the tile divides.
     """
     tile, sizes = _triple("tile", tile), _triple("window", window)
 
     def rule(axis: str, length: int, extent: int, size: int) -> Rule:
         count = -(-length // extent)
         if size > count:
-            raise ValueError(f"sliding_tile window={size} on axis {axis} exceeds its {count} tiles of {extent} (length {length})")
+            raise ValueError(
+                f"sliding_tile window={size} on axis {axis} exceeds its {count} tiles of {extent} (length {length})"
+            )
         lo, hi, _ = _neighbourhood(axis, count, size, 1, 1, False)
         own = np.arange(length) // extent
         return Rule(lo[own] * extent, np.minimum((hi[own] + 1) * extent, length) - 1, 1)
@@ -360,10 +366,11 @@ def sliding_tile(tile: Triple, window: Triple) -> Mask:
     ]
 )
 def frame_causal(chunk: int, window: int | None = None, sink_frames: int = 0) -> Mask:
-    """See the frames of the own chunk and of earlier ones: causal attention by blocks of frames, for autoregressive video.
+    """See the frames of the own chunk and of earlier ones: causal by blocks of frames, for autoregressive video.
 
-    chunk: frames that are generated together and see each other. window: the number of latest frames seen, the own chunk
-    included, all when None. sink_frames: the first frames, which stay visible as long as they are not in the future.
+    chunk: frames that are generated together and see each other. window: the number of latest frames seen, the own
+    chunk included, all when None. sink_frames: the first frames, which stay visible as long as they are not in the
+    future.
     """
     _check_positive("chunk", chunk)
     if window is not None:
@@ -397,10 +404,11 @@ def frame_causal(chunk: int, window: int | None = None, sink_frames: int = 0) ->
 def radial(bands: Sequence[tuple[int | None, int | None, int | None]]) -> Mask:
     """See a smaller window the further away a frame is.
 
-    bands: (frames, h, w) each: up to that many frames away, the query sees a window of h x w. Distances grow and windows
-    shrink from band to band; None as a distance is any, None as a window the whole axis.
+    bands: (frames, h, w) each: up to that many frames away, the query sees a window of h x w. Distances grow and
+    windows shrink from band to band; None as a distance is any, None as a window the whole axis.
 
-    The idea is that of Radial Attention (Li et al., arXiv:2506.19852); the 2-D windows are ours, in place of its 1-D bands.
+    The idea is that of Radial Attention (Li et al., arXiv:2506.19852); the 2-D windows are ours, in place of its 1-D
+    bands.
     """
     bands = tuple(tuple(band) for band in bands)  # type: ignore[misc]
     if not bands or any(len(band) != 3 for band in bands):
@@ -435,13 +443,14 @@ AxisTable = Sequence[Sequence[int]]
 
 @_named(
     lambda shape: [
-        tables(t=([max(0, x - 1) for x in range(shape[0])], [x for x in range(shape[0])])),
+        tables(t=([max(0, x - 1) for x in range(shape[0])], list(range(shape[0])))),
         tables(h=([shape[1]] * (shape[1] // 2) + [0] * (shape[1] - shape[1] // 2), [shape[1] - 1] * shape[1])),
     ]
 )
 def tables(t: AxisTable | None = None, h: AxisTable | None = None, w: AxisTable | None = None) -> Mask:
-    """See what tables of your own allow: per axis (lo, hi), one entry per coordinate, both inclusive; None is the whole axis.
+    """See what tables of your own allow.
 
+    t, h, w: (lo, hi), one entry per coordinate and both inclusive; None is the whole axis.
     A row with lo > hi sees nothing. Fits only grids whose axes have the tables' lengths.
     """
     rules = []
@@ -487,7 +496,9 @@ def parse(key: str) -> Mask:
                 return CONSTRUCTORS[node.func.id].make(*map(ast.literal_eval, node.args), **options)
             except TypeError as error:
                 raise ValueError(f"mask {key!r}: {error}") from error
-        raise ValueError(f"mask {key!r}: expected {', '.join(CONSTRUCTORS)} joined by & and |, got {ast.unparse(node)!r}")
+        raise ValueError(
+            f"mask {key!r}: expected {', '.join(CONSTRUCTORS)} joined by & and |, got {ast.unparse(node)!r}"
+        )
 
     try:
         tree = ast.parse(key, mode="eval")
@@ -606,7 +617,9 @@ def _tokens(name: str, given: torch.Tensor | Sequence[int] | None, grid: Grid) -
         return torch.arange(grid.tokens)
     tokens = torch.as_tensor(given).cpu().long()
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < grid.tokens:
-        raise ValueError(f"{name} has tokens from {int(tokens.min())} to {int(tokens.max())}, the grid 0 to {grid.tokens - 1}")
+        raise ValueError(
+            f"{name} has tokens from {int(tokens.min())} to {int(tokens.max())}, the grid 0 to {grid.tokens - 1}"
+        )
     return tokens
 
 

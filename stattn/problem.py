@@ -1,7 +1,7 @@
 """One attention call, checked: what every implementation receives.
 
-``Problem`` is static and hashable: plans and tables are cached by it. The tensors that come with a call (which slots hold
-which frame, which global tokens are real, block lists) travel beside it in ``Extras``.
+``Problem`` is static and hashable: plans and tables are cached by it. The tensors that come with a call (which slots
+hold which frame, which global tokens are real, block lists) travel beside it in ``Extras``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ class Problem:
     """The static part of a call.
 
     masks: one mask for all heads, or one per query head; with block lists, the mask of their partial entries or none.
-    q_box, k_box: the parts of the grid that q, and k and v, hold. With k_frames the slots of k take the place of frames:
-    k_box then spans the slots from 0, and its t extent is their number. q_globals: whether q holds the global tokens.
+    q_box, k_box: the parts of the grid that q, and k and v, hold. With k_frames the slots of k take the place of
+    frames: k_box then spans the slots from 0, and its t extent is their number. q_globals: whether q holds the global
+    tokens.
     """
 
     grid: Grid

@@ -1,8 +1,8 @@
 """Mask probes: make an implementation print its own mask, one sub-kernel at a time.
 
-With q . k = 0 all keys that a query sees weigh the same, so what is not zero tells what was seen: exp(LSE) counts the keys;
-the output shows them when V is an identity; dV shows them when dout is; dQ when K is, and dK when Q is. Chunks of D keys or
-queries ride in the batch dimension, one launch a probe.
+With q . k = 0 all keys that a query sees weigh the same, so what is not zero tells what was seen: exp(LSE) counts the
+keys; the output shows them when V is an identity; dV shows them when dout is; dQ when K is, and dK when Q is. Chunks of
+D keys or queries ride in the batch dimension, one launch a probe.
 """
 
 from __future__ import annotations
@@ -132,12 +132,15 @@ def check(
 
     def same(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
         wrong = torch.nonzero(got != want)
-        assert not len(wrong), f"{name} of {case.masks} on {case.grid}: {len(wrong)} pairs differ, first {wrong[0].tolist()}"
+        assert not len(wrong), (
+            f"{name} of {case.masks} on {case.grid}: {len(wrong)} pairs differ, first {wrong[0].tolist()}"
+        )
 
     k_chunks = list(only) if only is not None else list(range(-(-columns // dim)))
     q_chunks = list(only) if only is not None else list(range(-(-rows // dim)))
     by_key = case.truth(columns=tokens_of(k_chunks, columns)).to(device)  # [heads, rows, keys of the chunks]
-    by_query = case.truth(rows=tokens_of(q_chunks, rows)).transpose(1, 2).to(device)  # [heads, columns, queries of the chunks]
+    # [heads, columns, queries of the chunks]
+    by_query = case.truth(rows=tokens_of(q_chunks, rows)).transpose(1, 2).to(device)
     counts = case.counts().to(device)
 
     _, lse = case.call(zeros(1, rows), random(1, columns), random(1, columns), impl)

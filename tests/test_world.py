@@ -301,9 +301,14 @@ def test_a_seed_draws_the_same_clips_on_the_gpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 24, 96, 256])
-def test_scenery_on_the_gpu_has_no_stripes_at_any_batch(batch: int) -> None:
-    video = world.render(batch, seed=1, device="cuda").video[:, :, ::5]
-    # The wave of two pixels along x, which no scenery holds more of than along y.
-    along_x = (video[..., 1:-1] - (video[..., :-2] + video[..., 2:]) / 2).abs().mean()
-    along_y = (video[..., 1:-1, :] - (video[..., :-2, :] + video[..., 2:, :]) / 2).abs().mean()
-    assert along_x < 1.2 * along_y
+def test_random_fields_are_the_same_on_the_gpu_at_any_batch(batch: int) -> None:
+    scene = world.sample(batch, seed=1)
+    moved = dataclasses.replace(
+        scene,
+        **{
+            f.name: getattr(scene, f.name).cuda()
+            for f in dataclasses.fields(scene)
+            if torch.is_tensor(getattr(scene, f.name))
+        },
+    )
+    torch.testing.assert_close(moved.draw().cpu(), scene.draw(), atol=2e-3, rtol=0)

@@ -1,4 +1,4 @@
-"""Public operations. Each stem's file checks its arguments, chooses an implementation and registers what kernels need."""
+"""Public operations: each stem's file checks its arguments, chooses an implementation and registers it for autograd."""
 
 from stattn.ops.attention import attention, explain, merge
 from stattn.ops.denoise import denoise_step, philox_normal

@@ -1,4 +1,4 @@
-"""Dense attention by other packages: PyTorch's scaled dot product attention, and flash-attn 2, 3 or 4 when importable."""
+"""Dense attention by other packages: PyTorch's own kernels, and flash-attn 2, 3 or 4 when importable."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def sdpa_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute dq, dk and dv of dense attention by PyTorch.
 
-    The kernels know no gradient of the LSE. They compute rowsum(dout * out) themselves; further columns, -1 in out and dLSE
-    in dout but 0 in q, k and v, make that rowsum(dout * out) - dLSE and change nothing else.
+    The kernels know no gradient of the LSE. They compute rowsum(dout * out) themselves; further columns, -1 in out and
+    dLSE in dout but 0 in q, k and v, make that rowsum(dout * out) - dLSE and change nothing else.
     """
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -84,7 +84,10 @@ def sdpa_backward(
         dq, dk, dv = _sdpa_backward(dout, q, ke, ve, out, lse, problem.scale)
     rep = q.shape[2] // k.shape[2]
     if rep > 1:
-        dk, dv = (x.unflatten(2, (-1, rep)).sum(3, dtype=torch.float32 if x.dtype in HALF else None).to(x.dtype) for x in (dk, dv))
+        dk, dv = (
+            x.unflatten(2, (-1, rep)).sum(3, dtype=torch.float32 if x.dtype in HALF else None).to(x.dtype)
+            for x in (dk, dv)
+        )
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
@@ -98,7 +101,9 @@ def _sdpa_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]]:
     """Return out [B, heads, N, D], LSE [B, heads, N] and what else the kernel's backward wants."""
     if q.numel() == 0 or k.numel() == 0:
-        lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = q.new_full(
+            (q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)
+        )
         return torch.zeros_like(q).transpose(1, 2), lse, ()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     kernel = _kernel(q)
@@ -106,9 +111,13 @@ def _sdpa_forward(
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0.0, False, scale=scale)
         return out, lse, ()
     if kernel == "efficient":
-        out, lse, *rest = _aten._scaled_dot_product_efficient_attention.default(q, k, v, None, True, 0.0, False, scale=scale)
+        out, lse, *rest = _aten._scaled_dot_product_efficient_attention.default(
+            q, k, v, None, True, 0.0, False, scale=scale
+        )
     elif kernel == "cudnn":
-        out, lse, *rest = _aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, True, 0.0, False, False, scale=scale)
+        out, lse, *rest = _aten._scaled_dot_product_cudnn_attention.default(
+            q, k, v, None, True, 0.0, False, False, scale=scale
+        )
     else:
         out, lse, *rest = _aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, False, False, scale=scale)
     lse = lse.squeeze(-1) if lse.ndim == 4 else lse
@@ -116,7 +125,13 @@ def _sdpa_forward(
 
 
 def _sdpa_backward(
-    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
 ) -> tuple[torch.Tensor, ...]:
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
     nq, nk = q.shape[2], k.shape[2]

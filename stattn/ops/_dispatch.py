@@ -1,8 +1,8 @@
 """Choice of implementation: which of an operation's implementations serves a call, and why the others do not.
 
-An operation lists its implementations in order of preference. Each carries one pure function ``why_not(call)`` over hashable
-metadata: None means that it serves the call, a sentence says why it does not. ``auto`` takes the first that serves; the
-reference joins ``auto`` on CPU tensors only, so that a slow path is never taken unnoticed on a GPU.
+An operation lists its implementations in order of preference. Each carries one pure function ``why_not(call)`` over
+hashable metadata: None means that it serves the call, a sentence says why it does not. ``auto`` takes the first that
+serves; the reference joins ``auto`` on CPU tensors only, so that a slow path is never taken unnoticed on a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Call(Protocol):
 class Implementation:
     """One way to compute an operation.
 
-    name: one of ``NAMES``. why_not: pure; None when the call is served, else a sentence. run: the function that computes.
+    name: one of ``NAMES``. why_not: pure; None when the call is served, else a sentence. run: what computes it.
     """
 
     name: str
@@ -48,7 +48,8 @@ class Operation:
     def choose(self, impl: str, call: Hashable) -> Implementation:
         """Pick the implementation for a call.
 
-        Raises ValueError when ``impl`` is unknown, when the requested one refuses the call, or when ``auto`` finds none.
+        Raises ValueError when ``impl`` is unknown, when the requested one refuses the call, or
+        when ``auto`` finds none.
         """
         if torch.compiler.is_compiling():  # Dynamo traces the search, not the cache around it
             return self._choose_uncached(impl, call)

@@ -70,26 +70,27 @@ def attention(
     """Attend each token to the tokens its mask allows.
 
     A query that may see nothing returns 0, LSE -inf and zero gradients. Tokens lie in row-major (t, h, w) order between
-    ``grid.before`` and ``grid.after`` global tokens; nothing is permuted or padded, and any strides with a unit last stride
-    are used as they are.
+    ``grid.before`` and ``grid.after`` global tokens; nothing is permuted or padded, and any strides with a unit last
+    stride are used as they are.
 
     q: [B, Nq, heads, D]. k, v: [B, Nk, key heads, D], where key heads divide heads (GQA). bf16, fp16, fp32 or fp64.
-    grid: (T, H, W) or a Grid with global tokens. Nq is the tokens of q's region with all global tokens or without any (their
-        keys still take part); Nk is the tokens of k's region with all global tokens.
+    grid: (T, H, W) or a Grid with global tokens. Nq is the tokens of q's region with all global tokens or without any
+        (their keys still take part); Nk is the tokens of k's region with all global tokens.
     mask: what video queries see: a Mask, a BlockList, or one Mask per query head.
     q_region, k_region: the box of the grid that q, or k and v, hold; the whole grid when None.
-    k_frames: int32 [slots] on q's device: k and v hold ``slots`` frames, slot s the frame k_frames[s], or nothing where -1.
-        A frame may be held once. Goes with a k_region only if that spans all frames.
-    valid: the global tokens that are real: booleans [B, before + after], or counts [B] of the first ones, for grids with
-        global tokens on one side. An invalid one is neither key nor query: its row is 0, its LSE -inf, its gradients 0.
+    k_frames: int32 [slots] on q's device: k and v hold ``slots`` frames, slot s the frame k_frames[s], or nothing where
+        -1. A frame may be held once. Goes with a k_region only if that spans all frames.
+    valid: the global tokens that are real: booleans [B, before + after], or counts [B] of the first ones, for grids
+        with global tokens on one side. An invalid one is neither key nor query: its row is 0, its LSE -inf, its
+        gradients 0.
     globals_see: "all", or "globals": global queries see each other only, which keeps autoregressive causality.
     scale: of the scores; 1/sqrt(D) when None.
     deterministic: True asks for a bitwise reproducible backward, False for the fastest, None follows
         ``torch.are_deterministic_algorithms_enabled()``. The forward is always reproducible.
     impl: "auto", or an implementation by name; see ``stattn.explain``.
 
-    Returns the output like q, contiguous, and with return_lse the natural-log LSE [B, heads, Nq] in fp32 (fp64 for fp64).
-    Differentiable once in q, k and v, through both results.
+    Returns the output like q, contiguous, and with return_lse the natural-log LSE [B, heads, Nq] in fp32 (fp64 for
+    fp64). Differentiable once in q, k and v, through both results.
 
     Raises TypeError or ValueError naming the argument and its value.
     """
@@ -144,8 +145,8 @@ def explain(
 ) -> str:
     """Say which implementation serves a call of ``attention``, and why the others do not.
 
-    Arguments as for ``attention``; tensors may be on the meta device. device: "cpu" or "cuda" to ask for another device than
-    q's. Returns a table, one line an implementation.
+    Arguments as for ``attention``; tensors may be on the meta device. device: "cpu" or "cuda" to ask for another device
+    than q's. Returns a table, one line an implementation.
     """
     problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, None)
     call = _call(q, k, problem, extras)
@@ -277,14 +278,18 @@ def _valid(valid: torch.Tensor, batch: int, grid: Grid, device: torch.device) ->
         raise ValueError(f"valid is on {valid.device}, q on {device}: they must be on one device")
     if valid.dtype == torch.bool:
         if tuple(valid.shape) != (batch, grid.globals):
-            raise ValueError(f"valid has shape {tuple(valid.shape)}, expected [B, before + after] = {(batch, grid.globals)}")
+            raise ValueError(
+                f"valid has shape {tuple(valid.shape)}, expected [B, before + after] = {(batch, grid.globals)}"
+            )
         return valid
     if valid.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"valid has dtype {valid.dtype}, expected bool, or int32 or int64 counts")
     if tuple(valid.shape) != (batch,):
         raise ValueError(f"valid has shape {tuple(valid.shape)}, expected counts [B] = {(batch,)}")
     if grid.before and grid.after:
-        raise ValueError(f"valid: counts are ambiguous with {grid.before} global tokens before and {grid.after} after; give booleans")
+        raise ValueError(
+            f"valid: counts are ambiguous with {grid.before} global tokens before and {grid.after} after; give booleans"
+        )
     if valid.device.type == "cpu" and batch and not torch.compiler.is_compiling():
         low, high = int(valid.min()), int(valid.max())
         if low < 0 or high > grid.globals:
@@ -306,7 +311,9 @@ def _check_lists(blocks: BlockList, q: torch.Tensor, grid: Grid) -> None:
     if blocks.shape != grid.shape:
         raise ValueError(f"mask: the block lists are for a grid of {blocks.shape}, the call's is {grid.shape}")
     if blocks.index.device != q.device:
-        raise ValueError(f"mask: the block lists are on {blocks.index.device}, q on {q.device}: they must be on one device")
+        raise ValueError(
+            f"mask: the block lists are on {blocks.index.device}, q on {q.device}: they must be on one device"
+        )
     for axis, name, size in ((0, "batch", q.shape[0]), (1, "heads", q.shape[2])):
         if blocks.count.shape[axis] not in (1, size):
             raise ValueError(f"mask: the block lists are for {name} of {blocks.count.shape[axis]}, q has {size}")
@@ -412,14 +419,26 @@ def _flatten(problem: Problem) -> tuple[Any, ...]:
 
 
 def _problem(
-    grid: Sequence[int], mask: str, boxes: Sequence[int], q_globals: bool, globals_see: str, scale: float, tiles: Sequence[int]
+    grid: Sequence[int],
+    mask: str,
+    boxes: Sequence[int],
+    q_globals: bool,
+    globals_see: str,
+    scale: float,
+    tiles: Sequence[int],
 ) -> Problem:
     return _rebuild(tuple(grid), mask, tuple(boxes), q_globals, globals_see, scale, tuple(tiles))
 
 
 @lru_cache(maxsize=1024)
 def _rebuild(
-    grid: tuple[int, ...], mask: str, boxes: tuple[int, ...], q_globals: bool, globals_see: str, scale: float, tiles: tuple[int, ...]
+    grid: tuple[int, ...],
+    mask: str,
+    boxes: tuple[int, ...],
+    q_globals: bool,
+    globals_see: str,
+    scale: float,
+    tiles: tuple[int, ...],
 ) -> Problem:
     found = tuple(_masks.parse(key) for key in mask.split("; ") if key)
     q_box, k_box = Region(boxes[:3], boxes[3:6]), Region(boxes[6:9], boxes[9:])  # type: ignore[arg-type]
@@ -455,7 +474,9 @@ def _backward(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = torch.ops.stattn.attention(q, k, v, *rest)
         tensors = rest[7:12]

@@ -41,8 +41,8 @@ def top_k(
     q: [B, N, heads, D]. k: [B, N, key heads, D]; N counts the video tokens, with the grid's global tokens or without.
     q_tile, k_tile: tile extents (t, h, w) in tokens. keep: key tiles per query tile, at most their number.
 
-    Means and scores are fp32 (fp64 for fp64); the lower tile wins a tie. Lists are made on q's device, without a word to the
-    host, and in ascending order. Not differentiable: selection has no gradient. Raises TypeError or ValueError.
+    Means and scores are fp32 (fp64 for fp64); the lower tile wins a tie. Lists are made on q's device, without a word
+    to the host, and in ascending order. Not differentiable: selection has no gradient. Raises TypeError or ValueError.
     """
     grid, q, k = _check(q, k, grid, q_tile, k_tile)
     tiles = tile_count(grid.shape, k_tile)
@@ -66,8 +66,8 @@ def top_p(
 ) -> BlockList:
     """Choose for each query tile the fewest key tiles that hold ``mass`` of the softmax over tiles.
 
-    Scores are those of ``top_k`` with scale 1/sqrt(D). mass: in (0, 1]. At least one tile is kept. Otherwise as ``top_k``.
-    Follows the selection of NABLA (Mikhailov et al., arXiv:2507.13546).
+    Scores are those of ``top_k`` with scale 1/sqrt(D). mass: in (0, 1]. At least one tile is kept. Otherwise as
+    ``top_k``. Follows the selection of NABLA (Mikhailov et al., arXiv:2507.13546).
     """
     grid, q, k = _check(q, k, grid, q_tile, k_tile)
     if not 0 < _validate.number("mass", mass) <= 1:
@@ -93,7 +93,9 @@ def _check(
     for name, x in (("q", q), ("k", k)):
         _validate.tensor(name, x, "[B, N, heads, D]")
         if x.shape[1] not in (grid.video, grid.tokens):
-            raise ValueError(f"{name} has {x.shape[1]} tokens, grid {grid.shape} has {grid.video} (with global ones {grid.tokens})")
+            raise ValueError(
+                f"{name} has {x.shape[1]} tokens, grid {grid.shape} has {grid.video} (with global ones {grid.tokens})"
+            )
         video.append(x[:, grid.before : grid.before + grid.video] if x.shape[1] == grid.tokens else x)
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or k.shape[2] < 1 or q.shape[2] % k.shape[2]:
         raise ValueError(f"k has shape {tuple(k.shape)}, q {tuple(q.shape)}: batch and D must be equal, heads divide")

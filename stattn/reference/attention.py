@@ -4,12 +4,14 @@ For each query i and the keys j that it sees::
 
     S_ij = scale * q_i . k_j,   LSE_i = log sum_j exp(S_ij),   out_i = sum_j exp(S_ij - LSE_i) v_j
 
-    P = exp(S - LSE),   dV = P^T dout,   dS = P * (dout V^T - rowsum(dout * out) + dLSE),   dQ = scale dS K,   dK = scale dS^T Q
+    P = exp(S - LSE),   dS = P * (dout V^T - rowsum(dout * out) + dLSE)
 
-The walk goes group of equal query tiles by group (``walk.py``); what a group sees is gathered, and the backward recomputes
-the scores, so memory is that of inputs and outputs. On a CPU a group is one call of PyTorch's fused kernel; elsewhere it is
-written out. 16-bit inputs are multiplied with fp32 accumulation and rounded once more for P on a CPU, and computed in fp32 on
-other devices; fp32 and fp64 are computed as they are.
+    dQ = scale dS K,   dK = scale dS^T Q,   dV = P^T dout
+
+The walk goes group of equal query tiles by group (``walk.py``); what a group sees is gathered, and the backward
+recomputes the scores, so memory is that of inputs and outputs. On a CPU a group is one call of PyTorch's fused kernel;
+elsewhere it is written out. 16-bit inputs are multiplied with fp32 accumulation and rounded once more for P on a CPU,
+and computed in fp32 on other devices; fp32 and fp64 are computed as they are.
 """
 
 from __future__ import annotations
@@ -183,7 +185,8 @@ def _heads_by_mask(problem: Problem, heads: int) -> list[tuple[torch.Tensor, int
         return [(torch.arange(heads), 0)]
     first = {mask: problem.masks.index(mask) for mask in problem.masks}
     return [
-        (torch.tensor([h for h, each in enumerate(problem.masks) if each == mask]), index) for mask, index in first.items()
+        (torch.tensor([h for h, each in enumerate(problem.masks) if each == mask]), index)
+        for mask, index in first.items()
     ]
 
 
@@ -217,8 +220,10 @@ def _block_jobs(
     batch: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor, problem: Problem, extras: Extras, device: torch.device
 ) -> Iterator[Job]:
     """List the work of block lists, per sample and head; short rows are padded with keys that the mask hides."""
-    assert extras.count is not None and extras.index is not None
-    assert problem.q_tile is not None and problem.k_tile is not None
+    assert extras.count is not None
+    assert extras.index is not None
+    assert problem.q_tile is not None
+    assert problem.k_tile is not None
     grid = problem.grid
     q_table = torch.from_numpy(block_rows(grid.shape, problem.q_tile)).to(device)
     k_table = torch.from_numpy(block_rows(grid.shape, problem.k_tile)).to(device)
@@ -240,7 +245,13 @@ def _block_jobs(
                     q_rows, mask = q_rows[mask.any(1)], mask[mask.any(1)]
                 if len(q_rows) and len(k_rows) + len(rows):
                     offset = _q_offset(problem)
-                    job = Job(batch.new_tensor([b]), heads.new_tensor([h]), q_rows[None] + offset, k_rows[None] + grid.before, mask)
+                    job = Job(
+                        batch.new_tensor([b]),
+                        heads.new_tensor([h]),
+                        q_rows[None] + offset,
+                        k_rows[None] + grid.before,
+                        mask,
+                    )
                     yield _with_globals(job, rows)
 
 
@@ -350,8 +361,8 @@ def _backward(
     if q.device.type == "cpu":
         if dlse is None:
             return _cpu_backward(dout, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)
-        # The kernel computes rowsum(dout * out) itself. One more column, -1 in out and dLSE in dout but 0 in v, makes that
-        # rowsum(dout * out) - dLSE and changes nothing else.
+        # The kernel computes rowsum(dout * out) itself. One more column, -1 in out and dLSE in dout but 0 in v, makes
+        # that rowsum(dout * out) - dLSE and changes nothing else.
         wide = _lse_dtype(q.dtype)
         columns = [torch.cat([x.to(wide), x.new_zeros(*x.shape[:-1], 1, dtype=wide)], dim=-1) for x in (q, k, v)]
         more_out = torch.cat([out.to(wide), -torch.ones_like(lse)[..., None]], dim=-1)

@@ -34,12 +34,10 @@ def top_k(table: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def top_p(table: torch.Tensor, mass: float) -> torch.Tensor:
-    """Mark the fewest key tiles whose softmax weights reach ``mass`` as FULL, at least one; the lower tile wins a tie."""
+    """Mark the fewest key tiles whose softmax weights reach ``mass`` as FULL, at least one; the lower one wins ties."""
     weights, order = table.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     before = weights.cumsum(-1) - weights
     chosen = (before < mass) | (mass == 1)  # rounded sums may reach 1 before the last tile
     chosen[..., 0] = True
     kinds = torch.full(table.shape, EMPTY, dtype=torch.int8, device=table.device)
     return kinds.scatter_(-1, order, torch.where(chosen, FULL, EMPTY).to(torch.int8))
-
-

@@ -1,8 +1,9 @@
-"""How the reference walks a mask: groups of query tiles that see the same pattern of keys, found once per mask and grid.
+"""How the reference walks a mask: groups of query tiles that see the same pattern of keys.
 
-Axes that a mask does not cut are merged first (full attention becomes one row of tokens, per-frame attention T rows). Each
-axis is then cut into tiles; tiles of an axis whose keys lie alike, relative to the tile, form a class; and every combination
-of classes is a group: the same relative query and key indices and the same element mask, at many places of the grid.
+Axes that a mask does not cut are merged first (full attention becomes one row of tokens, per-frame attention T rows).
+Each axis is then cut into tiles; tiles of an axis whose keys lie alike, relative to the tile, form a class; and every
+combination of classes is a group: the same relative query and key indices and the same element mask, at many places of
+the grid. Groups are found once per mask and grid.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from stattn.grid import Grid, Region, Triple, tile_coordinates, tile_for, visited_keys
-from stattn.masks import Mask, Packed, Product, Rule
+from stattn.masks import Mask, Packed, Rule
 
-# The cost of a query tile on a CPU, measured: a gathered key costs about as much as this many query rows do with it, and
-# PyTorch's kernel reaches this share of its dense rate from that many rows on (it cuts the rows into blocks of 32, 64 or 256).
+# The cost of a query tile on a CPU, measured: a gathered key costs about as much as this many query rows do with it,
+# and PyTorch's kernel reaches this share of its dense rate from that many rows on (it cuts the rows into blocks of 32,
+# 64 or 256).
 GATHER_ROWS = 24
 TILE_RATES = ((768, 1.0), (192, 0.75), (1, 0.55))
 TILE_ROWS = (16, 32, 64, 128, 192, 256, 512, 768, 1024)
@@ -51,11 +53,13 @@ class _AxisTile(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def walk(mask: Mask, grid: Grid, q_box: Region, k_box: Region, frames: tuple[int, ...] | None = None) -> tuple[Group, ...]:
+def walk(
+    mask: Mask, grid: Grid, q_box: Region, k_box: Region, frames: tuple[int, ...] | None = None
+) -> tuple[Group, ...]:
     """Group the query tiles of ``q_box`` by what they see of ``k_box``.
 
-    frames: the frame that each key slot holds (-1 none), for ring caches; k_box then spans slots. Indices count the video
-    tokens of the boxes in row-major order. Query tiles that see nothing are left out.
+    frames: the frame that each key slot holds (-1 none), for ring caches; k_box then spans slots. Indices count the
+    video tokens of the boxes in row-major order. Query tiles that see nothing are left out.
     """
     packed = mask.pack(grid)
     if frames is None:
@@ -69,7 +73,9 @@ def walk(mask: Mask, grid: Grid, q_box: Region, k_box: Region, frames: tuple[int
             [product[axis] for product in products],
             tile[axis],
             (q_box.origin[axis], q_box.extent[axis]),
-            np.asarray(frames) if axis == 0 and frames is not None else np.arange(k_box.extent[axis]) + k_box.origin[axis],
+            np.asarray(frames)
+            if axis == 0 and frames is not None
+            else np.arange(k_box.extent[axis]) + k_box.origin[axis],
         )
         for axis in range(3)
     ]
@@ -84,7 +90,6 @@ def _query_tile(packed: Packed) -> Triple:
     if len(products) == 1 and all(is_whole(rule) for rule in products[0]):
         return packed.shape
     tiles = {tile_for(grid, packed, min(rows, grid.video)) for rows in TILE_ROWS}
-
 
     def cost(tile: Triple) -> float:
         rows = math.prod(tile)
@@ -119,7 +124,9 @@ def _merge(packed: Packed, q_box: Region, k_box: Region) -> tuple[Packed, Region
             rules = list(product)
             lo, hi, x = rules[outer].lo.astype(np.int32), rules[outer].hi.astype(np.int32), np.arange(shape[outer])
             if is_whole(rules[outer]) and is_whole(rules[inner]):
-                rules[outer] = Rule(np.zeros(shape[outer], np.int32), np.full(shape[outer], shape[outer] - 1, np.int32), 1)
+                rules[outer] = Rule(
+                    np.zeros(shape[outer], np.int32), np.full(shape[outer], shape[outer] - 1, np.int32), 1
+                )
             else:
                 rules[outer] = Rule(x.astype(np.int32), x.astype(np.int32), 1)
             rules[inner] = Rule(lo[:1] * 0, hi[:1] * 0, 1)
@@ -216,7 +223,7 @@ def _flat(axes: list[np.ndarray], extent: Triple) -> np.ndarray:
 
 
 def block_rows(shape: Triple, tile: Triple) -> np.ndarray:
-    """List the video tokens of every tile in row-major order, -1 behind short tiles. int64 [tiles, tokens of a whole tile]"""
+    """List the video tokens of each tile in row-major order, -1 behind short ones. int64 [tiles, tokens of a tile]"""
     table = np.full([-(-n // e) * e for n, e in zip(shape, tile, strict=True)], -1, np.int64)
     table[: shape[0], : shape[1], : shape[2]] = np.arange(np.prod(shape)).reshape(shape)
     t, h, w = (-(-n // e) for n, e in zip(shape, tile, strict=True))

@@ -1,0 +1,117 @@
+"""The arguments of attention: each bad one is refused by its name and value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import stattn
+from stattn import masks
+from stattn.blocks import lower
+from stattn.grid import Grid, Region
+
+GRID = Grid(2, 3, 4)
+
+
+def call(**changes: Any) -> torch.Tensor:
+    given: dict[str, Any] = {name: torch.randn(2, 24, 2, 8) for name in "qkv"} | {"grid": GRID}
+    return stattn.attention(**(given | changes))
+
+
+def test_a_good_call_works() -> None:
+    assert call().shape == (2, 24, 2, 8)
+    assert call(mask=masks.window(2, 3, 3), scale=0.5, deterministic=True, impl="reference").shape == (2, 24, 2, 8)
+    assert call(grid=Grid(2, 3, 3, 2, 4), valid=torch.ones(2, 6, dtype=torch.bool)).shape == (2, 24, 2, 8)
+
+
+BAD = {
+    "q of another rank": (ValueError, r"q has shape \(2, 24, 8\)", {"q": torch.zeros(2, 24, 8)}),
+    "k of another dtype": (
+        TypeError,
+        "k has dtype torch.float64, q torch.float32",
+        {"k": torch.zeros(2, 24, 2, 8).double()},
+    ),
+    "an integer q": (TypeError, "q has dtype torch.int64", {"q": torch.zeros(2, 24, 2, 8, dtype=torch.long)}),
+    "k on another device": (ValueError, "k is on meta, q on cpu", {"k": torch.zeros(2, 24, 2, 8, device="meta")}),
+    "another batch": (ValueError, "v has a batch of 1, q of 2", {"v": torch.zeros(1, 24, 2, 8)}),
+    "another head dimension": (ValueError, "k has head dimension 16, q 8", {"k": torch.zeros(2, 24, 2, 16)}),
+    "heads that do not divide": (
+        ValueError,
+        "k has 3 heads",
+        {"k": torch.zeros(2, 24, 3, 8), "v": torch.zeros(2, 24, 3, 8)},
+    ),
+    "k and v of other lengths": (ValueError, "v has shape", {"v": torch.zeros(2, 23, 2, 8)}),
+    "strides": (ValueError, "q has strides", {"q": torch.zeros(2, 24, 8, 2).transpose(2, 3)}),
+    "a list for q": (TypeError, "q=list must be a tensor", {"q": [1.0]}),
+    "another grid product": (
+        ValueError,
+        r"q has 24 tokens, but its part of grid \(2, 3, 5\) has 2\*3\*5 = 30",
+        {"grid": (2, 3, 5)},
+    ),
+    "too few global tokens": (ValueError, "k has 24 tokens", {"grid": Grid(2, 3, 4, 0, 2)}),
+    "a grid of two": (TypeError, r"grid=\(6, 4\)", {"grid": (6, 4)}),
+    "a grid with zero": (ValueError, "Grid h=0", {"grid": (2, 0, 4)}),
+    "a window over its axis": (ValueError, "window t=3", {"mask": masks.window(3, 3, 3)}),
+    "a mask by name": (TypeError, "mask='full'", {"mask": "full"}),
+    "too few masks": (ValueError, "mask is a sequence of 1 masks, q has 2 heads", {"mask": [masks.full()]}),
+    "a list in the sequence": (TypeError, "mask=", {"mask": [masks.full(), None]}),
+    "lists of another grid": (
+        ValueError,
+        "block lists are for a grid",
+        {"mask": lower(masks.full(), (2, 4, 4), (1, 2, 2), (1, 2, 2))},
+    ),
+    "lists with a region": (
+        ValueError,
+        "block lists take the whole grid",
+        {"mask": lower(masks.full(), (2, 3, 4), (1, 2, 2), (1, 2, 2)), "q_region": Region((0, 0, 0), (2, 3, 4))},
+    ),
+    "a region outside": (ValueError, "q_region=", {"q_region": Region((1, 0, 0), (2, 3, 4))}),
+    "a region of a tuple": (TypeError, "k_region=", {"k_region": (0, 0, 0)}),
+    "k_frames of floats": (TypeError, "k_frames=", {"k_frames": torch.zeros(2)}),
+    "k_frames of no slots": (ValueError, "k_frames has no slots", {"k_frames": torch.zeros(0, dtype=torch.int32)}),
+    "k_frames beyond": (ValueError, r"k_frames=\[0, 2\]", {"k_frames": torch.tensor([0, 2], dtype=torch.int32)}),
+    "k_frames twice": (ValueError, r"k_frames=\[1, 1\]", {"k_frames": torch.tensor([1, 1], dtype=torch.int32)}),
+    "k_frames beside a region of frames": (
+        ValueError,
+        "k_region=",
+        {"k_frames": torch.tensor([0, 1], dtype=torch.int32), "k_region": Region((1, 0, 0), (1, 3, 4))},
+    ),
+    "valid of floats": (TypeError, "valid has dtype", {"grid": Grid(2, 3, 3, 0, 6), "valid": torch.ones(2)}),
+    "valid of another shape": (
+        ValueError,
+        "valid has shape",
+        {"grid": Grid(2, 3, 3, 0, 6), "valid": torch.ones(2, 5, dtype=torch.bool)},
+    ),
+    "valid counts too high": (
+        ValueError,
+        "valid has counts from 0 to 7",
+        {"grid": Grid(2, 3, 3, 0, 6), "valid": torch.tensor([0, 7])},
+    ),
+    "valid counts on both sides": (
+        ValueError,
+        "counts are ambiguous",
+        {"grid": Grid(2, 3, 3, 2, 4), "valid": torch.tensor([0, 1])},
+    ),
+    "globals_see": (ValueError, "globals_see='none'", {"globals_see": "none"}),
+    "scale": (ValueError, "scale=nan", {"scale": float("nan")}),
+    "a scale of text": (ValueError, "scale='1'", {"scale": "1"}),
+    "deterministic": (TypeError, "deterministic=1", {"deterministic": 1}),
+    "return_lse": (TypeError, "return_lse='yes'", {"return_lse": "yes"}),
+    "an unknown impl": (ValueError, "impl='fast'", {"impl": "fast"}),
+    "an impl without masks": (
+        ValueError,
+        "impl='sdpa' does not serve attention for this call: serves dense attention only",
+        {"impl": "sdpa", "mask": masks.spatial()},
+    ),
+    "an impl that is not there": (ValueError, "impl='flash' does not serve attention", {"impl": "flash"}),
+    "an unknown keyword": (TypeError, "dropout", {"dropout": 0.1}),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_refused_by_name(what: str) -> None:
+    kind, message, changes = BAD[what]
+    with pytest.raises(kind, match=message):
+        call(**changes)
