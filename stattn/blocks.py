@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from stattn.grid import Grid, Triple, as_grid
-from stattn.masks import EMPTY, FULL, PARTIAL, Mask, check_triple
+from stattn.grid import Grid, Triple, as_grid, check_triple
+from stattn.masks import EMPTY, FULL, PARTIAL, Mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +33,7 @@ class BlockList:
 
     def __post_init__(self) -> None:
         for name in ("shape", "q_tile", "k_tile"):
-            check_triple(name, getattr(self, name))
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, check_triple(name, getattr(self, name)))
         for name in ("count", "index", "partial"):
             value = getattr(self, name)
             if not isinstance(value, torch.Tensor) and not (name == "partial" and value is None):
@@ -86,7 +85,7 @@ class BlockList:
         table.scatter_(-1, torch.where(used, self.index, k_tiles).long(), value)
         return table[..., :k_tiles]
 
-    def __ror__(self, mask: object) -> BlockList:
+    def __or__(self, mask: object) -> BlockList:
         """Allow what the mask or the lists allow: the mask joins the lists tile by tile, on their device."""
         if not isinstance(mask, Mask):
             return NotImplemented
@@ -99,6 +98,8 @@ class BlockList:
         return block_list(
             self.shape, self.q_tile, self.k_tile, torch.maximum(kinds.to(self.index.device), self.kinds()), mask, most
         )
+
+    __ror__ = __or__
 
     def allowed(self, batch: int = 0, head: int = 0) -> torch.Tensor:
         """Say for each video query and key of one sample and head whether it is seen: the truth. Booleans [N, N]"""

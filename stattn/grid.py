@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import numpy as np
 
@@ -143,7 +143,7 @@ def tile_for(grid: Grid, mask: AxisTables, rows: int) -> Triple:
 
 def tile_coordinates(length: int, extent: int, step: int = 1) -> list[np.ndarray]:
     """List the coordinates of each tile of an axis: ``extent`` members of one residue class modulo ``step``."""
-    tiles = []
+    tiles: list[np.ndarray] = []
     for residue in range(min(step, length)):
         members = np.arange(residue, length, step)
         tiles.extend(members[start : start + extent] for start in range(0, len(members), extent))
@@ -170,10 +170,32 @@ def _axis_span(lo: np.ndarray, hi: np.ndarray, step: int, extent: int) -> int:
     return span
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """Say whether a value is an integer, booleans excepted."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _is_triple(value: object) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 3 and all(is_int(each) for each in value)
+
+
+def check_positive(name: str, value: object) -> int:
+    """Return a positive integer. Raises TypeError or ValueError naming it otherwise."""
+    if not is_int(value):
+        raise TypeError(f"{name}={value!r} must be an integer")
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+    return int(value)
+
+
+def check_triple(name: str, value: object) -> Triple:
+    """Return three positive integers (t, h, w). Raises TypeError or ValueError naming them otherwise."""
+    if not isinstance(value, (tuple, list)) or len(value) != 3:
+        raise TypeError(f"{name}={value!r} must be three integers (t, h, w)")
+    t, h, w = (check_positive(name, each) for each in value)
+    return t, h, w
+
+
+def as_triple(name: str, value: object) -> Triple:
+    """Return three positive integers (t, h, w) from three, or from one for all axes."""
+    return check_triple(name, (value,) * 3 if is_int(value) else value)

@@ -24,7 +24,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from stattn.grid import Grid, Triple, as_grid, is_int
+from stattn.grid import Grid, Triple, as_grid, as_triple, check_positive, check_triple, is_int
+from stattn.tables import (
+    Packed,
+    Product,
+    Rule,
+    count_by_tile,
+    count_pairs,
+    intersect,
+    same,
+    simplify,
+    tile_sizes,
+    whole,
+)
 
 if TYPE_CHECKING:
     from stattn.blocks import BlockList
@@ -32,64 +44,6 @@ if TYPE_CHECKING:
 MAX_PRODUCTS = 8
 EMPTY, PARTIAL, FULL = 0, 1, 2
 AXES = "thw"
-
-
-class Rule(NamedTuple):
-    """What one axis allows: lo[x] <= k <= hi[x] and (k - x) % step == 0. An empty row has lo = length, hi = -1."""
-
-    lo: np.ndarray  # int32 [length]
-    hi: np.ndarray  # int32 [length]
-    step: int
-
-    def count(self) -> np.ndarray:
-        """Count the keys that each query sees on this axis. [length]"""
-        return np.maximum((self.hi - self.lo) // self.step + 1, 0)  # the bounds are members of the residue class
-
-    def matrix(self) -> np.ndarray:
-        """Say which keys each query sees on this axis, as booleans. [length, length]"""
-        x = np.arange(len(self.lo))
-        return (self.lo[:, None] <= x) & (x <= self.hi[:, None]) & ((x - x[:, None]) % self.step == 0)
-
-
-Product = tuple[Rule, Rule, Rule]
-
-
-@dataclass(frozen=True)
-class Packed:
-    """The tables of a mask on one grid, as every implementation reads them. Equal by value.
-
-    shape: (t, h, w). data: the bytes of int32 [products, 2, t + h + w], lo and hi side by side for the three axes.
-    steps: the residue of each product and axis.
-    """
-
-    shape: Triple
-    data: bytes
-    steps: tuple[Triple, ...]
-
-    @classmethod
-    def of(cls, shape: Triple, products: Sequence[Product]) -> Packed:
-        """Pack the rules of products."""
-        rows = [[np.concatenate([r.lo for r in p]), np.concatenate([r.hi for r in p])] for p in products]
-        return cls(shape, np.array(rows, np.int32).tobytes(), tuple((t.step, h.step, w.step) for t, h, w in products))
-
-    @property
-    def tables(self) -> np.ndarray:
-        """The tables, int32 [products, 2, t + h + w], read-only."""
-        return np.frombuffer(self.data, np.int32).reshape(len(self.steps), 2, sum(self.shape))
-
-    def tensor(self, device: torch.device | str) -> torch.Tensor:
-        """Copy the tables to a device once; later calls return the same tensor. int32 [products, 2, t + h + w]"""
-        return _packed_tensor(self, str(device))
-
-    def products(self, grid: Grid | None = None) -> tuple[Product, ...]:
-        """Unpack the rules of each product. grid: as packed; taken so that a Packed can stand for a mask."""
-        if grid is not None and grid.shape != self.shape:
-            raise ValueError(f"grid={grid.shape} differs from the {self.shape} that the mask was packed for")
-        bounds = np.cumsum((0, *self.shape))
-        return tuple(
-            tuple(Rule(lo[a:b], hi[a:b], step) for a, b, step in zip(bounds, bounds[1:], steps, strict=False))
-            for (lo, hi), steps in zip(self.tables, self.steps, strict=True)
-        )  # type: ignore[return-value]  # three axes each
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +74,7 @@ class Mask:
             return NotImplemented
 
         def build(shape: Triple) -> list[Product]:
-            pairs = itertools.product(self.build(shape), other.build(shape))
-            return [tuple(_intersect(a, b) for a, b in zip(p, q, strict=True)) for p, q in pairs]  # type: ignore[misc]
+            return [intersect(a, b) for a, b in itertools.product(self.build(shape), other.build(shape))]
 
         return Mask(f"({self.key} & {other.key})", build)
 
@@ -180,8 +133,9 @@ class Mask:
         Tiles lie in row-major order from the origin; the last on an axis may be short. Returns int8 [q tiles, k tiles].
         """
         grid = as_grid(grid)
-        counts = self._counts_by_tile(grid, q_tile, k_tile)
-        sizes = [_tile_sizes(grid.shape, tile) for tile in (q_tile, k_tile)]
+        q_tile, k_tile = check_triple("q_tile", q_tile), check_triple("k_tile", k_tile)
+        counts = count_by_tile(self.products(grid), grid.shape, q_tile, k_tile)
+        sizes = [tile_sizes(grid.shape, tile) for tile in (q_tile, k_tile)]
         kinds = np.full(counts.shape, PARTIAL, np.int8)
         kinds[counts == 0] = EMPTY
         kinds[counts == sizes[0][:, None] * sizes[1]] = FULL
@@ -190,10 +144,7 @@ class Mask:
     def density(self, grid: Grid | Triple) -> float:
         """Give the share of (query, key) pairs that are allowed, global tokens included."""
         grid = as_grid(grid)
-        pairs = sum(
-            sign * math.prod(int(rule.count().sum(dtype=np.int64)) for rule in product)
-            for sign, product in _inclusion_exclusion(self.products(grid))
-        )
+        pairs = count_pairs(self.products(grid))
         dense = grid.tokens**2 - grid.video**2
         return (pairs + dense) / grid.tokens**2
 
@@ -202,21 +153,6 @@ class Mask:
         from stattn.pictures import draw_mask
 
         return draw_mask(self, as_grid(grid), query)
-
-    def _counts_by_tile(self, grid: Grid, q_tile: Triple, k_tile: Triple) -> np.ndarray:
-        for name, tile in (("q_tile", q_tile), ("k_tile", k_tile)):
-            check_triple(name, tile)
-        total = 0
-        for sign, product in _inclusion_exclusion(self.products(grid)):
-            per_axis = []
-            for rule, qe, ke, length in zip(product, q_tile, k_tile, grid.shape, strict=True):
-                sums = np.add.reduceat(rule.matrix().astype(np.int64), np.arange(0, length, qe), axis=0)
-                per_axis.append(np.add.reduceat(sums, np.arange(0, length, ke), axis=1))
-            t, h, w = per_axis
-            pairs = np.einsum("ad,be,cf->abcdef", t, h, w)
-            total = total + sign * pairs.reshape(t.shape[0] * h.shape[0] * w.shape[0], -1)
-        q_tiles, k_tiles = (len(_tile_sizes(grid.shape, tile)) for tile in (q_tile, k_tile))
-        return np.broadcast_to(np.asarray(total), (q_tiles, k_tiles))
 
 
 # --- named masks -----------------------------------------------------------------------------------------------------
@@ -245,19 +181,19 @@ def _named(examples: Callable[[Triple], list[Mask]]) -> Callable[[Callable[..., 
 @_named(lambda shape: [full()])
 def full() -> Mask:
     """See every token."""
-    return Mask("full()", lambda shape: [_product(*(_whole(n) for n in shape))])
+    return Mask("full()", lambda s: [(whole(s[0]), whole(s[1]), whole(s[2]))])
 
 
 @_named(lambda shape: [spatial()])
 def spatial() -> Mask:
     """See the tokens of the same frame."""
-    return Mask("spatial()", lambda s: [_product(_same(s[0]), _whole(s[1]), _whole(s[2]))])
+    return Mask("spatial()", lambda s: [(same(s[0]), whole(s[1]), whole(s[2]))])
 
 
 @_named(lambda shape: [temporal()])
 def temporal() -> Mask:
     """See the tokens at the same place in every frame."""
-    return Mask("temporal()", lambda s: [_product(_whole(s[0]), _same(s[1]), _same(s[2]))])
+    return Mask("temporal()", lambda s: [(whole(s[0]), same(s[1]), same(s[2]))])
 
 
 def _window_examples(shape: Triple) -> list[Mask]:
@@ -296,7 +232,7 @@ def window(
     Raises ValueError when an axis is shorter than size * dilation. Follows Hassani et al., arXiv:2504.16922.
     """
     sizes = (t, h, w)
-    strides, dilations = _triple("stride", stride), _triple("dilation", dilation)
+    strides, dilations = as_triple("stride", stride), as_triple("dilation", dilation)
     causals = causal if isinstance(causal, tuple) else (causal,) * 3
     if len(causals) != 3 or not all(isinstance(c, bool) for c in causals):
         raise TypeError(f"causal={causal!r} must be a boolean or three booleans")
@@ -305,18 +241,16 @@ def window(
             if (s, d) != (1, 1):
                 raise ValueError(f"window {axis}=None is the whole axis and takes no stride={s} or dilation={d}")
             continue
-        _check_positive(f"window {axis}", size)
+        check_positive(f"window {axis}", size)
         if s > size:
             raise ValueError(
                 f"stride={s} on axis {axis} exceeds the window's {size}: some keys would be seen by no query"
             )
 
     def build(shape: Triple) -> list[Product]:
-        return [
-            _product(
-                *(_neighbourhood(*each) for each in zip(AXES, shape, sizes, strides, dilations, causals, strict=True))
-            )
-        ]
+        each_axis = zip(AXES, shape, sizes, strides, dilations, causals, strict=True)
+        t_rule, h_rule, w_rule = (_neighbourhood(*axis) for axis in each_axis)
+        return [(t_rule, h_rule, w_rule)]
 
     options = [f"{n}={v}" for n, v, d in (("stride", strides, (1, 1, 1)), ("dilation", dilations, (1, 1, 1))) if v != d]
     options += [f"causal={causals}"] if any(causals) else []
@@ -338,7 +272,7 @@ def sliding_tile(tile: Triple, window: Triple) -> Mask:
     Raises ValueError when an axis has fewer tiles than the window. Follows Zhang et al., arXiv:2502.04507, without its
     need for grids that the tile divides.
     """
-    tile, sizes = _triple("tile", tile), _triple("window", window)
+    tile, sizes = as_triple("tile", tile), as_triple("window", window)
 
     def rule(axis: str, length: int, extent: int, size: int) -> Rule:
         count = -(-length // extent)
@@ -350,10 +284,11 @@ def sliding_tile(tile: Triple, window: Triple) -> Mask:
         own = np.arange(length) // extent
         return Rule(lo[own] * extent, np.minimum((hi[own] + 1) * extent, length) - 1, 1)
 
-    return Mask(
-        f"sliding_tile({tile}, {sizes})",
-        lambda shape: [_product(*(rule(*each) for each in zip(AXES, shape, tile, sizes, strict=True)))],
-    )
+    def build(shape: Triple) -> list[Product]:
+        t, h, w = (rule(*each) for each in zip(AXES, shape, tile, sizes, strict=True))
+        return [(t, h, w)]
+
+    return Mask(f"sliding_tile({tile}, {sizes})", build)
 
 
 @_named(
@@ -372,9 +307,9 @@ def frame_causal(chunk: int, window: int | None = None, sink_frames: int = 0) ->
     chunk included, all when None. sink_frames: the first frames, which stay visible as long as they are not in the
     future.
     """
-    _check_positive("chunk", chunk)
+    check_positive("chunk", chunk)
     if window is not None:
-        _check_positive("window", window)
+        check_positive("window", window)
         if window < chunk:
             raise ValueError(f"window={window} frames must hold the own chunk={chunk}")
     if not is_int(sink_frames) or sink_frames < 0:
@@ -384,10 +319,10 @@ def frame_causal(chunk: int, window: int | None = None, sink_frames: int = 0) ->
         frames, h, w = shape
         last = np.minimum((np.arange(frames) // chunk + 1) * chunk, frames) - 1
         first = np.zeros_like(last) if window is None else np.maximum(last + 1 - window, 0)
-        found = [_product(Rule(first, last, 1), _whole(h), _whole(w))]
+        found = [(Rule(first, last, 1), whole(h), whole(w))]
         if sink_frames and window is not None:
             sinks = Rule(np.zeros_like(last), np.minimum(last, sink_frames - 1), 1)
-            found.append(_product(sinks, _whole(h), _whole(w)))
+            found.append((sinks, whole(h), whole(w)))
         return found
 
     options = [f"window={window}"] if window is not None else []
@@ -410,7 +345,6 @@ def radial(bands: Sequence[tuple[int | None, int | None, int | None]]) -> Mask:
     The idea is that of Radial Attention (Li et al., arXiv:2506.19852); the 2-D windows are ours, in place of its 1-D
     bands.
     """
-    bands = tuple(tuple(band) for band in bands)  # type: ignore[misc]
     if not bands or any(len(band) != 3 for band in bands):
         raise ValueError(f"bands={bands!r} must be (frames, h, w) triples, at least one")
     for distance, h, w in bands:
@@ -418,9 +352,9 @@ def radial(bands: Sequence[tuple[int | None, int | None, int | None]]) -> Mask:
             raise ValueError(f"bands={bands!r}: distance {distance!r} must be a non-negative integer or None")
         for name, size in (("h", h), ("w", w)):
             if size is not None:
-                _check_positive(f"bands={bands!r}: window {name}", size)
-    bands = tuple(tuple(None if each is None else int(each) for each in band) for band in bands)  # type: ignore[misc]
-    infinite = [tuple(math.inf if each is None else each for each in band) for band in bands]
+                check_positive(f"bands={bands!r}: window {name}", size)
+    plain = tuple(tuple(None if each is None else int(each) for each in band) for band in bands)
+    infinite = [tuple(math.inf if each is None else each for each in band) for band in plain]
     for near, far in itertools.pairwise(infinite):
         if far[0] <= near[0] or far[1] > near[1] or far[2] > near[2]:
             raise ValueError(f"bands={bands!r}: distances must grow and windows must not, from each band to the next")
@@ -428,14 +362,14 @@ def radial(bands: Sequence[tuple[int | None, int | None, int | None]]) -> Mask:
     def build(shape: Triple) -> list[Product]:
         frames = np.arange(shape[0])
         found = []
-        for distance, h, w in bands:
+        for distance, h, w in plain:
             reach = shape[0] if distance is None else distance
             near = Rule(np.maximum(frames - reach, 0), np.minimum(frames + reach, shape[0] - 1), 1)
             h_rule = _neighbourhood("h", shape[1], h, 1, 1, False)
-            found.append(_product(near, h_rule, _neighbourhood("w", shape[2], w, 1, 1, False)))
+            found.append((near, h_rule, _neighbourhood("w", shape[2], w, 1, 1, False)))
         return found
 
-    return Mask(f"radial({bands})", build)
+    return Mask(f"radial({plain})", build)
 
 
 AxisTable = Sequence[Sequence[int]]
@@ -453,31 +387,33 @@ def tables(t: AxisTable | None = None, h: AxisTable | None = None, w: AxisTable 
     t, h, w: (lo, hi), one entry per coordinate and both inclusive; None is the whole axis.
     A row with lo > hi sees nothing. Fits only grids whose axes have the tables' lengths.
     """
-    rules = []
+    pairs: list[tuple[tuple[int, ...], ...] | None] = []
     for axis, table in zip(AXES, (t, h, w), strict=True):
         if table is None:
-            rules.append(None)
+            pairs.append(None)
             continue
         pair = tuple(tuple(bounds) for bounds in table)
         if len(pair) != 2 or len(pair[0]) != len(pair[1]) or not pair[0]:
             raise ValueError(f"tables {axis}={table!r} must be (lo, hi) of equal length, one entry per coordinate")
         if not all(is_int(x) for bounds in pair for x in bounds):
             raise TypeError(f"tables {axis}={table!r} must hold integers")
-        rules.append(tuple(tuple(int(x) for x in bounds) for bounds in pair))
+        pairs.append(tuple(tuple(int(x) for x in bounds) for bounds in pair))
 
     def rule(axis: str, length: int, pair: tuple[tuple[int, ...], ...] | None) -> Rule:
         if pair is None:
-            return _whole(length)
+            return whole(length)
         if len(pair[0]) != length:
             raise ValueError(f"tables {axis} has {len(pair[0])} entries, the grid's axis {length}")
         lo, hi = (np.asarray(bounds) for bounds in pair)
         return Rule(np.maximum(lo, 0), np.minimum(hi, length - 1), 1)
 
-    options = [f"{axis}={pair}" for axis, pair in zip(AXES, rules, strict=True) if pair is not None]
-    return Mask(
-        f"tables({', '.join(options)})",
-        lambda shape: [_product(*(rule(*each) for each in zip(AXES, shape, rules, strict=True)))],
-    )
+    options = [f"{axis}={pair}" for axis, pair in zip(AXES, pairs, strict=True) if pair is not None]
+
+    def build(shape: Triple) -> list[Product]:
+        t_rule, h_rule, w_rule = (rule(*each) for each in zip(AXES, shape, pairs, strict=True))
+        return [(t_rule, h_rule, w_rule)]
+
+    return Mask(f"tables({', '.join(options)})", build)
 
 
 @lru_cache(maxsize=1024)
@@ -507,18 +443,6 @@ def parse(key: str) -> Mask:
     return evaluate(tree.body)
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def _whole(length: int) -> Rule:
-    return Rule(np.zeros(length, np.int32), np.full(length, length - 1, np.int32), 1)
-
-
-def _same(length: int) -> Rule:
-    x = np.arange(length, dtype=np.int32)
-    return Rule(x, x, 1)
-
-
 def _neighbourhood(axis: str, length: int, size: int | None, stride: int, dilation: int, causal: bool) -> Rule:
     """Fill the tables of one axis of ``window``."""
     x = np.arange(length)
@@ -539,71 +463,17 @@ def _neighbourhood(axis: str, length: int, size: int | None, stride: int, dilati
     return Rule(first * dilation + residue, last * dilation + residue, dilation)
 
 
-def _product(t: Rule, h: Rule, w: Rule) -> Product:
-    return (t, h, w)
-
-
-def _intersect(a: Rule, b: Rule) -> Rule:
-    return _tighten(Rule(np.maximum(a.lo, b.lo), np.minimum(a.hi, b.hi), math.lcm(a.step, b.step)))
-
-
-def _tighten(rule: Rule) -> Rule:
-    """Move the bounds inwards to members of each query's residue class; give empty rows lo = length, hi = -1."""
-    lo, hi = np.asarray(rule.lo, np.int64), np.asarray(rule.hi, np.int64)
-    x = np.arange(len(lo))
-    lo = lo + (x - lo) % rule.step
-    hi = hi - (hi - x) % rule.step
-    empty = lo > hi
-    lo, hi = np.where(empty, len(lo), lo).astype(np.int32), np.where(empty, -1, hi).astype(np.int32)
-    # A step that no row can take is no step: it would split the walk into classes for nothing.
-    return Rule(lo, hi, rule.step if (hi - lo).max(initial=0) > 0 else 1)
-
-
-def _covers(outer: Product, inner: Product) -> bool:
-    """Say whether the outer product allows all that the inner one allows (sufficient, axis by axis)."""
-    return all(
-        i.step % o.step == 0 and bool(np.all((o.lo <= i.lo) & (i.hi <= o.hi) | (i.lo > i.hi)))
-        for o, i in zip(outer, inner, strict=True)
-    )
-
-
 @lru_cache(maxsize=512)
 def _products(mask: Mask, shape: Triple) -> tuple[Product, ...]:
-    kept: list[Product] = []
-    for found in mask.build(shape):
-        product = _product(*(_tighten(rule) for rule in found))
-        if any(not rule.count().any() for rule in product) or any(_covers(each, product) for each in kept):
-            continue
-        kept = [each for each in kept if not _covers(product, each)]
-        kept.append(product)
-    if len(kept) > MAX_PRODUCTS:
-        raise ValueError(f"mask {mask.key} is a union of {len(kept)} products, more than {MAX_PRODUCTS}")
-    for product in kept:
-        for rule in product:
-            rule.lo.flags.writeable = rule.hi.flags.writeable = False
-    return tuple(kept)
+    products = simplify(mask.build(shape))
+    if len(products) > MAX_PRODUCTS:
+        raise ValueError(f"mask {mask.key} is a union of {len(products)} products, more than {MAX_PRODUCTS}")
+    return products
 
 
 @lru_cache(maxsize=512)
 def _pack(mask: Mask, shape: Triple) -> Packed:
     return Packed.of(shape, _products(mask, shape))
-
-
-@lru_cache(maxsize=512)
-def _packed_tensor(packed: Packed, device: str) -> torch.Tensor:
-    return torch.from_numpy(packed.tables.copy()).to(device)
-
-
-def _inclusion_exclusion(products: tuple[Product, ...]) -> list[tuple[int, Product]]:
-    """List the signed intersections whose counts add up to the count of the union."""
-    terms = []
-    for size in range(1, len(products) + 1):
-        for chosen in itertools.combinations(products, size):
-            both = chosen[0]
-            for each in chosen[1:]:
-                both = _product(*(_intersect(a, b) for a, b in zip(both, each, strict=True)))
-            terms.append(((-1) ** (size + 1), both))
-    return terms
 
 
 def is_global(grid: Grid, tokens: torch.Tensor) -> torch.Tensor:
@@ -627,30 +497,3 @@ def _coordinates(grid: Grid, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.
     """Give the (t, h, w) of token indices; global tokens get some coordinate inside the grid."""
     place = (tokens - grid.before).clamp(0, grid.video - 1)
     return place // (grid.h * grid.w), place // grid.w % grid.h, place % grid.w
-
-
-def _tile_sizes(shape: Triple, tile: Triple) -> np.ndarray:
-    """Count the tokens of each tile, the last ones on each axis short. [tiles]"""
-    sizes = [np.minimum(np.arange(0, n, e) + e, n) - np.arange(0, n, e) for n, e in zip(shape, tile, strict=True)]
-    return np.einsum("a,b,c->abc", *sizes).reshape(-1)
-
-
-def _check_positive(name: str, value: object) -> None:
-    if not is_int(value):
-        raise TypeError(f"{name}={value!r} must be an integer")
-    if value < 1:  # type: ignore[operator]
-        raise ValueError(f"{name}={value} must be at least 1")
-
-
-def check_triple(name: str, value: object) -> None:
-    if not isinstance(value, (tuple, list)) or len(value) != 3:
-        raise TypeError(f"{name}={value!r} must be three integers (t, h, w)")
-    for each in value:
-        _check_positive(name, each)
-
-
-def _triple(name: str, value: int | Sequence[int]) -> Triple:
-    if is_int(value):
-        value = (value,) * 3  # type: ignore[assignment]
-    check_triple(name, value)
-    return tuple(int(each) for each in value)  # type: ignore[return-value,union-attr]

@@ -50,11 +50,11 @@ class Extras(NamedTuple):
     """The tensors of a call beside q, k and v; each may be None.
 
     k_frames: int32 [slots], the frame that each key slot holds, -1 for none. valid: booleans [B, before + after].
-    count, index, partial: the block lists.
+    block_count, block_index, block_partial: the block lists.
     """
 
     k_frames: torch.Tensor | None = None
     valid: torch.Tensor | None = None
-    count: torch.Tensor | None = None
-    index: torch.Tensor | None = None
-    partial: torch.Tensor | None = None
+    block_count: torch.Tensor | None = None
+    block_index: torch.Tensor | None = None
+    block_partial: torch.Tensor | None = None

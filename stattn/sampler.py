@@ -419,7 +419,7 @@ def _shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _positive_int(name: str, value: object) -> None:
-    if not is_int(value) or value < 1:  # type: ignore[operator]
+    if not is_int(value) or value < 1:
         raise ValueError(f"{name}={value!r} must be a positive integer")
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,7 +99,8 @@ BAD = {
     ),
     "globals_see": (ValueError, "globals_see='none'", {"globals_see": "none"}),
     "scale": (ValueError, "scale=nan", {"scale": float("nan")}),
-    "a scale of text": (ValueError, "scale='1'", {"scale": "1"}),
+    "a scale of text": (TypeError, "scale='1'", {"scale": "1"}),
+    "a scale of truth": (TypeError, "scale=True", {"scale": True}),
     "deterministic": (TypeError, "deterministic=1", {"deterministic": 1}),
     "return_lse": (TypeError, "return_lse='yes'", {"return_lse": "yes"}),
     "an unknown impl": (ValueError, "impl='fast'", {"impl": "fast"}),
@@ -108,6 +112,25 @@ BAD = {
     "an impl that is not there": (ValueError, "impl='flash' does not serve attention", {"impl": "flash"}),
     "an unknown keyword": (TypeError, "dropout", {"dropout": 0.1}),
 }
+
+
+@pytest.mark.parametrize("scale", [1, np.float32(0.5), np.int64(2), Fraction(1, 4)])
+def test_the_scale_may_be_any_real_number(scale: Any) -> None:
+    tensors = torch.randn(3, 2, 24, 2, 8).unbind()
+    want = stattn.attention(*tensors, GRID, scale=float(scale))
+    assert torch.equal(stattn.attention(*tensors, GRID, scale=scale), want)
+
+
+def test_a_mask_that_does_not_fit_is_refused_where_nothing_is_computed() -> None:
+    wide = masks.window(3, 3, 3)
+    with pytest.raises(ValueError, match="window t=3"):
+        stattn.explain(*torch.zeros(3, 1, 24, 2, 8).unbind(), GRID, wide)
+    with pytest.raises(ValueError, match="window t=3"):
+        stattn.attention(*torch.zeros(3, 0, 24, 2, 8).unbind(), GRID, [masks.full(), wide])
+    lists = lower(masks.full(), GRID, (1, 3, 2), (1, 3, 2))
+    spoiled = dataclasses.replace(lists, partial=torch.zeros_like(lists.index, dtype=torch.bool), mask=wide)
+    with pytest.raises(ValueError, match="window t=3"):
+        stattn.attention(*torch.zeros(3, 0, 24, 2, 8).unbind(), GRID, spoiled)
 
 
 @pytest.mark.parametrize("what", BAD)

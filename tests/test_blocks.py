@@ -233,6 +233,7 @@ def test_a_lowered_mask_allows_what_the_mask_allows(q_tile: Triple, k_tile: Trip
 def test_a_mask_or_lists_allows_what_either_allows(mask: masks.Mask) -> None:
     blocks, _ = some_lists(5, None)
     both = mask | blocks
+    assert torch.equal((blocks | mask).kinds(), both.kinds())
     assert isinstance(both, BlockList)
     for batch in range(2):
         for head in range(3):
@@ -254,6 +255,8 @@ def test_lists_join_masks_only() -> None:
     blocks, _ = some_lists(7, None)
     with pytest.raises(TypeError):
         "window(3, 3, 3)" | blocks  # type: ignore[operator]
+    with pytest.raises(TypeError):
+        blocks | "window(3, 3, 3)"  # type: ignore[operator]
 
 
 def test_joined_lists_are_no_longer_than_they_need_to_be() -> None:

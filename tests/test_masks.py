@@ -251,7 +251,7 @@ def test_products_count_their_keys_row_by_row() -> None:
         for mask in [*COMBINED, *every_example(shape)]:
             for product in mask.products(shape):
                 for rule in product:
-                    assert (rule.count() == rule.matrix().sum(1)).all(), mask
+                    assert (rule.counts() == rule.matrix().sum(1)).all(), mask
 
 
 def test_more_than_eight_products_are_refused_by_name_and_eight_are_not() -> None:

@@ -213,8 +213,8 @@ def _flash_function() -> Callable[..., Any]:
 
 def flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, return_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute dense attention by flash-attn, differentiable by its own backward.
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Compute dense attention by flash-attn, differentiable by its own backward; with the LSE if asked for.
 
     Raises ValueError when the LSE is asked for where a gradient is needed: flash-attn does not differentiate it.
     """
@@ -223,7 +223,7 @@ def flash(
     function = _flash_function()
     if not return_lse:
         result = function(q, k, v, softmax_scale=scale)
-        return (result[0] if isinstance(result, tuple) else result), None
+        return result[0] if isinstance(result, tuple) else result
     flag = {"return_lse": True} if flash_version() == 4 else {"return_attn_probs": True}
     out, lse, *_ = function(q, k, v, softmax_scale=scale, **flag)
     return out, lse

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, overload
@@ -11,16 +10,16 @@ import torch
 
 from stattn import masks as _masks
 from stattn.blocks import BlockList
-from stattn.grid import Grid, Region, Triple, as_grid
+from stattn.grid import Grid, Region, Triple
 from stattn.masks import Mask
 from stattn.ops import _dense
+from stattn.ops._attention_check import check as _check
 from stattn.ops._dispatch import Implementation, Operation
 from stattn.problem import Extras, Problem
 from stattn.reference.attention import attention as _reference_forward
 from stattn.reference.attention import attention_backward as _reference_backward
 from stattn.reference.attention import merge as _reference_merge
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _FULL = _masks.full()
 
 
@@ -32,8 +31,15 @@ def attention(
     grid: Grid | Triple,
     mask: Mask | BlockList | Sequence[Mask] = ...,
     *,
+    q_region: Region | None = ...,
+    k_region: Region | None = ...,
+    k_frames: torch.Tensor | None = ...,
+    valid: torch.Tensor | None = ...,
+    globals_see: str = ...,
+    scale: float | None = ...,
     return_lse: Literal[False] = ...,
-    **options: Any,
+    deterministic: bool | None = ...,
+    impl: str = ...,
 ) -> torch.Tensor: ...
 
 
@@ -45,8 +51,15 @@ def attention(
     grid: Grid | Triple,
     mask: Mask | BlockList | Sequence[Mask] = ...,
     *,
+    q_region: Region | None = ...,
+    k_region: Region | None = ...,
+    k_frames: torch.Tensor | None = ...,
+    valid: torch.Tensor | None = ...,
+    globals_see: str = ...,
+    scale: float | None = ...,
     return_lse: Literal[True],
-    **options: Any,
+    deterministic: bool | None = ...,
+    impl: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -84,7 +97,7 @@ def attention(
         with global tokens on one side. An invalid one is neither key nor query: its row is 0, its LSE -inf, its
         gradients 0.
     globals_see: "all", or "globals": global queries see each other only, which keeps autoregressive causality.
-    scale: of the scores; 1/sqrt(D) when None.
+    scale: of the scores, any finite real number (a NumPy scalar too); 1/sqrt(D) when None.
     deterministic: True asks for a bitwise reproducible backward, False for the fastest, None follows
         ``torch.are_deterministic_algorithms_enabled()``. The forward is always reproducible.
     impl: "auto", or an implementation by name; see ``stattn.explain``.
@@ -104,8 +117,7 @@ def attention(
     if not torch.compiler.is_compiling():
         chosen = OPERATION.choose(impl, _call(q, k, problem, extras))
         if chosen.name == "flash":  # has an autograd of its own
-            out, lse = _dense.flash(q, k, v, problem.scale, return_lse)
-            return (out, lse) if return_lse else out
+            return _dense.flash(q, k, v, problem.scale, return_lse)
         impl = chosen.name
     static = _flatten(problem)
     out, lse = torch.ops.stattn.attention(q, k, v, *static, *extras, bool(deterministic), impl)
@@ -162,163 +174,6 @@ def explain(
     return "\n".join(lines)
 
 
-# --- checking --------------------------------------------------------------------------------------------------------
-
-
-def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    grid: Grid | Triple,
-    mask: Mask | BlockList | Sequence[Mask],
-    q_region: Region | None,
-    k_region: Region | None,
-    k_frames: torch.Tensor | None,
-    valid: torch.Tensor | None,
-    globals_see: str,
-    scale: float | None,
-) -> tuple[Problem, Extras]:
-    """Check every argument and give the problem. Raises TypeError or ValueError naming the argument and its value."""
-    grid = as_grid(grid)
-    _check_tensors(q, k, v)
-    if globals_see not in ("all", "globals"):
-        raise ValueError(f"globals_see={globals_see!r} must be 'all' or 'globals'")
-    if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[3])
-    elif not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
-        raise ValueError(f"scale={scale!r} must be a finite number")
-    q_box = _box("q_region", q_region, grid)
-    k_box = _box("k_region", k_region, grid)
-    if k_frames is not None:
-        k_box = _slots(k_frames, k_box, grid, q.device)
-    q_globals = True
-    if q.shape[1] != q_box.video + grid.globals:
-        q_globals = False
-        if q.shape[1] != q_box.video:
-            raise ValueError(_count_error("q", q.shape[1], q_box, grid, optional=True))
-    if k.shape[1] != k_box.video + grid.globals:
-        raise ValueError(_count_error("k", k.shape[1], k_box, grid, optional=False))
-    real = None if valid is None else _valid(valid, q.shape[0], grid, q.device)
-
-    if isinstance(mask, BlockList):
-        if q_region is not None or k_region is not None or k_frames is not None:
-            raise ValueError("mask: block lists take the whole grid, without q_region, k_region or k_frames")
-        _check_lists(mask, q, grid)
-        found = (mask.mask,) if mask.mask is not None else ()
-        problem = Problem(grid, found, q_box, k_box, q_globals, globals_see, float(scale), mask.q_tile, mask.k_tile)
-        return problem, Extras(None, real, mask.count, mask.index, mask.partial)
-    problem = Problem(grid, _masks_of(mask, q.shape[2]), q_box, k_box, q_globals, globals_see, float(scale))
-    return problem, Extras(k_frames, real)
-
-
-def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}={type(x).__name__} must be a tensor")
-        if x.ndim != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected four dimensions [B, N, heads, D]")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} has dtype {x.dtype}, expected bfloat16, float16, float32 or float64")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {x.dtype}, q {q.dtype}: they must be equal")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must be on one device")
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(f"{name} has a batch of {x.shape[0]}, q of {q.shape[0]}: they must be equal")
-        if x.shape[3] != q.shape[3]:
-            raise ValueError(f"{name} has head dimension {x.shape[3]}, q {q.shape[3]}: they must be equal")
-        if x.shape[3] > 1 and x.numel() and x.stride(3) != 1:
-            raise ValueError(f"{name} has strides {tuple(x.stride())}: the last must be 1")
-    if q.shape[3] < 1:
-        raise ValueError(f"q has head dimension {q.shape[3]}, expected at least 1")
-    if v.shape[1:3] != k.shape[1:3]:
-        raise ValueError(f"v has shape {tuple(v.shape)}, k {tuple(k.shape)}: tokens and heads must be equal")
-    if k.shape[2] < 1 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"k has {k.shape[2]} heads, which do not divide q's {q.shape[2]}")
-
-
-def _box(name: str, region: Region | None, grid: Grid) -> Region:
-    if region is None:
-        return _whole_box(grid)
-    if not isinstance(region, Region):
-        raise TypeError(f"{name}={region!r} must be a Region")
-    region.check(grid, name)
-    return region
-
-
-def _whole_box(grid: Grid) -> Region:
-    return Region((0, 0, 0), grid.shape)
-
-
-def _slots(k_frames: torch.Tensor, k_box: Region, grid: Grid, device: torch.device) -> Region:
-    if not isinstance(k_frames, torch.Tensor) or k_frames.dtype != torch.int32 or k_frames.ndim != 1:
-        raise TypeError(f"k_frames={k_frames!r} must be an int32 tensor [slots]")
-    if k_frames.device != device:
-        raise ValueError(f"k_frames is on {k_frames.device}, q on {device}: they must be on one device")
-    if k_frames.shape[0] < 1:
-        raise ValueError("k_frames has no slots, expected at least one")
-    if k_box.origin[0] != 0 or k_box.extent[0] != grid.t:
-        raise ValueError(f"k_region={k_box} must span all {grid.t} frames beside k_frames")
-    return Region((0, *k_box.origin[1:]), (k_frames.shape[0], *k_box.extent[1:]))
-
-
-def _count_error(name: str, tokens: int, box: Region, grid: Grid, optional: bool) -> str:
-    t, h, w = box.extent
-    expected = f"{t}*{h}*{w} = {box.video}"
-    if grid.globals:
-        expected += f" video and {grid.before} + {grid.after} global tokens"
-        expected += ", or the video tokens alone" if optional else ""
-    return f"{name} has {tokens} tokens, but its part of grid {grid.shape} has {expected}"
-
-
-def _valid(valid: torch.Tensor, batch: int, grid: Grid, device: torch.device) -> torch.Tensor:
-    if not isinstance(valid, torch.Tensor):
-        raise TypeError(f"valid={valid!r} must be a tensor")
-    if valid.device != device:
-        raise ValueError(f"valid is on {valid.device}, q on {device}: they must be on one device")
-    if valid.dtype == torch.bool:
-        if tuple(valid.shape) != (batch, grid.globals):
-            raise ValueError(
-                f"valid has shape {tuple(valid.shape)}, expected [B, before + after] = {(batch, grid.globals)}"
-            )
-        return valid
-    if valid.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"valid has dtype {valid.dtype}, expected bool, or int32 or int64 counts")
-    if tuple(valid.shape) != (batch,):
-        raise ValueError(f"valid has shape {tuple(valid.shape)}, expected counts [B] = {(batch,)}")
-    if grid.before and grid.after:
-        raise ValueError(
-            f"valid: counts are ambiguous with {grid.before} global tokens before and {grid.after} after; give booleans"
-        )
-    if valid.device.type == "cpu" and batch and not torch.compiler.is_compiling():
-        low, high = int(valid.min()), int(valid.max())
-        if low < 0 or high > grid.globals:
-            raise ValueError(f"valid has counts from {low} to {high}, expected 0 to {grid.globals} global tokens")
-    return torch.arange(grid.globals, device=device) < valid[:, None]
-
-
-def _masks_of(mask: Mask | Sequence[Mask], heads: int) -> tuple[Mask, ...]:
-    if isinstance(mask, Mask):
-        return (mask,)
-    if not isinstance(mask, (tuple, list)) or not all(isinstance(each, Mask) for each in mask):
-        raise TypeError(f"mask={mask!r} must be a Mask, a BlockList or a sequence of Masks")
-    if len(mask) != heads:
-        raise ValueError(f"mask is a sequence of {len(mask)} masks, q has {heads} heads: one mask per head")
-    return tuple(mask)
-
-
-def _check_lists(blocks: BlockList, q: torch.Tensor, grid: Grid) -> None:
-    if blocks.shape != grid.shape:
-        raise ValueError(f"mask: the block lists are for a grid of {blocks.shape}, the call's is {grid.shape}")
-    if blocks.index.device != q.device:
-        raise ValueError(
-            f"mask: the block lists are on {blocks.index.device}, q on {q.device}: they must be on one device"
-        )
-    for axis, name, size in ((0, "batch", q.shape[0]), (1, "heads", q.shape[2])):
-        if blocks.count.shape[axis] not in (1, size):
-            raise ValueError(f"mask: the block lists are for {name} of {blocks.count.shape[axis]}, q has {size}")
-
-
 # --- choice of implementation ----------------------------------------------------------------------------------------
 
 
@@ -344,12 +199,12 @@ def _call(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) ->
         q.shape[2],
         k.shape[2],
         _not_dense(problem, extras),
-        extras.index is not None,
+        extras.block_index is not None,
     )
 
 
 def _not_dense(problem: Problem, extras: Extras) -> str | None:
-    if extras.index is not None:
+    if extras.block_index is not None:
         return "block lists"
     if any(mask != _FULL for mask in problem.masks):
         return f"mask {next(mask for mask in problem.masks if mask != _FULL)}"
@@ -441,14 +296,20 @@ def _rebuild(
     tiles: tuple[int, ...],
 ) -> Problem:
     found = tuple(_masks.parse(key) for key in mask.split("; ") if key)
-    q_box, k_box = Region(boxes[:3], boxes[3:6]), Region(boxes[6:9], boxes[9:])  # type: ignore[arg-type]
-    q_tile, k_tile = (tiles[:3], tiles[3:]) if tiles else (None, None)
-    return Problem(Grid(*grid), found, q_box, k_box, q_globals, globals_see, scale, q_tile, k_tile)  # type: ignore[arg-type]
+    q_origin, q_extent, k_origin, k_extent = (_triple(boxes[start : start + 3]) for start in (0, 3, 6, 9))
+    q_tile, k_tile = (_triple(tiles[:3]), _triple(tiles[3:])) if tiles else (None, None)
+    q_box, k_box = Region(q_origin, q_extent), Region(k_origin, k_extent)
+    return Problem(Grid(*grid), found, q_box, k_box, q_globals, globals_see, scale, q_tile, k_tile)
+
+
+def _triple(values: tuple[int, ...]) -> Triple:
+    t, h, w = values
+    return t, h, w
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *rest, _, impl = rest
-    problem, extras = _problem(*rest[:7]), Extras(*rest[7:])
+    *arguments, _, impl = rest
+    problem, extras = _problem(*arguments[:7]), Extras(*arguments[7:])
     chosen = OPERATION.choose(impl, _call(q, k, problem, extras))
     if chosen.name == "flash":
         raise ValueError("impl='flash' is not available under torch.compile; call it eagerly or choose another impl")
@@ -465,8 +326,8 @@ def _backward(
     lse: torch.Tensor,
     *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    *rest, deterministic, impl = rest
-    problem, extras = _problem(*rest[:7]), Extras(*rest[7:])
+    *arguments, _, impl = rest
+    problem, extras = _problem(*arguments[:7]), Extras(*arguments[7:])
     chosen = OPERATION.choose(impl, _call(q, k, problem, extras))
     run = {"sdpa": _dense.sdpa_backward, "reference": _reference_backward}[chosen.name]
     return run(dout, dlse, q, k, v, out, lse, problem, extras)

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 
 from stattn.blocks import BlockList, block_list, tile_count
-from stattn.grid import Grid, Triple, as_grid, is_int
-from stattn.masks import check_triple
+from stattn.grid import Grid, Triple, as_grid, check_triple, is_int
 from stattn.ops import _validate
 from stattn.ops._dispatch import Implementation, Operation
 from stattn.reference import select as reference

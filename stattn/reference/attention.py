@@ -119,14 +119,14 @@ def _jobs(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) ->
         held = [f for f in frames if f >= 0]
         if len(set(held)) != len(held) or not -1 <= min(frames) <= max(frames) < grid.t:
             raise ValueError(f"k_frames={list(frames)} must hold distinct frames below {grid.t}, or -1")
-    if extras.index is not None:
+    if extras.block_index is not None:
         _check_entries(problem, extras)
     all_heads = torch.arange(q.shape[2], device=device)
     for batch, real in _samples(q.shape[0], grid.globals, extras.valid):
         batch, real = batch.to(device), real.to(device)
         rows = torch.where(real < grid.before, real, real + problem.k_box.video)  # of k; those of q below
         for heads, index in _heads_by_mask(problem, q.shape[2]):
-            if extras.index is not None:
+            if extras.block_index is not None:
                 yield from _block_jobs(batch, all_heads, rows, problem, extras, device)
                 break
             for group in walk(problem.masks[index], grid, problem.q_box, problem.k_box, frames):
@@ -149,19 +149,19 @@ def _jobs(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) ->
 
 def _check_entries(problem: Problem, extras: Extras) -> None:
     """Raise ValueError when block lists name a key tile that is not there, or one twice."""
-    assert extras.count is not None
-    assert extras.index is not None
+    assert extras.block_count is not None
+    assert extras.block_index is not None
     assert problem.k_tile is not None
-    most, tiles = extras.index.shape[-1], tile_count(problem.grid.shape, problem.k_tile)
-    low, high = int(extras.count.min()), int(extras.count.max())
+    most, tiles = extras.block_index.shape[-1], tile_count(problem.grid.shape, problem.k_tile)
+    low, high = int(extras.block_count.min()), int(extras.block_count.max())
     if low < 0 or high > most:
         raise ValueError(f"mask: block lists have counts from {low} to {high}, their rows have {most} entries")
-    slots = torch.arange(most, device=extras.index.device)
-    used = slots < extras.count[..., None]
-    entries = extras.index[used]
+    slots = torch.arange(most, device=extras.block_index.device)
+    used = slots < extras.block_count[..., None]
+    entries = extras.block_index[used]
     if len(entries) and not 0 <= int(entries.min()) <= int(entries.max()) < tiles:
         raise ValueError(f"mask: block lists hold key tiles {int(entries.min())} to {int(entries.max())} of {tiles}")
-    if most and bool((torch.where(used, extras.index, tiles + slots).sort(dim=-1).values.diff() == 0).any()):
+    if most and bool((torch.where(used, extras.block_index, tiles + slots).sort(dim=-1).values.diff() == 0).any()):
         raise ValueError("mask: block lists hold a key tile twice in a row")
 
 
@@ -220,21 +220,21 @@ def _block_jobs(
     batch: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor, problem: Problem, extras: Extras, device: torch.device
 ) -> Iterator[Job]:
     """List the work of block lists, per sample and head; short rows are padded with keys that the mask hides."""
-    assert extras.count is not None
-    assert extras.index is not None
+    assert extras.block_count is not None
+    assert extras.block_index is not None
     assert problem.q_tile is not None
     assert problem.k_tile is not None
     grid = problem.grid
     q_table = torch.from_numpy(block_rows(grid.shape, problem.q_tile)).to(device)
     k_table = torch.from_numpy(block_rows(grid.shape, problem.k_tile)).to(device)
     element = problem.masks[0].allowed(grid.shape).to(device) if problem.masks else None
-    slots = torch.arange(extras.index.shape[-1], device=device)
+    slots = torch.arange(extras.block_index.shape[-1], device=device)
     for b in batch.tolist():
         for h in heads.tolist():
-            at = (b if extras.count.shape[0] > 1 else 0, h if extras.count.shape[1] > 1 else 0)
-            used = slots < extras.count[at][:, None]  # [q tiles, most]
-            k = torch.where(used[..., None], k_table[torch.where(used, extras.index[at], 0).long()], -1)
-            whole = used if extras.partial is None else used & ~extras.partial[at]
+            at = (b if extras.block_count.shape[0] > 1 else 0, h if extras.block_count.shape[1] > 1 else 0)
+            used = slots < extras.block_count[at][:, None]  # [q tiles, most]
+            k = torch.where(used[..., None], k_table[torch.where(used, extras.block_index[at], 0).long()], -1)
+            whole = used if extras.block_partial is None else used & ~extras.block_partial[at]
             for tile in range(len(q_table)):
                 q_rows, k_rows = q_table[tile][q_table[tile] >= 0], k[tile].reshape(-1)
                 seen = whole[tile].repeat_interleave(k_table.shape[1])
@@ -369,7 +369,8 @@ def _backward(
         more_dout = torch.cat([dout.to(wide), dlse.to(wide)[..., None]], dim=-1)
         bias = None if bias is None else bias.to(wide)
         grads = _cpu_backward(more_dout, *columns, more_out, lse.to(wide), 0.0, False, attn_mask=bias, scale=scale)
-        return tuple(grad[..., :-1] for grad in grads)  # type: ignore[return-value]
+        dq, dk, dv = (grad[..., :-1] for grad in grads)
+        return dq, dk, dv
     scores = _scores(q, k, bias, scale)
     wide = scores.dtype
     dout, out = dout.to(wide), out.to(wide)

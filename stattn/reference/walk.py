@@ -11,12 +11,15 @@ from __future__ import annotations
 import itertools
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from stattn.grid import Grid, Region, Triple, tile_coordinates, tile_for, visited_keys
-from stattn.masks import Mask, Packed, Rule
+from stattn.masks import Mask
+from stattn.tables import Packed, Rule, is_same, is_whole, same, whole
+
+T = TypeVar("T")
 
 # The cost of a query tile on a CPU, measured: a gathered key costs about as much as this many query rows do with it,
 # and PyTorch's kernel reaches this share of its dense rate from that many rows on (it cuts the rows into blocks of 32,
@@ -99,16 +102,6 @@ def _query_tile(packed: Packed) -> Triple:
     return min(tiles, key=lambda tile: (cost(tile), tile))
 
 
-def is_whole(rule: Rule) -> bool:
-    """Say whether a rule allows every key to every query."""
-    return rule.step == 1 and not rule.lo.any() and bool((rule.hi == len(rule.hi) - 1).all())
-
-
-def _is_same(rule: Rule) -> bool:
-    x = np.arange(len(rule.lo))
-    return bool((rule.lo == x).all() and (rule.hi == x).all())
-
-
 def _merge(packed: Packed, q_box: Region, k_box: Region) -> tuple[Packed, Region, Region]:
     """Merge neighbouring axes that no product cuts: both whole, or both identical, and held whole by both boxes."""
     for outer, inner in ((1, 2), (0, 1)):
@@ -117,33 +110,31 @@ def _merge(packed: Packed, q_box: Region, k_box: Region) -> tuple[Packed, Region
         if not whole_inner or not all(_mergeable(p[outer], p[inner]) for p in products):
             continue
         size = packed.shape[inner]
-        shape = list(packed.shape)
-        shape[outer], shape[inner] = shape[outer] * size, 1
-        merged = []
-        for product in products:
-            rules = list(product)
-            lo, hi, x = rules[outer].lo.astype(np.int32), rules[outer].hi.astype(np.int32), np.arange(shape[outer])
-            if is_whole(rules[outer]) and is_whole(rules[inner]):
-                rules[outer] = Rule(
-                    np.zeros(shape[outer], np.int32), np.full(shape[outer], shape[outer] - 1, np.int32), 1
-                )
-            else:
-                rules[outer] = Rule(x.astype(np.int32), x.astype(np.int32), 1)
-            rules[inner] = Rule(lo[:1] * 0, hi[:1] * 0, 1)
-            merged.append(tuple(rules))
-        packed = Packed.of(tuple(shape), merged)
+        length = packed.shape[outer] * size
+        merged = [
+            _with(
+                p, {outer: whole(length) if is_whole(p[outer]) and is_whole(p[inner]) else same(length), inner: same(1)}
+            )
+            for p in products
+        ]
+        packed = Packed.of(_with(packed.shape, {outer: length, inner: 1}), merged)
         q_box, k_box = (
             Region(
-                tuple(0 if a == inner else o * size if a == outer else o for a, o in enumerate(box.origin)),
-                tuple(1 if a == inner else e * size if a == outer else e for a, e in enumerate(box.extent)),
+                _with(box.origin, {outer: box.origin[outer] * size, inner: 0}),
+                _with(box.extent, {outer: box.extent[outer] * size, inner: 1}),
             )
             for box in (q_box, k_box)
         )
     return packed, q_box, k_box
 
 
+def _with(axes: tuple[T, T, T], changes: dict[int, T]) -> tuple[T, T, T]:
+    t, h, w = (changes.get(axis, value) for axis, value in enumerate(axes))
+    return t, h, w
+
+
 def _mergeable(outer: Rule, inner: Rule) -> bool:
-    return (is_whole(outer) and is_whole(inner)) or (_is_same(outer) and _is_same(inner))
+    return (is_whole(outer) and is_whole(inner)) or (is_same(outer) and is_same(inner))
 
 
 def _axis_classes(rules: list[Rule], extent: int, queries: tuple[int, int], keys: np.ndarray) -> list[list[_AxisTile]]:
