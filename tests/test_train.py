@@ -265,3 +265,13 @@ def test_a_compiled_run_on_the_gpu_learns(tmp_path: Path) -> None:
     record = _run(tmp_path, steps=200, device="cuda", compile=True, log_every=20)
     losses = [loss for _, loss in record["losses"]]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_ready_weights_are_evaluated_without_training(tmp_path: Path) -> None:
+    weights = str(tmp_path / "some.safetensors")
+    dit.save(DiT(SMOKE.model), weights)
+    line = ["--preset", "smoke", "--evaluate", weights, "--clips", "2", "--out", str(tmp_path)]
+    assert train.main(train._parse([*line, "--device", "cpu"])) == 0
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert set(record["evaluation"]["masks"]) == {key for key, _ in SMOKE.masks}
+    assert not (tmp_path / "log.jsonl").exists()
