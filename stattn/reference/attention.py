@@ -130,8 +130,8 @@ def _jobs(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) ->
                 yield from _block_jobs(batch, all_heads, rows, problem, extras, device)
                 break
             for group in walk(problem.masks[index], grid, problem.q_box, problem.k_box, frames):
-                q_rows = torch.from_numpy(group.q_bases[:, None] + group.q).to(device)
-                k_rows = torch.from_numpy(group.k_bases[:, None] + group.k).to(device) + grid.before
+                q_rows = torch.from_numpy(group.rows()).to(device)
+                k_rows = torch.from_numpy(group.keys()).to(device) + grid.before
                 mask = None if group.mask is None else torch.from_numpy(group.mask).to(device)
                 yield _with_globals(Job(batch, heads.to(device), q_rows + _q_offset(problem), k_rows, mask), rows)
             if len(rows):
@@ -203,7 +203,7 @@ def _unseeing(problem: Problem, index: int, frames: tuple[int, ...] | None) -> t
     """List the video rows of q that no group of the walk holds: they see no video token."""
     lone = np.ones(problem.q_box.video, bool)
     for group in walk(problem.masks[index], problem.grid, problem.q_box, problem.k_box, frames):
-        lone[(group.q_bases[:, None] + group.q).reshape(-1)] = False
+        lone[group.rows().reshape(-1)] = False
     return torch.from_numpy(np.flatnonzero(lone))
 
 

@@ -1,16 +1,19 @@
 """How the reference walks a mask: groups of query tiles that see the same pattern of keys.
 
 Axes that a mask does not cut are merged first (full attention becomes one row of tokens, per-frame attention T rows).
-Each axis is then cut into tiles; tiles of an axis whose keys lie alike, relative to the tile, form a class; and every
-combination of classes is a group: the same relative query and key indices and the same element mask, at many places of
-the grid. Groups are found once per mask and grid.
+Each axis is then cut into tiles; tiles of an axis whose keys lie alike, relative to the tile or to the grid, form a
+class; and every combination of classes is a group: the same query and key indices and the same element mask, at many
+places of the grid. Of a union, each product leaves out what earlier ones allow. Groups are found once per mask and
+grid.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from functools import lru_cache
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -29,60 +32,129 @@ TILE_RATES = ((768, 1.0), (192, 0.75), (1, 0.55))
 TILE_ROWS = (16, 32, 64, 128, 192, 256, 512, 768, 1024)
 
 
-class Group(NamedTuple):
-    """Query tiles at ``bases`` (pairs of offsets for queries and keys) that see the same pattern of keys.
+# The plans that are kept for further calls, all together.
+CACHE_BYTES = 256 << 20
 
-    q, k: relative indices of video tokens, int64 [rows], [keys]. mask: booleans [rows, keys], None when all are seen.
+
+class Group(NamedTuple):
+    """Query tiles that see the same pattern of keys.
+
+    q: int64 [rows], video tokens relative to a tile's entry in ``q_bases``, int64 [tiles]. k: int64 [keys], relative to
+    the tile's entry in ``k_bases``, int64 [tiles, parts], of the ``part`` that the key belongs to, int8 [keys].
+    mask: booleans [rows, keys], None when all are seen. A row sees no token twice.
     """
 
-    q_bases: np.ndarray  # int64 [tiles]
-    k_bases: np.ndarray  # int64 [tiles]
+    q_bases: np.ndarray
+    k_bases: np.ndarray
     q: np.ndarray
     k: np.ndarray
+    part: np.ndarray
     mask: np.ndarray | None
+
+    def rows(self) -> np.ndarray:
+        """Give the video tokens of the queries of each tile. int64 [tiles, rows]"""
+        return self.q_bases[:, None] + self.q
+
+    def keys(self) -> np.ndarray:
+        """Give the video tokens of the keys of each tile. int64 [tiles, keys]"""
+        return self.k_bases[:, self.part] + self.k
 
 
 class _AxisTile(NamedTuple):
-    """A tile of one axis: its queries and, per product, the keys it visits, relative to its first query."""
+    """A tile of one axis.
 
-    start: int
-    queries: tuple[int, ...]
-    keys: tuple[tuple[int, ...], ...]  # [product]
-    masks: tuple[bytes | None, ...]  # booleans [queries, keys] per product, None when all are seen
+    queries: int64 [queries], of the query box. keys: per product the keys that the tile visits, int64 [keys], of the
+    key box. seen: per product, by its own rule and those of earlier products, which query sees which of these keys,
+    booleans [queries, keys], None when all are seen.
+    """
 
-    @property
-    def pattern(self) -> tuple[object, ...]:
-        return (self.queries, self.keys, self.masks)
+    queries: np.ndarray
+    keys: list[np.ndarray]
+    seen: list[list[np.ndarray | None]]  # [product][earlier product or itself]
+
+    def pattern(self, relative: Sequence[bool]) -> tuple[object, ...]:
+        """Give what tiles of one class share: keys count from the tile's first query where they are relative."""
+        start = self.queries[0]
+        keys = (keys - start * moves for keys, moves in zip(self.keys, relative, strict=True))
+        seen = (None if each is None else each.tobytes() for by_rule in self.seen for each in by_rule)
+        return ((self.queries - start).tobytes(), *(each.tobytes() for each in keys), *seen)
 
 
-@lru_cache(maxsize=256)
-def walk(
-    mask: Mask, grid: Grid, q_box: Region, k_box: Region, frames: tuple[int, ...] | None = None
-) -> tuple[Group, ...]:
+class _Axis(NamedTuple):
+    """The tiles of an axis in classes, and whether each product's keys are stored relative to the tile."""
+
+    classes: list[list[_AxisTile]]
+    relative: list[bool]  # [product]
+
+
+Plan = tuple[Group, ...]
+
+
+class _Plans:
+    """The plans used last, up to a number of bytes; the latest one is always kept."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.bytes = 0
+        self._plans: OrderedDict[tuple[object, ...], tuple[Plan, int]] = OrderedDict()
+        self._lock = threading.Lock()  # the backward runs in threads of its own
+
+    def get(self, key: tuple[object, ...], make: Callable[[], Plan]) -> Plan:
+        """Return the plan of a key, made when it is not here."""
+        with self._lock:
+            if key in self._plans:
+                self._plans.move_to_end(key)
+                return self._plans[key][0]
+        plan = make()
+        size = sum(array.nbytes for group in plan for array in group if array is not None)
+        with self._lock:
+            if key not in self._plans:
+                self._plans[key] = (plan, size)
+                self.bytes += size
+            while self.bytes > self.budget and len(self._plans) > 1:
+                _, (_, freed) = self._plans.popitem(last=False)
+                self.bytes -= freed
+        return plan
+
+
+_PLANS = _Plans(CACHE_BYTES)
+
+
+def walk(mask: Mask, grid: Grid, q_box: Region, k_box: Region, frames: tuple[int, ...] | None = None) -> Plan:
     """Group the query tiles of ``q_box`` by what they see of ``k_box``.
 
     frames: the frame that each key slot holds (-1 none), for ring caches; k_box then spans slots. Indices count the
     video tokens of the boxes in row-major order. Query tiles that see nothing are left out.
     """
-    packed = mask.pack(grid)
+    # The mask depends on the extents of the grid only, its global tokens take no part.
+    key = (mask, grid.shape, q_box, k_box, frames)
+    return _PLANS.get(key, lambda: _plan(mask.pack(grid), q_box, k_box, frames))
+
+
+def _plan(packed: Packed, q_box: Region, k_box: Region, frames: tuple[int, ...] | None) -> Plan:
     if frames is None:
         packed, q_box, k_box = _merge(packed, q_box, k_box)
     products = packed.products()
     if not products:
         return ()
     tile = _query_tile(packed)
-    classes = [
-        _axis_classes(
+    coordinates = [np.arange(extent) + origin for origin, extent in zip(k_box.origin, k_box.extent, strict=True)]
+    if frames is not None:
+        coordinates[0] = np.asarray(frames)
+    axes = [
+        _axis(
             [product[axis] for product in products],
             tile[axis],
             (q_box.origin[axis], q_box.extent[axis]),
-            np.asarray(frames)
-            if axis == 0 and frames is not None
-            else np.arange(k_box.extent[axis]) + k_box.origin[axis],
+            coordinates[axis],
         )
         for axis in range(3)
     ]
-    groups = (_group(chosen, q_box.extent, k_box.extent) for chosen in itertools.product(*classes))
+    relative = [axis.relative for axis in axes]
+    groups = (
+        _group(chosen, relative, q_box.extent, k_box.extent)
+        for chosen in itertools.product(*(axis.classes for axis in axes))
+    )
     return tuple(group for group in groups if group is not None)
 
 
@@ -137,74 +209,104 @@ def _mergeable(outer: Rule, inner: Rule) -> bool:
     return (is_whole(outer) and is_whole(inner)) or (is_same(outer) and is_same(inner))
 
 
-def _axis_classes(rules: list[Rule], extent: int, queries: tuple[int, int], keys: np.ndarray) -> list[list[_AxisTile]]:
+def _axis(rules: list[Rule], extent: int, queries: tuple[int, int], keys: np.ndarray) -> _Axis:
     """Cut one axis into tiles and class them by pattern.
 
     queries: origin and extent of the query box. keys: the coordinate that each key of the key box holds, -1 for none.
     """
     origin, length = queries
     step = int(np.gcd.reduce([rule.step for rule in rules]))
-    classes: dict[tuple[object, ...], list[_AxisTile]] = {}
+    tiles = []
     for local in tile_coordinates(length, extent, step):
-        per_product, masks = [], []
-        for rule in rules:
-            index, mask = _visited(rule, local + origin, keys)
-            per_product.append(tuple((index - local[0]).tolist()))
-            masks.append(None if mask is None else mask.tobytes())
-        tile = _AxisTile(int(local[0]), tuple((local - local[0]).tolist()), tuple(per_product), tuple(masks))
-        classes.setdefault(tile.pattern, []).append(tile)
-    return list(classes.values())
+        visited = [_visited(rule, local + origin, keys) for rule in rules]
+        seen = [[_seen(e, local + origin, keys[near]) for e in rules[:n]] for n, (near, _) in enumerate(visited)]
+        own = ([*earlier, mask] for earlier, (_, mask) in zip(seen, visited, strict=True))
+        tiles.append(_AxisTile(local, [near for near, _ in visited], list(own)))
+    # A window moves with the tile, a whole axis does not: what differs less from tile to tile is stored.
+    relative = []
+    for product in range(len(rules)):
+        moving = {(tile.keys[product] - tile.queries[0]).tobytes() for tile in tiles}
+        relative.append(len(moving) <= len({tile.keys[product].tobytes() for tile in tiles}))
+    classes: dict[tuple[object, ...], list[_AxisTile]] = {}
+    for tile in tiles:
+        classes.setdefault(tile.pattern(relative), []).append(tile)
+    return _Axis(list(classes.values()), relative)
 
 
 def _visited(rule: Rule, queries: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Find the keys that some query of a tile sees, and which query sees which; None when all see all."""
     lo, hi = rule.lo[queries], rule.hi[queries]
     near = np.flatnonzero((keys >= max(lo.min(), 0)) & (keys <= hi.max()))
-    y = keys[near]
-    if rule.step == 1 and len(y) and lo.max() <= y.min() and y.max() <= hi.min():
+    mask = _seen(rule, queries, keys[near])
+    if mask is None:
         return near, None
-    mask = (lo[:, None] <= y) & (y <= hi[:, None]) & ((y - queries[:, None]) % rule.step == 0)
-    seen = mask.any(axis=0)
-    near, mask = near[seen], mask[:, seen]
+    some = mask.any(axis=0)
+    near, mask = near[some], mask[:, some]
     return near, None if mask.all() else mask
 
 
-def _group(chosen: tuple[list[_AxisTile], ...], q_extent: Triple, k_extent: Triple) -> Group | None:
+def _seen(rule: Rule, queries: np.ndarray, y: np.ndarray) -> np.ndarray | None:
+    """Say which queries see which of the keys at coordinates y, none of them -1; None when all see all."""
+    lo, hi = rule.lo[queries], rule.hi[queries]
+    if rule.step == 1 and len(y) and lo.max() <= y.min() and y.max() <= hi.min():
+        return None
+    mask = (lo[:, None] <= y) & (y <= hi[:, None]) & ((y - queries[:, None]) % rule.step == 0)
+    return None if mask.all() else mask
+
+
+def _group(
+    chosen: Sequence[list[_AxisTile]], relative: Sequence[list[bool]], q_extent: Triple, k_extent: Triple
+) -> Group | None:
     """Join one class per axis into a group; None when its tiles see nothing."""
     first = [tiles[0] for tiles in chosen]
-    q = _flat([np.array(tile.queries) for tile in first], q_extent)
-    starts = [np.array([tile.start for tile in tiles]) for tiles in chosen]
-    parts = []
+    q = _flat([tile.queries - tile.queries[0] for tile in first], q_extent)
+    starts = [np.array([tile.queries[0] for tile in tiles]) for tiles in chosen]
+    bases, parts, masks = [], [], []
     for product in range(len(first[0].keys)):
-        keys = [np.array(tile.keys[product], np.int64) for tile in first]
+        moves = [axis[product] for axis in relative]
+        keys = [tile.keys[product] - tile.queries[0] * move for tile, move in zip(first, moves, strict=True)]
         if any(len(each) == 0 for each in keys):
             continue
-        mask: np.ndarray | None = None
-        if any(tile.masks[product] is not None for tile in first):
-            axes = [
-                np.ones((len(tile.queries), len(k)), bool)
-                if (data := tile.masks[product]) is None
-                else np.frombuffer(data, bool).reshape(len(tile.queries), len(k))
-                for tile, k in zip(first, keys, strict=True)
-            ]
-            mask = np.einsum("ad,be,cf->abcdef", *axes).reshape(len(q), -1)
-        parts.append((_flat(keys, k_extent), mask))
+        part = _flat(keys, k_extent)
+        mask = _pairs([tile.seen[product][product] for tile in first], first, keys)
+        for earlier in range(product):
+            again = _pairs([tile.seen[product][earlier] for tile in first], first, keys)
+            rest = np.zeros((len(q), len(part)), bool) if again is None else ~again
+            mask = rest if mask is None else mask & rest
+        if mask is not None:
+            some = mask.any(axis=0)
+            part, mask = part[some], mask[:, some]
+        if len(part):
+            bases.append(_flat([start * move for start, move in zip(starts, moves, strict=True)], k_extent))
+            parts.append(part)
+            masks.append(mask)
     if not parts:
         return None
-    k, mask = parts[0] if len(parts) == 1 else _union(parts, len(q))
-    if mask is not None:
-        seeing = mask.any(axis=1)
-        q, mask = q[seeing], mask[seeing]
-        mask = None if mask.all() else mask
-    return Group(_flat(starts, q_extent), _flat(starts, k_extent), q, k, mask)
+    seen = None
+    if any(mask is not None for mask in masks):
+        ones = (np.ones((len(q), len(part)), bool) for part in parts)
+        seen = np.concatenate([one if mask is None else mask for one, mask in zip(ones, masks, strict=True)], axis=1)
+        seeing = seen.any(axis=1)
+        q, seen = q[seeing], seen[seeing]
+    return Group(
+        _flat(starts, q_extent),
+        np.stack(bases, axis=1),
+        q,
+        np.concatenate(parts),
+        np.repeat(np.arange(len(parts), dtype=np.int8), [len(part) for part in parts]),
+        None if seen is None or seen.all() else seen,
+    )
 
 
-def _union(parts: list[tuple[np.ndarray, np.ndarray | None]], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    k = np.unique(np.concatenate([keys for keys, _ in parts]))
-    union = np.zeros((rows, len(k)), bool)
-    for keys, mask in parts:
-        union[:, np.searchsorted(k, keys)] |= True if mask is None else mask
-    return k, union
+def _pairs(axes: list[np.ndarray | None], tiles: list[_AxisTile], keys: list[np.ndarray]) -> np.ndarray | None:
+    """Combine what the queries of three axes see into booleans [rows, keys]; None where all see all."""
+    if all(seen is None for seen in axes):
+        return None
+    pairs = np.ones((*(len(tile.queries) for tile in tiles), *(len(each) for each in keys)), bool)
+    for axis, seen in enumerate(axes):
+        if seen is not None:
+            pairs &= np.expand_dims(seen, [other for other in range(6) if other % 3 != axis])
+    return pairs.reshape(math.prod(pairs.shape[:3]), -1)
 
 
 def _flat(axes: list[np.ndarray], extent: Triple) -> np.ndarray:
