@@ -116,7 +116,8 @@ class Mask:
         video = torch.zeros(len(qi), len(ki), dtype=torch.bool)
         qc, kc = (_coordinates(grid, i) for i in (qi, ki))
         for product in self.products(grid):
-            inside = [torch.from_numpy(rule.matrix())[x][:, y] for rule, x, y in zip(product, qc, kc, strict=True)]
+            # Keys first: rows of them are then copied whole.
+            inside = [torch.from_numpy(rule.matrix())[:, y][x] for rule, x, y in zip(product, qc, kc, strict=True)]
             video |= inside[0] & inside[1] & inside[2]
         q_global, k_global = (is_global(grid, i) for i in (qi, ki))
         sees_rest = globals_see == "all"

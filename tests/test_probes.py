@@ -24,15 +24,16 @@ def test_every_constructor_is_seen_as_it_is_on_awkward_grids(name: str) -> None:
         examples = CONSTRUCTORS[name].examples(shape)
         for number, mask in enumerate(examples):
             tokens = Grid(*shape).video
-            if tokens > 60 and len(examples) > 5 and number % 4 != turn % 4:
-                continue  # of many examples a quarter, another one on each grid
+            part = min(len(examples), 4)
+            if tokens > 60 and number % part != turn % part:
+                continue  # on larger grids a part of the examples, another one on each grid
             check(Case(Grid(*shape), mask, heads=1), impl="reference", dim=64, only=some_chunks(tokens, 64))
 
 
 @pytest.mark.parametrize("shape", BIG_GRIDS, ids=str)
 @pytest.mark.parametrize("name", CONSTRUCTORS)
 def test_every_constructor_is_seen_as_it_is_on_large_grids(name: str, shape: tuple[int, int, int]) -> None:
-    if shape == BIG_GRIDS[-1] and name in ("full", "spatial", "temporal", "tables"):
+    if shape == BIG_GRIDS[-1] and name in ("full", "spatial", "temporal", "tables", "frame_causal"):
         return  # nothing is left to see that the other large grid did not show
     mask = CONSTRUCTORS[name].examples(shape)[-1]
     check(Case(Grid(*shape), mask, heads=1), impl="reference", dim=32, only=[61])
