@@ -8,7 +8,7 @@ them, and ``a | b`` appends. A mask knows no grid: it is described once and pack
 Global tokens are outside the mask: every video query sees them, and they see everything (or each other only, with
 ``globals_see="globals"``).
 
-``python -m stattn.pictures`` draws a page of all named masks.
+``python -m stattn.masks`` draws a page of all named masks.
 """
 
 from __future__ import annotations
@@ -498,3 +498,9 @@ def _coordinates(grid: Grid, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.
     """Give the (t, h, w) of token indices; global tokens get some coordinate inside the grid."""
     place = (tokens - grid.before).clamp(0, grid.video - 1)
     return place // (grid.h * grid.w), place // grid.w % grid.h, place % grid.w
+
+
+if __name__ == "__main__":
+    from stattn.pictures import main
+
+    main()

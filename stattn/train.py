@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from stattn import checks, dit, masks, media, results, world
+from stattn.accelerate import accelerate
 from stattn.dit import DiT
 from stattn.masks import Mask
 from stattn.sampler import FlowMatching, sample
@@ -342,9 +343,7 @@ def _evaluate_weights(args: argparse.Namespace) -> int:
     """Evaluate ready weights as a run evaluates its own, and write evaluation.json."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = dit.load(args.evaluate, dtype=torch.float32, device=device).eval()
-    for module in model.modules():
-        if hasattr(module, "impl"):
-            module.impl = "reference"
+    accelerate(model, impl="reference")
     record = {
         "command": _command(args),
         "weights": args.evaluate,

@@ -261,7 +261,7 @@ def _chunks(jobs: Iterator[Job], q: torch.Tensor) -> Iterator[tuple[Job, torch.T
     for job in jobs:
         bias = None
         if job.mask is not None:
-            bias = torch.zeros(job.mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~job.mask, -torch.inf)
+            bias = torch.where(job.mask, q.new_zeros(()), q.new_full((), -torch.inf))
         tiles, rows, keys = len(job.q), job.q.shape[1], job.k.shape[1]
         places = len(job.batch) * len(job.heads)
         per_row = 0 if q.device.type == "cpu" else places * keys * 8  # the scores are written out there
