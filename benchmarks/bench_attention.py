@@ -37,8 +37,9 @@ def tensors(grid: Grid, heads: int, dim: int, device: str, grad: bool = False) -
 
 
 def assert_right(out: torch.Tensor, qkv: tuple[torch.Tensor, ...], grid: Grid, mask: Mask) -> None:
-    """Compare sampled rows, the first and the last with float64, and refuse more than twice the inputs' rounding."""
+    """Compare sampled rows, the first and the last with float64, and refuse more than rounding explains."""
     q, k, v = (x.detach() for x in qkv)
+    slack = 2 if q.dtype == torch.bfloat16 else 8  # fp32 sums of thousands of terms round on the way, too
     chosen = torch.randperm(grid.tokens, generator=torch.Generator().manual_seed(1))[:ROWS]
     chosen = torch.cat([chosen, torch.tensor([0, grid.tokens - 1])])
     seen = mask.allowed(grid, chosen).to(q.device)
@@ -46,7 +47,7 @@ def assert_right(out: torch.Tensor, qkv: tuple[torch.Tensor, ...], grid: Grid, m
         scores = q[0, chosen, head].double() @ k[0, :, head].double().T / math.sqrt(q.shape[3])
         want = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v[0, :, head].double()
         error = (out[0, chosen, head].double() - want).square().mean().sqrt() / want.square().mean().sqrt()
-        assert error < 2 * torch.finfo(q.dtype).eps, f"head {head}: relative error {error:.2e}"
+        assert error < slack * torch.finfo(q.dtype).eps, f"head {head}: relative error {error:.2e}"
 
 
 def measure(
