@@ -1,10 +1,14 @@
 """What every test gets: the same seeds, and a reason in place of a GPU test where there is no GPU."""
 
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel file is imported: Triton reads it once for each kernel
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,8 @@
 
 An operation lists its implementations in order of preference. Each carries one pure function ``why_not(call)`` over
 hashable metadata: None means that it serves the call, a sentence says why it does not. ``auto`` takes the first that
-serves; the reference joins ``auto`` on CPU tensors only, so that a slow path is never taken unnoticed on a GPU.
+serves. The reference joins ``auto`` on CPU tensors only, so that a slow path is never taken unnoticed on a GPU, and
+Triton on CUDA tensors only, since on a CPU it is an interpreter for tests.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class Operation:
         reason = each.why_not(call)
         if reason is None and each.name == "reference" and call.device != "cpu":
             return "auto takes the reference on CPU tensors only; ask for it with impl='reference'"
+        if reason is None and each.name == "triton" and call.device != "cuda":
+            return "auto takes Triton on CUDA tensors only; ask for the interpreter with impl='triton'"
         return reason
 
     def _choose_uncached(self, impl: str, call: Any) -> Implementation:

@@ -1,0 +1,98 @@
+"""Compile kernels ahead of time, without a GPU, and say what they need.
+
+    python -m stattn.kernels._compile attention patchify --capability 80 90 100
+
+Every kernel file has a function ``specializations()`` that lists what its launcher compiles: each kernel with each of
+its CONFIGS. The command prints one JSON line per kernel with its registers, its shared memory and its local memory
+(spilled registers and indexed arrays), in bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+
+class Specialization(NamedTuple):
+    """A kernel as a launcher compiles it.
+
+    name: for people. fn: the ``triton.jit`` function. types: argument name -> type ("*bf16", "i32", "fp32"), in order.
+    constants: argument name -> value, of its constexprs (a None stands for an absent pointer). options: num_warps and
+    num_stages. unaligned: arguments that are no multiple of 16; all other pointers and integers are.
+    """
+
+    name: str
+    fn: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, int]
+    unaligned: tuple[str, ...] = ()
+
+
+class Needs(NamedTuple):
+    """What a compiled kernel needs: registers a thread, bytes of shared and of local memory, and its machine code."""
+
+    registers: int
+    shared: int
+    local: int
+    cubin: bytes
+
+
+def compile_for(kernel: Specialization, capability: int) -> Needs:
+    """Compile a kernel for a compute capability (90 for 9.0)."""
+    names = kernel.fn.arg_names
+    signature = {name: "constexpr" if name in kernel.constants else kernel.types[name] for name in names}
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if signature[name][0] in "*i" and name not in kernel.unaligned and signature[name] != "i1"
+    }
+    constants = {(names.index(name),): value for name, value in kernel.constants.items()}
+    source = ASTSource(fn=kernel.fn, signature=signature, constexprs=constants, attrs=attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(kernel.options))
+    usage = _resources(built.asm["cubin"])
+    return Needs(usage["REG"], built.metadata.shared, usage["LOCAL"] + usage["STACK"], built.asm["cubin"])
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def specializations(stem: str) -> Iterator[Specialization]:
+    """List the kernels of one file."""
+    yield from importlib.import_module(f"stattn.kernels.{stem}").specializations()
+
+
+def main() -> None:
+    """Compile the kernels of some files and print what they need."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("stems", nargs="+")
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
+    args = parser.parse_args()
+    for stem in args.stems:
+        for kernel in specializations(stem):
+            for capability in args.capability:
+                needs = compile_for(kernel, capability)
+                row = {"kernel": kernel.name, "capability": capability, **needs._asdict()}
+                del row["cubin"]
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
