@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -150,6 +151,50 @@ def lower(
     kinds = torch.from_numpy(mask.tiles(grid, q_tile, k_tile)).to(device)
     partial = bool((kinds == PARTIAL).any())
     return block_list(grid.shape, q_tile, k_tile, kinds[None, None], mask if partial else None)
+
+
+class KeyLists(NamedTuple):
+    """Block lists seen from the key tiles: the query tiles that list each of them.
+
+    offset: int32 [B, heads, k tiles + 1]; the list of key tile j is item[offset[j] : offset[j + 1]] of its sample and
+    head. item: int32 [B, heads, q tiles * most], query tiles in ascending order within a list. partial: booleans like
+    item, or None when all are whole. What lies behind the last offset is not written: it may hold anything.
+    """
+
+    offset: torch.Tensor
+    item: torch.Tensor
+    partial: torch.Tensor | None
+
+
+def transpose(
+    count: torch.Tensor, index: torch.Tensor, partial: torch.Tensor | None, k_tiles: int, *, impl: str = "auto"
+) -> KeyLists:
+    """Turn lists of key tiles into lists of query tiles, on their device and without a word to the host.
+
+    count, index, partial: as in ``BlockList``, in any order within a row and of any strides; they are not checked, and
+    entries that are no key tiles are left out. k_tiles: the number of key tiles. impl: "triton", "reference" (plain
+    PyTorch), or "auto": Triton on CUDA tensors. Beside its result Triton's needs 1/8 byte per pair of tiles, and as
+    much again for partial. Exact, and bitwise reproducible. Raises ValueError when a sample and head have 2**31 entries
+    or impl is unknown.
+    """
+    if impl not in ("auto", "triton", "reference"):
+        raise ValueError(f"impl={impl!r} must be 'auto', 'triton' or 'reference'")
+    if index.shape[2] * index.shape[3] >= 2**31:
+        raise ValueError(f"index of shape {tuple(index.shape)} has 2**31 entries or more in each sample and head")
+    if impl == "triton" or (impl == "auto" and index.is_cuda):
+        from stattn.kernels import select
+
+        return KeyLists(*select.transpose(count, index, partial, k_tiles))
+    most = index.shape[3]
+    used = torch.arange(most, device=index.device) < count[..., None]
+    # Entries that are none are sorted behind the last tile.
+    key = torch.where(used & (index >= 0) & (index < k_tiles), index, k_tiles).flatten(2)
+    sizes = key.new_zeros((*key.shape[:2], k_tiles + 1)).scatter_add_(-1, key.long(), torch.ones_like(key))
+    offset = torch.zeros_like(sizes)
+    torch.cumsum(sizes[..., :-1], -1, dtype=torch.int32, out=offset[..., 1:])
+    order = key.sort(dim=-1, stable=True).indices
+    item = torch.div(order, max(most, 1), rounding_mode="floor").to(torch.int32)
+    return KeyLists(offset, item, None if partial is None else partial.flatten(2).gather(-1, order))
 
 
 def tile_count(shape: Triple, tile: Triple) -> int:

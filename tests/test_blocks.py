@@ -11,7 +11,7 @@ from mask_definitions import COMBINED, RAGGED, Triple, every_example
 
 import stattn
 from stattn import BlockList, masks
-from stattn.blocks import block_list, lower, tile_count, tile_of
+from stattn.blocks import KeyLists, block_list, lower, tile_count, tile_of, transpose
 from stattn.grid import Grid
 from stattn.masks import EMPTY, FULL, PARTIAL
 
@@ -268,3 +268,110 @@ def test_joined_lists_are_no_longer_than_they_need_to_be() -> None:
     assert isinstance(both, BlockList)
     assert both.index.shape[-1] < 8
     assert torch.equal(both.allowed(), masks.window(1, 1, 1).allowed(RAGGED) | blocks.allowed())
+
+
+# --- lists seen from the key tiles -----------------------------------------------------------------------------------
+
+ON = [
+    pytest.param("reference", "cpu", id="reference"),
+    pytest.param("triton", "cpu", id="interpreter"),
+    pytest.param("triton", "cuda", id="cuda", marks=pytest.mark.gpu),
+]
+
+
+def random_entries(
+    batch: int, heads: int, q_tiles: int, k_tiles: int, most: int, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lists of random length in random order, with junk behind their ends: count, index, partial."""
+    generator = torch.Generator(device).manual_seed(q_tiles * k_tiles + most)
+    size = (batch, heads, q_tiles)
+    order = torch.rand((*size, k_tiles), generator=generator, device=device).argsort(-1)[..., :most]
+    count = torch.randint(0, most + 1, size, generator=generator, device=device, dtype=torch.int32)
+    count[0, 0, 0] = most
+    used = torch.arange(most, device=device) < count[..., None]
+    partial = torch.rand((*size, most), generator=generator, device=device) < 0.5
+    return count, torch.where(used, order, 2**31 - 1).to(torch.int32), partial
+
+
+def key_lists_by_hand(
+    count: torch.Tensor, index: torch.Tensor, partial: torch.Tensor, k_tiles: int, b: int, h: int
+) -> list[list[tuple[int, bool]]]:
+    """The query tiles of each key tile with their flags, row by row."""
+    found: list[list[tuple[int, bool]]] = [[] for _ in range(k_tiles)]
+    for q_tile in range(count.shape[2]):
+        for entry in range(int(count[b, h, q_tile])):
+            found[int(index[b, h, q_tile, entry])].append((q_tile, bool(partial[b, h, q_tile, entry])))
+    return found
+
+
+def assert_key_lists(lists: KeyLists, expected: list[list[tuple[int, bool]]], b: int, h: int) -> None:
+    offset, item = lists.offset[b, h].tolist(), lists.item[b, h].tolist()
+    flags = [False] * len(item) if lists.partial is None else lists.partial[b, h].tolist()
+    assert offset[0] == 0
+    for k_tile, entries in enumerate(expected):
+        start, end = offset[k_tile : k_tile + 2]
+        assert list(zip(item[start:end], flags[start:end], strict=True)) == entries
+
+
+@pytest.mark.parametrize("impl, device", ON)
+@pytest.mark.parametrize(
+    "batch, heads, q_tiles, k_tiles, most",
+    [(2, 3, 70, 37, 11), (1, 1, 1, 1, 1), (1, 2, 32, 17, 17), (2, 1, 33, 300, 280), (1, 1, 64, 16, 3)],
+)
+def test_key_tiles_list_the_query_tiles_that_list_them(
+    impl: str, device: str, batch: int, heads: int, q_tiles: int, k_tiles: int, most: int
+) -> None:
+    count, index, partial = random_entries(batch, heads, q_tiles, k_tiles, most)
+    on_device = [x.to(device) for x in (count, index, partial)]
+    lists = transpose(*on_device, k_tiles, impl=impl)
+    whole = transpose(*on_device[:2], None, k_tiles, impl=impl)
+    assert whole.partial is None
+    for b, h in np.ndindex(batch, heads):
+        expected = key_lists_by_hand(count, index, partial, k_tiles, b, h)
+        assert_key_lists(lists, expected, b, h)
+        assert_key_lists(whole, [[(q_tile, False) for q_tile, _ in entries] for entries in expected], b, h)
+
+
+@pytest.mark.parametrize("impl, device", ON)
+def test_lists_are_transposed_as_they_lie(impl: str, device: str) -> None:
+    count, index, partial = (x.to(device) for x in random_entries(2, 3, 20, 9, 5))
+    expected = transpose(count, index, partial, 9, impl=impl)
+    turned = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in (count, index, partial)]
+    lists = transpose(*turned, 9, impl=impl)
+    end = int(expected.offset[1, 2, -1])
+    assert torch.equal(lists.offset, expected.offset)
+    assert torch.equal(lists.item[1, 2, :end], expected.item[1, 2, :end])
+    assert lists.partial is not None
+    assert expected.partial is not None
+    assert torch.equal(lists.partial[1, 2, :end], expected.partial[1, 2, :end])
+    alike = transpose(count[:1, :1].expand(1, 2, -1), index[:1, :1].expand(1, 2, -1, -1), None, 9, impl=impl)
+    assert torch.equal(alike.offset[0, 0], alike.offset[0, 1])
+
+
+@pytest.mark.parametrize("impl, device", ON)
+def test_entries_that_are_no_key_tiles_are_left_out_of_key_lists(impl: str, device: str) -> None:
+    index = torch.tensor([[3, -1, 0], [7, 8, 2**31 - 1], [0, 3, 5]], dtype=torch.int32, device=device)
+    lists = transpose(torch.full((1, 1, 3), 3, dtype=torch.int32, device=device), index[None, None], None, 8, impl=impl)
+    assert lists.offset.flatten().tolist() == [0, 2, 2, 2, 4, 4, 5, 5, 6]
+    assert lists.item.flatten()[:6].tolist() == [0, 2, 0, 2, 2, 1]
+
+
+@pytest.mark.parametrize("impl, device", ON)
+def test_lists_without_entries_give_key_tiles_without_query_tiles(impl: str, device: str) -> None:
+    for size in ((0, 2, 5, 3), (2, 2, 5, 0), (1, 1, 5, 3)):
+        count = torch.zeros(size[:3], dtype=torch.int32, device=device)
+        lists = transpose(count, torch.zeros(size, dtype=torch.int32, device=device), None, 7, impl=impl)
+        assert lists.offset.shape == (*size[:2], 8)
+        assert lists.item.shape == (*size[:2], size[2] * size[3])
+        assert not lists.offset.any()
+
+
+def test_a_transposition_that_is_not_possible_is_refused() -> None:
+    count = torch.zeros(1, 1, 1, dtype=torch.int32)
+    index = torch.zeros(1, 1, 1, 4, dtype=torch.int32)
+    transpose(count, index, None, 4)
+    with pytest.raises(ValueError, match="impl='cuda'"):
+        transpose(count, index, None, 4, impl="cuda")
+    huge = torch.empty(1, 1, 2**16, 2**15, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match=r"index of shape \(1, 1, 65536, 32768\)"):
+        transpose(count, huge, None, 2**15)
