@@ -128,9 +128,13 @@ def tighten(rule: Rule) -> Rule:
 
 def covers(outer: Product, inner: Product) -> bool:
     """Say whether the outer product allows all that the inner one allows (sufficient, axis by axis)."""
-    return all(
-        i.step % o.step == 0 and bool(np.all((o.lo <= i.lo) & (i.hi <= o.hi) | (i.lo > i.hi)))
-        for o, i in zip(outer, inner, strict=True)
+    return all(covers_axis(o, i) for o, i in zip(outer, inner, strict=True))
+
+
+def covers_axis(outer: Rule, inner: Rule) -> bool:
+    """Say whether the outer rule of an axis allows all that the inner one allows."""
+    return inner.step % outer.step == 0 and bool(
+        np.all((outer.lo <= inner.lo) & (inner.hi <= outer.hi) | (inner.lo > inner.hi))
     )
 
 
