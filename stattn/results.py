@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,79 @@ def time_contenders(
             name = names[(r + i) % len(names)]
             samples[name].append(once(contenders[name]))
     return {name: Timing(tuple(samples[name])) for name in names}
+
+
+def time_in_graph(
+    contenders: Mapping[str, Callable[[int], Any]],
+    *,
+    copies: int,
+    device: str | torch.device | None = None,
+    rounds: int = 20,
+    warmup: int = 3,
+) -> dict[str, Timing]:
+    """Time short callables without their launches: on CUDA by replaying graphs, in interleaved rounds.
+
+    contenders: called with 0 ... copies - 1, the number of the buffers to work on. copies: enough that all buffers
+    together are larger than the L2 cache, so that a call finds nothing of its own there (`copies_for`). A contender's
+    graph walks over all copies, at least eight calls in all; what the calls of one walk return is kept to its end, so
+    that outputs rotate too. A sample is the time of one replay divided by its calls, in milliseconds. Graphs are
+    captured on the current stream, or on a new one when that is the default stream: autograd runs a backward on the
+    stream of its forward, so whoever times a backward runs the forward, and this, in ``torch.cuda.stream`` of one
+    stream. On a CPU the same calls are timed by the wall clock. Raises ValueError for an empty mapping or for counts
+    below one.
+    """
+    if not contenders:
+        raise ValueError(f"contenders={contenders!r} must name at least one callable")
+    if copies < 1 or rounds < 1 or warmup < 1:
+        raise ValueError(f"copies={copies}, rounds={rounds} and warmup={warmup} must be at least 1")
+    where = _device(device)
+    if where.type == "cpu":
+        walks = {name: partial(_walk, fn, copies) for name, fn in contenders.items()}
+        timings = time_contenders(walks, device=where, rounds=rounds, warmup=warmup)
+        return {name: Timing(tuple(each / copies for each in timing.samples)) for name, timing in timings.items()}
+    repeats = -(-8 // copies)
+    with torch.cuda.device(where):
+        current = torch.cuda.current_stream()
+        stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            graphs = {name: _capture(partial(_walk, fn, copies), repeats, warmup) for name, fn in contenders.items()}
+            for graph in graphs.values():
+                graph.replay()
+            names = list(graphs)
+            samples: dict[str, list[float]] = {name: [] for name in names}
+            for r in range(rounds):
+                for i in range(len(names)):
+                    name = names[(r + i) % len(names)]
+                    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    start.record()
+                    graphs[name].replay()
+                    end.record()
+                    end.synchronize()
+                    samples[name].append(start.elapsed_time(end) / (repeats * copies))
+        current.wait_stream(stream)
+    return {name: Timing(tuple(samples[name])) for name in names}
+
+
+def copies_for(size: int, total: int = 256 << 20) -> int:
+    """Return how many buffers of ``size`` bytes, read and written by one call, make up ``total`` bytes: at least 2."""
+    return max(2, -(-total // max(size, 1)))
+
+
+def _walk(fn: Callable[[int], Any], copies: int) -> None:
+    kept = [fn(copy) for copy in range(copies)]
+    del kept
+
+
+def _capture(walk: Callable[[], None], repeats: int, warmup: int) -> torch.cuda.CUDAGraph:
+    for _ in range(warmup):
+        walk()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        for _ in range(repeats):
+            walk()
+    return graph
 
 
 def _cpu_timer(fn: Callable[[], Any]) -> float:

@@ -186,6 +186,43 @@ def test_timing_refuses_bad_arguments_by_name(arguments, message):
         results.time_contenders(**(copy.copy(good) | arguments))
 
 
+def test_calls_in_a_graph_are_timed_on_every_copy_and_per_call():
+    calls: list[int] = []
+
+    def sleep(copy: int) -> None:
+        calls.append(copy)
+        time.sleep(0.005)
+
+    timing = results.time_in_graph({"sleep": sleep}, copies=3, device="cpu", rounds=2, warmup=1)["sleep"]
+    assert calls == [0, 1, 2] * 3
+    assert len(timing.samples) == 2
+    assert 4.9 < timing.p20 <= timing.median < 15
+    assert (results.copies_for(100 << 20), results.copies_for(1 << 30), results.copies_for(0)) == (3, 2, 256 << 20)
+
+
+@pytest.mark.parametrize(("name", "value"), [("copies", 0), ("rounds", 0), ("warmup", 0), ("contenders", {})])
+def test_timing_in_a_graph_refuses_bad_arguments_by_name(name, value):
+    arguments = {"contenders": {"fn": lambda copy: None}, "copies": 1, "device": "cpu", name: value}
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        results.time_in_graph(**arguments)
+
+
+@pytest.mark.gpu
+def test_a_graph_times_a_copy_without_its_launch_and_a_backward_on_one_stream():
+    x = torch.randn(2, 1 << 24, device="cuda")
+    y = torch.empty_like(x)
+    timing = results.time_in_graph({"copy": lambda i: y[i].copy_(x[i])}, copies=2)["copy"]
+    assert torch.equal(x, y)
+    assert 0.01 < timing.median < 1
+    with torch.cuda.stream(torch.cuda.Stream()):
+        weight = torch.randn(1 << 20, device="cuda", requires_grad=True)
+        out = weight * 2
+        grads = results.time_in_graph(
+            {"grad": lambda i: torch.autograd.grad(out, weight, out, retain_graph=True)}, copies=2, rounds=3
+        )
+    assert grads["grad"].median > 0
+
+
 def test_cpu_ceilings_say_what_they_measured():
     top = results.ceilings("cpu", rounds=1)
     assert top.matmul > 0
