@@ -6,9 +6,10 @@ The forward pass and dQ tile the queries and walk the keys (``by_query``); dK an
 1. The products of a union are made disjoint where a subtraction on one axis does it (``disjoint``).
 2. Neighbouring axes that no product cuts are merged: full attention is one row of tokens, per-frame attention (T, H*W).
 3. Each axis is cut into tiles, within a residue class where a product has a step. For a tile and a product the tables
-   give the interval of columns to visit and, within it, those that every row of the tile sees.
-4. The rule of a single pair is packed into one integer a query and product, and one a key: each axis has a field of
-   bits with a guard bit above it, and k is seen if both ``k + guards - lo`` and ``hi + guards - k`` keep every guard.
+   give the interval of columns to visit and, within it, those that every row of the tile sees. Intervals are visited in
+   boxes of at most so many columns, from their own first column on.
+4. What a row sees of a box partly allowed is decided by packed integers: every axis has a field of bits with a guard
+   bit above it, and a column at c is seen if ``c + guards - lo`` and ``hi + guards - c`` both keep every guard.
 
 ``encode`` lays the walks of all heads out as one int32 array that kernels read, so that nothing about a mask is
 compiled into a kernel.
@@ -16,6 +17,7 @@ compiled into a kernel.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +33,8 @@ from stattn.tables import Product, Rule, covers_axis, intersect, is_same, is_who
 T = TypeVar("T")
 
 MAX_PIECES = 16
-FIELD_BITS = 31
+FIELD_BITS = 30
+EXISTS = 1 << FIELD_BITS  # the guard of a field without bits: columns behind the end of a box have it set
 HEADER = 32  # integers before the products of a walk
 AXES = (0, 1, 2)
 
@@ -40,8 +43,7 @@ class Geometry(NamedTuple):
     """A mask on the parts of a grid that q and k hold, axes merged and pushed to the end: (1, 1, N) is one row.
 
     shape: the grid's merged extents. products: the rules on it. overlap: whether products may still allow the same
-    pair; each then excludes what earlier ones allow. shifts: the first bit of each axis's field, -1 for an axis that no
-    product cuts.
+    pair; each then excludes what earlier ones allow.
     """
 
     shape: Triple
@@ -49,19 +51,13 @@ class Geometry(NamedTuple):
     k_box: Region
     products: tuple[Product, ...]
     overlap: bool
-    shifts: Triple
-
-    @property
-    def guard(self) -> int:
-        """The guard bits of all fields."""
-        return sum(1 << (s + n.bit_length()) for s, n in zip(self.shifts, self.shape, strict=True) if s >= 0)
 
 
 class Interval(NamedTuple):
     """What the tiles of one axis visit under one rule: int32 [tiles] each.
 
-    first: the first column, counted in the column box. length: columns, ``step`` apart. whole_from, whole_to: those from
-    the one up to, not including, the other are seen by all rows of the tile.
+    first: the first column, counted in the column box. length: columns, ``step`` apart. whole_from, whole_to: those
+    from the one up to, not including, the other are seen by all rows of the tile.
     """
 
     first: np.ndarray
@@ -74,33 +70,31 @@ class Interval(NamedTuple):
 class Walk:
     """The tiles of the rows, and what each visits.
 
-    tile: extents in tokens of one residue class modulo ``steps``. tiles: how many there are on each axis; tile i of an
-    axis belongs to the residue class i % step. visits: per product and axis.
+    rows, columns: the boxes of the merged grid. bounds: per product the columns that each row sees, exactly. tile:
+    extents in tokens of one residue class modulo ``steps``. tiles: how many there are on each axis; tile i of an axis
+    belongs to the residue class i % step. visits: per product and axis. box: the extents that intervals are visited in.
+    overlap: whether each product excludes what earlier ones allow.
     """
 
-    geometry: Geometry
     rows: Region
     columns: Region
+    bounds: tuple[Product, ...]
     tile: Triple
     steps: Triple
     tiles: Triple
     visits: tuple[tuple[Interval, Interval, Interval], ...]
+    box: Triple
+    overlap: bool
 
-    def visited(self, columns: int = 1) -> int:
-        """Count the columns that all tiles visit, each box rounded up to a multiple of ``columns``."""
-        total = 0
-        for t, h, w in self.visits:
-            boxes = t.length[:, None, None].astype(np.int64) * h.length[:, None] * w.length
-            total += int((-(-boxes // columns) * columns).sum())
-        return total
+    @property
+    def visited(self) -> int:
+        """The number of boxes that all tiles visit."""
+        return _boxes(self.visits, self.box)
 
 
 @lru_cache(maxsize=512)
 def geometry(mask: Mask, grid: Grid, q_box: Region, k_box: Region, frames: bool = False) -> Geometry:
-    """Lay out a mask for kernels. frames: the keys' first axis are slots of a ring cache, so it stays an axis.
-
-    Raises ValueError when the coordinates of the cut axes take more than 31 bits.
-    """
+    """Lay out a mask for kernels. frames: the keys' first axis are slots of a ring cache, so it stays an axis."""
     products, overlap = disjoint(mask.products(grid))
     shape, boxes = grid.shape, [q_box, k_box]
     for outer, inner in ((1, 2), (0, 1)):
@@ -128,16 +122,7 @@ def geometry(mask: Mask, grid: Grid, q_box: Region, k_box: Region, frames: bool 
     shape = _permute(shape, order)
     products = tuple(_permute(p, order) for p in products)
     q_box, k_box = (Region(_permute(box.origin, order), _permute(box.extent, order)) for box in boxes)
-    shifts, bit = [], 0
-    for axis in AXES:
-        if all(is_whole(p[axis]) for p in products) and not (frames and axis == 0):
-            shifts.append(-1)
-            continue
-        shifts.append(bit)
-        bit += shape[axis].bit_length() + 1
-    if bit > FIELD_BITS:
-        raise ValueError(f"grid {grid.shape} under mask {mask}: coordinates take {bit} bits, kernels have {FIELD_BITS}")
-    return Geometry(shape, q_box, k_box, products, overlap, (shifts[0], shifts[1], shifts[2]))
+    return Geometry(shape, q_box, k_box, products, overlap)
 
 
 def disjoint(products: Sequence[Product]) -> tuple[tuple[Product, ...], bool]:
@@ -181,24 +166,35 @@ def _meet(a: Product, b: Product) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def by_query(mask: Mask, grid: Grid, q_box: Region, k_box: Region, rows: int, frames: bool = False) -> Walk:
-    """Tile the queries, at most ``rows`` a tile, and walk the keys. With frames, t counts frames, not slots."""
+def by_query(
+    mask: Mask, grid: Grid, q_box: Region, k_box: Region, rows: int, columns: int, frames: bool = False
+) -> Walk:
+    """Tile the queries, at most ``rows`` a tile, and walk the keys in boxes of at most ``columns``.
+
+    frames: the first axis of the keys counts frames here, whatever slots hold them, and a box lies in one frame.
+    """
     laid = geometry(mask, grid, q_box, k_box, frames)
-    k_box = laid.k_box
-    if frames:
-        k_box = Region(_with(k_box.origin, {0: 0}), _with(k_box.extent, {0: laid.shape[0]}))
-    return _walk(laid, laid.q_box, k_box, laid.products, rows)
+    return _walk(laid, laid.q_box, _keys(laid, frames), laid.products, rows, columns, thin_box=frames)
 
 
 @lru_cache(maxsize=1024)
-def by_key(mask: Mask, grid: Grid, q_box: Region, k_box: Region, rows: int, frames: bool = False) -> Walk:
-    """Tile the keys, at most ``rows`` a tile, and walk the queries. With frames a tile lies in one frame."""
+def by_key(
+    mask: Mask, grid: Grid, q_box: Region, k_box: Region, rows: int, columns: int, frames: bool = False
+) -> Walk:
+    """Tile the keys, at most ``rows`` a tile, and walk the queries in boxes of at most ``columns``.
+
+    frames: the first axis of the keys counts frames here, whatever slots hold them, and a tile lies in one frame.
+    """
     laid = geometry(mask, grid, q_box, k_box, frames)
-    k_box = laid.k_box
-    if frames:
-        k_box = Region(_with(k_box.origin, {0: 0}), _with(k_box.extent, {0: laid.shape[0]}))
-    hulls = tuple((_transpose(t), _transpose(h), _transpose(w)) for t, h, w in laid.products)
-    return _walk(laid, k_box, laid.q_box, hulls, rows, transposed=True, thin=frames)
+    exact = [piece for product in laid.products for piece in itertools.product(*map(_intervals_by_key, product))]
+    bounds = tuple((_transpose(t), _transpose(h), _transpose(w)) for t, h, w in exact)
+    return _walk(laid, _keys(laid, frames), laid.q_box, bounds, rows, columns, thin_tile=frames)
+
+
+def _keys(laid: Geometry, frames: bool) -> Region:
+    if not frames:
+        return laid.k_box
+    return Region(_with(laid.k_box.origin, {0: 0}), _with(laid.k_box.extent, {0: laid.shape[0]}))
 
 
 class _Rows:
@@ -219,40 +215,58 @@ def _walk(
     laid: Geometry,
     rows: Region,
     columns: Region,
-    hulls: tuple[Product, ...],
-    most: int,
-    transposed: bool = False,
-    thin: bool = False,
+    bounds: tuple[Product, ...],
+    most_rows: int,
+    most_columns: int,
+    thin_tile: bool = False,
+    thin_box: bool = False,
 ) -> Walk:
-    """Tile ``rows``. hulls: per product, the columns between the first and the last that a row wants.
-
-    transposed: rows are keys. thin: tiles have an extent of 1 on the first axis.
-    """
-    lcm = [math.lcm(*(p[axis].step for p in hulls)) if hulls else 1 for axis in AXES]
+    """Tile ``rows``. thin_tile, thin_box: tiles, or boxes, have an extent of 1 on the first axis."""
+    lcm = [math.lcm(*(p[axis].step for p in bounds)) if bounds else 1 for axis in AXES]
     steps = [min(step, n) for step, n in zip(lcm, rows.extent, strict=True)]
-    tile = _tile(rows, hulls, steps, most, thin)
+    tile = _tile(rows, bounds, steps, most_rows, thin_tile)
     tiles = [s * _tiles(n, e, s) for n, e, s in zip(rows.extent, tile, steps, strict=True)]
     visits = []
-    for hull, product in zip(hulls, laid.products, strict=True):
+    for product in bounds:
         per_axis = []
         for axis in AXES:
             members = _members(rows.extent[axis], tile[axis], steps[axis], rows.origin[axis])
-            span = (columns.origin[axis], columns.extent[axis])
-            per_axis.append(_interval(members, hull[axis], span, product[axis] if transposed else None))
+            per_axis.append(_interval(members, product[axis], columns.origin[axis], columns.extent[axis]))
         visits.append((per_axis[0], per_axis[1], per_axis[2]))
-    return Walk(laid, rows, columns, tile, _triple(steps), _triple(tiles), tuple(visits))
+    box = _box(tuple(visits), most_columns, thin_box)
+    return Walk(rows, columns, bounds, tile, _triple(steps), _triple(tiles), tuple(visits), box, laid.overlap)
 
 
-def _tile(rows: Region, hulls: tuple[Product, ...], steps: list[int], most: int, thin: bool) -> Triple:
+def _tile(rows: Region, bounds: tuple[Product, ...], steps: list[int], most: int, thin: bool) -> Triple:
     """Choose the extents of a tile, those of ``tile_for`` among the rows at hand."""
-    if rows.extent[:2] == (1, 1) and all(is_whole(p[2]) for p in hulls):  # one row of tokens
+    if rows.extent[:2] == (1, 1) and all(is_whole(p[2]) for p in bounds):  # one row of tokens
         return (1, 1, min(most, rows.extent[2]))
     if thin:
-        hulls = tuple(_with(p, {0: Rule(p[0].lo[:1], p[0].hi[:1], 1)}) for p in hulls)
+        bounds = tuple(_with(p, {0: Rule(p[0].lo[:1], p[0].hi[:1], 1)}) for p in bounds)
         rows = Region(_with(rows.origin, {0: 0}), _with(rows.extent, {0: 1}))
         steps = [1, *steps[1:]]
     grid = Grid(*rows.extent)
-    return tile_for(grid, _Rows(hulls, rows, steps), min(most, grid.video))
+    return tile_for(grid, _Rows(bounds, rows, steps), min(most, grid.video))
+
+
+def _box(visits: tuple[tuple[Interval, Interval, Interval], ...], most: int, thin: bool) -> Triple:
+    """Choose the extents of at most ``most`` columns in which the fewest boxes are visited; the longest w, then h."""
+    longest = [max((int(v[axis].length.max(initial=1)) for v in visits), default=1) for axis in AXES]
+    best: tuple[int, int, int, int] | None = None
+    for t in range(1, 2 if thin else min(most, longest[0]) + 1):
+        for h in range(1, min(most // t, longest[1]) + 1):
+            w = max(1, min(most // (t * h), longest[2]))
+            found = (_boxes(visits, (t, h, w)), -w, -h, -t)
+            best = found if best is None or found < best else best
+    assert best is not None
+    return (-best[3], -best[2], -best[1])
+
+
+def _boxes(visits: tuple[tuple[Interval, Interval, Interval], ...], box: Triple) -> int:
+    return sum(
+        math.prod(int((-(-interval.length // extent)).sum()) for interval, extent in zip(each, box, strict=True))
+        for each in visits
+    )
 
 
 def _tiles(length: int, extent: int, step: int) -> int:
@@ -270,48 +284,50 @@ def _members(length: int, extent: int, step: int, origin: int) -> list[np.ndarra
     return found
 
 
-def _interval(members: list[np.ndarray], hull: Rule, span: tuple[int, int], by_key: Rule | None) -> Interval:
-    """Find what each tile of an axis visits of the ``span[1]`` columns from ``span[0]`` on.
-
-    hull: the columns between the first and the last that a row wants. by_key: where rows are keys, the queries' rule.
-    """
-    origin, extent = span
+def _interval(members: list[np.ndarray], bounds: Rule, origin: int, extent: int) -> Interval:
+    """Find what each tile of an axis visits of the ``extent`` columns from ``origin`` on."""
     found = np.zeros((4, len(members)), np.int64)
-    everyone = by_key is None or is_whole(by_key)
     for index, coordinates in enumerate(members):
-        lo, hi = hull.lo[coordinates], hull.hi[coordinates]
+        lo, hi = bounds.lo[coordinates], bounds.hi[coordinates]
         some = lo <= hi
         if not some.any():
             continue
         first, last = max(int(lo[some].min()), origin), min(int(hi[some].max()), origin + extent - 1)
-        first += (int(coordinates[0]) - first) % hull.step
+        first += (int(coordinates[0]) - first) % bounds.step
         if first > last:
             continue
-        count = (last - first) // hull.step + 1
-        if by_key is not None and not everyone:
-            queries = first + hull.step * np.arange(count)
-            start, stop = _longest_run((by_key.lo[queries] <= coordinates[0]) & (coordinates[-1] <= by_key.hi[queries]))
-        elif some.all():
-            start = max(0, -(-(int(lo.max()) - first) // hull.step))
-            stop = min(count, (int(hi.min()) - first) // hull.step + 1)
-        else:
-            start = stop = 0
-        found[:, index] = (first - origin, count, start, max(start, stop))
+        length = (last - first) // bounds.step + 1
+        start = stop = 0
+        if some.all():
+            start = max(0, -(-(int(lo.max()) - first) // bounds.step))
+            stop = max(start, min(length, (int(hi.min()) - first) // bounds.step + 1))
+        found[:, index] = (first - origin, length, start, stop)
     return Interval(*found.astype(np.int32))
 
 
-def _longest_run(flags: np.ndarray) -> tuple[int, int]:
-    """Find the longest run of True: (start, stop)."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
-    if not len(edges):
-        return 0, 0
-    starts, stops = edges[::2], edges[1::2]
-    best = int((stops - starts).argmax())
-    return int(starts[best]), int(stops[best])
+def _intervals_by_key(rule: Rule) -> list[Rule]:
+    """Split a rule by queries, until the queries that see a key are an interval (of their residue class) in each."""
+    turned = _transpose(rule)
+    if turned is rule or turned.counts().sum(dtype=np.int64) == rule.counts().sum(dtype=np.int64):
+        return [rule]
+    length = len(rule.lo)
+    piece = np.zeros(length, np.int64)
+    for residue in range(min(rule.step, length)):
+        x = np.arange(residue, length, rule.step)
+        some = rule.lo[x] <= rule.hi[x]
+        x = x[some]
+        # Bounds that grow, of neighbours that all see something, are intervals seen from the keys as well.
+        back = (np.diff(rule.lo[x]) < 0) | (np.diff(rule.hi[x]) < 0) | (np.diff(x) > rule.step)
+        piece[x] = np.concatenate([[0], np.cumsum(back)]) if len(x) else 0
+    pieces = []
+    for number in range(int(piece.max()) + 1):
+        mine = piece == number
+        pieces.append(Rule(np.where(mine, rule.lo, length), np.where(mine, rule.hi, -1), rule.step))
+    return pieces
 
 
 def _transpose(rule: Rule) -> Rule:
-    """Give for each key the first and the last query that sees it; those between need not."""
+    """Give for each key the first and the last query that sees it."""
     if is_whole(rule) or is_same(rule):
         return rule
     length = len(rule.lo)
@@ -347,11 +363,14 @@ def _paint(
 def encode(walks: Sequence[Walk], heads: Sequence[int]) -> np.ndarray:
     """Lay walks out for kernels. heads: for each head the index of its walk. Returns int32, one dimension.
 
-    ``[heads]`` offsets of the head's walk, then the walks. A walk: HEADER integers, in threes by axis: row extents,
-    tile extents, steps, tiles, column extents, row origin, column origin, the factor of a coordinate in its field (0 on
-    an axis that is not cut); the guard bits (24), products (25), integers a product (26), lengths of the bound tables
-    by axis (27 to 29). A product: the steps of its three axes, one unused, then for each axis [tiles, 4] integers of
-    its ``Interval``, then the bounds of queries, the fields of lo and those of hi with their guards, axis after axis.
+    First the offset of each head's walk, then the walks. A walk: HEADER integers, in threes by axis: the extents of
+    rows and of tiles, steps, tiles, the extents of columns and of boxes, the lengths of the bound tables (1 when all
+    rows share one entry), the factor of a column's coordinate in its field (0 for an axis without one); the guard bits
+    (24), the number of products (25) and of integers a product (26). A product: the steps of its three axes, one
+    unused, then for each axis [tiles, 4] integers of its ``Interval``, then the packed bounds of rows: lo axis after
+    axis, and hi with the guards.
+
+    Raises ValueError when the coordinates take more bits than an integer has.
     """
     bodies = [_encode(walk) for walk in walks]
     offsets = len(heads) + np.cumsum([0, *(len(body) for body in bodies)])
@@ -359,28 +378,40 @@ def encode(walks: Sequence[Walk], heads: Sequence[int]) -> np.ndarray:
 
 
 def _encode(walk: Walk) -> np.ndarray:
-    laid = walk.geometry
-    cut = [shift >= 0 for shift in laid.shifts]
-    lengths = [n if is_cut else 0 for n, is_cut in zip(laid.shape, cut, strict=True)]
-    records = []
-    for product, visits in zip(laid.products, walk.visits, strict=True):
-        tables = [np.stack(interval, axis=1).reshape(-1) for interval in visits]
-        bounds: list[np.ndarray] = []
-        for side in ("lo", "hi"):
-            for axis in AXES:
-                if not cut[axis]:
-                    continue
-                rule, shift, bits = product[axis], laid.shifts[axis], laid.shape[axis].bit_length()
-                value = np.maximum(getattr(rule, side).astype(np.int64), 0) << shift
-                bounds.append(value + (1 << (shift + bits) if side == "hi" else 0))
-        records.append(np.concatenate([[*(rule.step for rule in product), 0], *tables, *bounds]))
-    header = np.zeros(HEADER, np.int64)
-    factors = [1 << shift if shift >= 0 else 0 for shift in laid.shifts]
     rows, columns = walk.rows, walk.columns
+    free = [all(is_whole(p[axis]) for p in walk.bounds) for axis in AXES]
+    lengths = [1 if each else n for each, n in zip(free, rows.extent, strict=True)]
+    factors, guards, bit = [], [], 0
+    for axis in AXES:
+        if free[axis] and columns.extent[axis] == 1:
+            factors.append(0)
+            guards.append(0)
+            continue
+        width = (2 * columns.extent[axis]).bit_length()  # a box may reach beyond the columns, by less than its extent
+        factors.append(1 << bit)
+        guards.append(1 << (bit + width))
+        bit += width + 1
+    if bit > FIELD_BITS:
+        raise ValueError(f"coordinates of merged extents {columns.extent} take {bit} bits, kernels have {FIELD_BITS}")
+    records = []
+    for product, visits in zip(walk.bounds, walk.visits, strict=True):
+        tables = [np.stack(interval, axis=1).reshape(-1) for interval in visits]
+        lows, highs = [], []
+        for axis in AXES:
+            first, last = columns.origin[axis], columns.origin[axis] + columns.extent[axis] - 1
+            part = slice(rows.origin[axis], rows.origin[axis] + lengths[axis])
+            lo, hi = np.maximum(product[axis].lo[part], first), np.minimum(product[axis].hi[part], last)
+            none = lo > hi
+            lo, hi = np.where(none, columns.extent[axis], lo - first), np.where(none, 0, hi - first)
+            lows.append(lo.astype(np.int64) * factors[axis])
+            highs.append(hi.astype(np.int64) * factors[axis] + guards[axis])
+        highs[0] += EXISTS
+        records.append(np.concatenate([[*(rule.step for rule in product), 0], *tables, *lows, *highs]))
+    header = np.zeros(HEADER, np.int64)
     header[:24] = np.concatenate(
-        [rows.extent, walk.tile, walk.steps, walk.tiles, columns.extent, rows.origin, columns.origin, factors]
+        [rows.extent, walk.tile, walk.steps, walk.tiles, columns.extent, walk.box, lengths, factors]
     )
-    header[24:30] = [laid.guard, len(records), len(records[0]) if records else 0, *lengths]
+    header[24:27] = [sum(guards) + EXISTS, len(records), len(records[0]) if records else 0]
     return np.concatenate([header, *records])
 
 
