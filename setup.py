@@ -39,6 +39,8 @@ COMPILE = [
     # The oldest torch that the library may meet, whatever torch the headers come from.
     f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000",
 ]
+# What ptxas says when it serialises matrix products, ignores setmaxnreg, or keeps registers in memory.
+REFUSED = r"\(C75\d\d\)|[Ss]pill|local memory"
 # torch loads its libraries out of sight of others: DT_NEEDED is what makes libtorch_cpu's symbols visible to this one.
 # With "-z defs", a symbol that only a CUDA build of torch has stops the link, not the loading on somebody's CPU.
 LINK = ["-shared", "-cudart=static", "-gencode=arch=compute_90a,code=sm_90a", "-Xlinker=-z,defs"]
@@ -130,6 +132,10 @@ class BuildLibrary(build_ext):
             raise SystemExit(
                 f"{done.stdout}\nstattn: the CUDA library does not build; STATTN_CUDA=0 installs without it"
             )
+        if re.search(REFUSED, done.stdout):
+            for built in objects.glob("*.o"):  # or the next build would find them ready and say nothing
+                built.unlink()
+            raise SystemExit(f"{done.stdout}\nstattn: a kernel is not what was written: see the compiler's lines above")
         if "warning" in done.stdout:
             print(done.stdout)
         print("stattn: built the CUDA library")

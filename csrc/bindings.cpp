@@ -63,10 +63,69 @@ void copy_bytes_cuda(Tensor src, Tensor dst) {
     check_launch(stattn::copy_bytes(src.const_data_ptr(), dst.mutable_data_ptr(), bytes, stream), "stattn::copy_bytes");
 }
 
+using torch::headeronly::ScalarType;
+
+// Checks one of q, k, v and out, and gives what the kernels need of it.
+stattn::Strided strided(const Tensor& x, const Tensor& q, const char* name) {
+    STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index(),
+                    "stattn::attention_forward: ", name, " is not on the CUDA device of q");
+    STD_TORCH_CHECK(x.dim() == 4, "stattn::attention_forward: ", name, " has ", x.dim(), " dimensions, expected 4");
+    STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), "stattn::attention_forward: ", name, " has another dtype than q");
+    STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(3) == q.size(3),
+                    "stattn::attention_forward: ", name, " has another batch or head dimension than q");
+    const stattn::Strided result{x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+    STD_TORCH_CHECK(x.stride(3) == 1, "stattn::attention_forward: ", name, " has a last stride other than 1");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(result.data) % 16 == 0 &&
+                        (result.batch % 8 == 0 || x.size(0) == 1) && (result.head % 8 == 0 || x.size(2) == 1) &&
+                        result.token % 8 == 0,
+                    "stattn::attention_forward: ", name, " has an address or a stride that is no multiple of 16 bytes");
+    return result;
+}
+
+void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, int64_t config) {
+    stattn::AttentionForward call{};
+    STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half,
+                    "stattn::attention_forward: q must be bfloat16 or float16");
+    call.bf16 = q.scalar_type() == ScalarType::BFloat16;
+    call.q = strided(q, q, "q");
+    call.k = strided(k, q, "k");
+    call.v = strided(v, q, "v");
+    call.out = strided(out, q, "out");
+    const int64_t batch = q.size(0), queries = q.size(1), heads = q.size(2), head_dim = q.size(3);
+    const int64_t keys = k.size(1), key_heads = k.size(2);
+    STD_TORCH_CHECK(v.size(1) == keys && v.size(2) == key_heads, "stattn::attention_forward: k and v differ in shape");
+    STD_TORCH_CHECK(out.size(1) == queries && out.size(2) == heads, "stattn::attention_forward: out differs from q");
+    STD_TORCH_CHECK(key_heads > 0 && heads % key_heads == 0, "stattn::attention_forward: ", key_heads,
+                    " heads of k do not divide the ", heads, " of q");
+    STD_TORCH_CHECK(head_dim % 8 == 0 && head_dim > 0 && head_dim <= 128, "stattn::attention_forward: head dimension ",
+                    head_dim, " must be a multiple of 8, at most 128");
+    STD_TORCH_CHECK(keys > 0, "stattn::attention_forward: there are no keys");
+    STD_TORCH_CHECK(lse.is_cuda() && lse.scalar_type() == ScalarType::Float && lse.is_contiguous() &&
+                        lse.dim() == 3 && lse.size(0) == batch && lse.size(1) == heads && lse.size(2) == queries,
+                    "stattn::attention_forward: lse must be a contiguous float32 [B, heads, N]");
+    STD_TORCH_CHECK(queries < INT32_MAX && keys < INT32_MAX - 256 && batch * heads < INT32_MAX,
+                    "stattn::attention_forward: sizes beyond 2^31");
+    STD_TORCH_CHECK(scale > 0.0 && scale < 1e30, "stattn::attention_forward: scale ", scale, " must be positive");
+    call.lse = static_cast<float*>(lse.mutable_data_ptr());
+    call.batch = static_cast<int>(batch);
+    call.heads = static_cast<int>(heads);
+    call.key_heads = static_cast<int>(key_heads);
+    call.head_dim = static_cast<int>(head_dim);
+    call.queries = static_cast<int>(queries);
+    call.keys = static_cast<int>(keys);
+    call.scale = static_cast<float>(scale);
+    call.config = static_cast<int>(config);
+    const int32_t device = q.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    check_launch(stattn::attention_forward(call, current_stream(device)), "stattn::attention_forward");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
     m.def("copy_bytes(Tensor src, Tensor(a!) dst) -> ()");
+    m.def(
+        "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, int config) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stattn, CPU, m) {
@@ -75,4 +134,5 @@ STABLE_TORCH_LIBRARY_IMPL(stattn, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(stattn, CUDA, m) {
     m.impl("copy_bytes", TORCH_BOX(&copy_bytes_cuda));
+    m.impl("attention_forward", TORCH_BOX(&attention_forward_cuda));
 }

@@ -13,4 +13,22 @@ namespace stattn {
 // csrc/copy.cu: dst[i] = src[i] for 0 <= i < bytes; the two must not overlap. Any alignment.
 cudaError_t copy_bytes(const void* src, void* dst, int64_t bytes, cudaStream_t stream);
 
+// A tensor [B, N, heads, D] with unit last stride; the strides are in elements.
+struct Strided {
+    const void* data;
+    int64_t batch, token, head;
+};
+
+// csrc/attention_fwd.cu: out = softmax(scale q k^T) v for every head, and the natural-log LSE of its rows. Addresses and
+// strides are multiples of 16 bytes, scale is positive, there is at least one key. config: an entry of the file's list.
+struct AttentionForward {
+    Strided q, k, v, out;
+    float* lse;  // [B, heads, queries]
+    int batch, heads, key_heads, head_dim, queries, keys;
+    float scale;
+    bool bf16;  // else fp16
+    int config;
+};
+cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream);
+
 }  // namespace stattn

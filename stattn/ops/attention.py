@@ -12,7 +12,7 @@ from stattn import masks as _masks
 from stattn.blocks import BlockList
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import Mask
-from stattn.ops import _dense
+from stattn.ops import _cuda, _dense
 from stattn.ops._attention_check import check as _check
 from stattn.ops._dispatch import Implementation, Operation
 from stattn.problem import Extras, Problem
@@ -115,7 +115,7 @@ def attention(
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse={return_lse!r} must be a boolean")
     if not torch.compiler.is_compiling():
-        chosen = OPERATION.choose(impl, _call(q, k, problem, extras))
+        chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, _needs_grad(q, k, v)))
         if chosen.name == "flash":  # has an autograd of its own
             return _dense.flash(q, k, v, problem.scale, return_lse)
         impl = chosen.name
@@ -161,7 +161,7 @@ def explain(
     than q's. Returns a table, one line an implementation.
     """
     problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, None)
-    call = _call(q, k, problem, extras)
+    call = _call(q, k, v, problem, extras, _needs_grad(q, k, v))
     if device is not None:
         call = call._replace(device=torch.device(device).type, capability=_capability(torch.device(device)))
     rows = OPERATION.table(call)
@@ -188,9 +188,12 @@ class AttentionCall(NamedTuple):
     key_heads: int
     dense: str | None  # None when every query sees every key, else what stands against it
     lists: bool
+    obstacle: str | None  # what in strides, scale or a needed gradient stands against the CUDA kernels
 
 
-def _call(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) -> AttentionCall:
+def _call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras, grad: bool
+) -> AttentionCall:
     return AttentionCall(
         q.device.type,
         _capability(q.device),
@@ -200,7 +203,12 @@ def _call(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) ->
         k.shape[2],
         _not_dense(problem, extras),
         extras.block_index is not None,
+        _cuda.obstacle(q, k, v, problem, grad),
     )
+
+
+def _needs_grad(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _not_dense(problem: Problem, extras: Extras) -> str | None:
@@ -236,11 +244,12 @@ OPERATION = Operation(
     "attention",
     tuple(
         {
+            "cuda": Implementation("cuda", _cuda.why_not, _cuda.run),
             "flash": Implementation("flash", lambda call: _no_masks(call) or _dense.flash_why_not(call), _dense.flash),
             "sdpa": Implementation("sdpa", lambda call: _no_masks(call) or _dense.sdpa_why_not(call), _dense.sdpa),
             "reference": Implementation("reference", _reference_why_not, _reference_forward),
         }[name]
-        for name in (*_dense.order(), "reference")
+        for name in ("cuda", *_dense.order(), "reference")
     ),
 )
 
@@ -310,7 +319,7 @@ def _triple(values: tuple[int, ...]) -> Triple:
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *arguments, _, impl = rest
     problem, extras = _problem(*arguments[:7]), Extras(*arguments[7:])
-    chosen = OPERATION.choose(impl, _call(q, k, problem, extras))
+    chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, grad=False))
     if chosen.name == "flash":
         raise ValueError("impl='flash' is not available under torch.compile; call it eagerly or choose another impl")
     return chosen.run(q, k, v, problem, extras)
@@ -328,7 +337,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     *arguments, _, impl = rest
     problem, extras = _problem(*arguments[:7]), Extras(*arguments[7:])
-    chosen = OPERATION.choose(impl, _call(q, k, problem, extras))
+    chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, grad=True))
     run = {"sdpa": _dense.sdpa_backward, "reference": _reference_backward}[chosen.name]
     return run(dout, dlse, q, k, v, out, lse, problem, extras)
 
@@ -357,7 +366,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _autograd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if _needs_grad(q, k, v):
         return _Attention.apply(q, k, v, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.stattn.attention(q, k, v, *rest)

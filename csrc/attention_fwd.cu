@@ -1,0 +1,125 @@
+// The host's side of the attention forward: which kernel, which tiles, which tensor maps.
+#include "attention_fwd.cuh"
+
+#include <algorithm>
+#include <atomic>
+
+#include "stattn.h"
+#include "tensor_map.h"
+
+namespace stattn {
+namespace {
+
+using attention_fwd::attention_forward;
+using attention_fwd::Heads;
+using attention_fwd::Parameters;
+using attention_fwd::ROWS;
+using attention_fwd::Shape;
+
+constexpr int DEVICES = 64;
+
+cudaError_t multiprocessors(int device, int* count) {
+    static std::atomic<int> known[DEVICES];
+    *count = known[device].load(std::memory_order_relaxed);
+    if (*count > 0) return cudaSuccess;
+    const cudaError_t error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) known[device].store(*count, std::memory_order_relaxed);
+    return error;
+}
+
+template <typename S>
+cudaError_t allow_shared_memory(int device) {
+    static std::atomic<bool> done[DEVICES];
+    if (done[device].load(std::memory_order_relaxed)) return cudaSuccess;
+    const cudaError_t error =
+        cudaFuncSetAttribute(attention_forward<S>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::LAUNCHED);
+    if (error == cudaSuccess) done[device].store(true, std::memory_order_relaxed);
+    return error;
+}
+
+cudaError_t map_for(const AttentionForward& call, const Strided& tensor, int heads, const int (&shape)[3],
+                    const int (&box)[3], CUtensorMap* map, Heads* steps) {
+    TensorMap found;
+    const cudaError_t error =
+        tensor_map(tensor, call.bf16, call.batch, heads, call.head_dim, shape, box, &found);
+    *map = found.map;
+    *steps = {found.batch_step, found.head_step};
+    return error;
+}
+
+template <typename S>
+cudaError_t launch(const AttentionForward& call, cudaStream_t stream) {
+    int device = 0, processors = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess && device >= DEVICES) error = cudaErrorInvalidDevice;
+    if (error == cudaSuccess) error = multiprocessors(device, &processors);
+    if (error == cudaSuccess) error = allow_shared_memory<S>(device);
+    if (error != cudaSuccess) return error;
+
+    Parameters p{};
+    p.lse = call.lse;
+    p.scale_log2 = call.scale * 1.4426950408889634f;
+    p.heads = call.heads;
+    p.queries_per_key = call.heads / call.key_heads;
+    const int slab[3] = {1, 1, ROWS}, box[3] = {1, 1, S::BN};
+    const int q_shape[3] = {1, 1, call.queries}, k_shape[3] = {1, 1, call.keys};
+    const int stacked[3] = {1, 1, S::WARPGROUPS};
+    int64_t tiles = int64_t{call.batch} * call.heads;
+    for (int axis = 0; axis < 3; ++axis) {
+        p.slab[axis] = slab[axis];
+        p.slab_step[axis] = stacked[axis] > 1 ? slab[axis] : 0;
+        p.q_tile[axis] = slab[axis] * stacked[axis];
+        p.q_shape[axis] = q_shape[axis];
+        p.q_tiles[axis] = (q_shape[axis] + p.q_tile[axis] - 1) / p.q_tile[axis];
+        tiles *= p.q_tiles[axis];
+    }
+    if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
+    p.tiles = static_cast<int>(tiles);
+    p.queries = call.queries;
+    p.keys = call.keys;
+    p.boxes = (call.keys + S::BN - 1) / S::BN;
+    p.slab_bytes = S::CHUNKS * 128 * slab[0] * slab[1] * slab[2];
+    p.box_bytes = S::CHUNKS * 128 * box[0] * box[1] * box[2];
+    error = map_for(call, call.q, call.heads, q_shape, slab, &p.q_map, &p.q_x);
+    if (error == cudaSuccess) error = map_for(call, call.k, call.key_heads, k_shape, box, &p.k_map, &p.k_x);
+    if (error == cudaSuccess) error = map_for(call, call.v, call.key_heads, k_shape, box, &p.v_map, &p.v_x);
+    if (error == cudaSuccess) error = map_for(call, call.out, call.heads, q_shape, slab, &p.o_map, &p.o_x);
+    if (error != cudaSuccess) return error;
+
+    const int blocks = std::min(p.tiles, processors);
+    attention_forward<S><<<blocks, S::THREADS, S::LAUNCHED, stream>>>(p);
+    return cudaGetLastError();
+}
+
+template <typename Element>
+cudaError_t choose(const AttentionForward& call, cudaStream_t stream) {
+    if (call.head_dim > 64) {
+        switch (call.config) {
+            case 0: return launch<Shape<Element, 128, 3, 80>>(call, stream);
+#ifdef STATTN_VARIANTS
+            case 1: return launch<Shape<Element, 128, 2, 128>>(call, stream);
+            case 2: return launch<Shape<Element, 128, 2, 176>>(call, stream);
+            case 3: return launch<Shape<Element, 128, 3, 64>>(call, stream);
+#endif
+            default: return cudaErrorInvalidValue;
+        }
+    }
+    switch (call.config) {
+        case 0: return launch<Shape<Element, 64, 3, 128>>(call, stream);
+#ifdef STATTN_VARIANTS
+        case 1: return launch<Shape<Element, 64, 3, 112>>(call, stream);
+        case 2: return launch<Shape<Element, 64, 2, 192>>(call, stream);
+        case 3: return launch<Shape<Element, 64, 2, 128>>(call, stream);
+#endif
+        default: return cudaErrorInvalidValue;
+    }
+}
+
+}  // namespace
+
+cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream) {
+    if (call.batch == 0 || call.queries == 0) return cudaSuccess;
+    return call.bf16 ? choose<__nv_bfloat16>(call, stream) : choose<__half>(call, stream);
+}
+
+}  // namespace stattn

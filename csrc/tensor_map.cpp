@@ -1,0 +1,96 @@
+// Tensor maps are encoded by the driver, which is asked for its entry point: the library links no libcuda.
+#include "tensor_map.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+namespace stattn {
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode find_encode() {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(entry) : nullptr;
+}
+
+// All that a map depends on; compared byte by byte, so without padding.
+struct Key {
+    const void* data;
+    int64_t batch_stride, token_stride, head_stride;
+    int32_t bf16, batch, heads, head_dim, shape[3], box[3];
+};
+static_assert(sizeof(Key) == 4 * 8 + 10 * 4);
+
+uint64_t hash(const Key& key) {
+    uint64_t words[sizeof(Key) / 8];
+    std::memcpy(words, &key, sizeof words);
+    uint64_t mixed = 0;
+    for (const uint64_t word : words) mixed = (mixed ^ word) * 0x9E3779B97F4A7C15ull, mixed ^= mixed >> 29;
+    return mixed;
+}
+
+cudaError_t encode(const Key& key, TensorMap* result) {
+    static const Encode encoder = find_encode();
+    if (encoder == nullptr) return cudaErrorNotSupported;
+    constexpr int64_t ELEMENT = 2;
+    // Every head of every batch is a whole number of these steps away from the first.
+    int64_t step = std::gcd(key.batch > 1 ? key.batch_stride : 0, key.heads > 1 ? key.head_stride : 0);
+    if (step == 0) step = 16 / ELEMENT;
+    const int64_t batch_step = key.batch > 1 ? key.batch_stride / step : 0;
+    const int64_t head_step = key.heads > 1 ? key.head_stride / step : 0;
+    const int64_t places = (key.batch - 1) * batch_step + (key.heads - 1) * head_step + 1;
+    if (places > INT32_MAX) return cudaErrorInvalidValue;
+    result->batch_step = static_cast<int>(batch_step);
+    result->head_step = static_cast<int>(head_step);
+
+    const auto& [t, h, w] = key.shape;
+    const cuuint64_t sizes[5] = {static_cast<cuuint64_t>(key.head_dim), static_cast<cuuint64_t>(w),
+                                 static_cast<cuuint64_t>(h), static_cast<cuuint64_t>(t),
+                                 static_cast<cuuint64_t>(places)};
+    // An axis of one place has a stride that is never used; it must be valid all the same.
+    const int64_t token = key.token_stride * ELEMENT;
+    const cuuint64_t strides[4] = {static_cast<cuuint64_t>(token), static_cast<cuuint64_t>(h > 1 ? token * w : token),
+                                   static_cast<cuuint64_t>(t > 1 ? token * w * h : token),
+                                   static_cast<cuuint64_t>(step * ELEMENT)};
+    const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(key.box[2]), static_cast<cuuint32_t>(key.box[1]),
+                               static_cast<cuuint32_t>(key.box[0]), 1};
+    const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
+    const CUresult status = encoder(
+        &result->map, key.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
+        const_cast<void*>(key.data), sizes, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t tensor_map(const Strided& tensor, bool bf16, int batch, int heads, int head_dim, const int (&shape)[3],
+                       const int (&box)[3], TensorMap* result) {
+    constexpr int KEPT = 256;  // a power of two
+    struct Entry {
+        Key key;
+        TensorMap map;
+    };
+    alignas(64) thread_local Entry kept[KEPT];  // zeros at first: no key is zero
+    Key key{tensor.data, tensor.batch, tensor.token, tensor.head, bf16, batch, heads, head_dim, {}, {}};
+    std::copy_n(shape, 3, key.shape);
+    std::copy_n(box, 3, key.box);
+    Entry& entry = kept[hash(key) % KEPT];
+    if (std::memcmp(&entry.key, &key, sizeof key) != 0) {
+        const cudaError_t error = encode(key, &entry.map);
+        if (error != cudaSuccess) {
+            entry.key = Key{};
+            return error;
+        }
+        entry.key = key;
+    }
+    *result = entry.map;
+    return cudaSuccess;
+}
+
+}  // namespace stattn

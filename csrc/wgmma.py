@@ -1,0 +1,78 @@
+"""Write csrc/wgmma.cuh: wgmma has one instruction per width, and inline PTX names every register.
+
+    python csrc/wgmma.py > csrc/wgmma.cuh
+"""
+
+# Widths of S = Q K^T (rows of a key box) and of O = P V (the head dimension).
+SCORES = (64, 80, 96, 112, 128, 160, 176, 192)
+OUTPUTS = (64, 128)
+TYPES = {"__nv_bfloat16": "bf16", "__half": "f16"}
+
+HEAD = """// Warpgroup matrix products m64nNk16 in fp32 from bf16 or fp16. Written by csrc/wgmma.py: edit that file.
+//
+// first: c = A B, next: c += A B. A lies in shared memory (a descriptor) or in registers (four per thread), B in shared
+// memory: K-major beside an A in shared memory, N-major (transposed) beside an A in registers. All are asynchronous.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace stattn::sm90 {
+
+template <typename Element, int N>
+struct Wgmma;
+"""
+
+
+def registers(first: int, count: int) -> str:
+    """Join operand numbers in lines of at most 110 columns of PTX text."""
+    names = [f"%{i}" for i in range(first, first + count)]
+    lines = [", ".join(names[i : i + 20]) for i in range(0, count, 20)]
+    return ', "\n            "'.join(lines)
+
+
+def operands(count: int, constraint: str) -> str:
+    names = [f'"{constraint}"(c[{i}])' for i in range(count)]
+    lines = [", ".join(names[i : i + 8]) for i in range(0, count, 8)]
+    return ",\n              ".join(lines)
+
+
+def function(width: int, kind: str, a_in_registers: bool, first: bool) -> str:
+    count = width // 2
+    a = f"{{{registers(count, 4)}}}" if a_in_registers else f"%{count}"
+    b = f"%{count + (4 if a_in_registers else 1)}"
+    # imm-scale-a, imm-scale-b, then the transpositions: an A in registers has none.
+    tail = "1, 1, 1" if a_in_registers else "1, 1, 0, 0"
+    parameter = "const uint32_t (&a)[4]" if a_in_registers else "uint64_t a"
+    given = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])' if a_in_registers else '"l"(a)'
+    name = "first" if first else "next"
+    return f"""    static __device__ __forceinline__ void {name}(float (&c)[{count}], {parameter}, uint64_t b) {{
+        asm volatile(
+            "{{\\n.reg .pred p;\\nsetp.ne.b32 p, {0 if first else 1}, 0;\\n"
+            "wgmma.mma_async.sync.aligned.m64n{width}k16.f32.{kind}.{kind} {{"
+            "{registers(0, count)}}}, "
+            "{a}, {b}, p, {tail};\\n}}\\n"
+            : {operands(count, "=f" if first else "+f")}
+            : {given}, "l"(b));
+    }}
+"""
+
+
+def main() -> None:
+    print(HEAD)
+    for element, kind in TYPES.items():
+        for width in sorted({*SCORES, *OUTPUTS}):
+            print(f"template <>\nstruct Wgmma<{element}, {width}> {{")
+            parts = []
+            if width in SCORES:
+                parts += [function(width, kind, False, first) for first in (True, False)]
+            if width in OUTPUTS:
+                parts += [function(width, kind, True, first) for first in (False,)]
+            print("\n".join(parts) + "};\n")
+    print("}  // namespace stattn::sm90")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Attention by the CUDA library's Hopper kernels: which calls they serve, and how they are called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from stattn import extension
+from stattn.problem import Extras, Problem
+
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 128)
+ALIGNMENT = 16  # bytes: what a tensor copy asks of addresses and strides
+LEAST_SCALE = 1e-37  # stands for 0, with which masked scores of -inf would turn into NaN
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, grad: bool) -> str | None:
+    """Say what in a call's tensors or numbers stands against the kernels, or None. grad: whether one is needed."""
+    if grad:
+        return "has no backward yet, and a gradient is needed"
+    if problem.scale < 0:
+        return f"scale={problem.scale} must not be negative"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        size = x.element_size()
+        batch, token, head, _ = x.stride()
+        # An axis of one place has no stride to speak of.
+        wrong = (
+            (batch * size % ALIGNMENT and x.shape[0] > 1)
+            or (head * size % ALIGNMENT and x.shape[2] > 1)
+            or ((token * size % ALIGNMENT or token == 0) and x.shape[1] > 1)
+        )
+        if wrong:
+            return f"{name} has strides {tuple(x.stride())}: all but the last must be multiples of {ALIGNMENT} bytes"
+        if type(x) in _PLAIN and x.device.type == "cuda" and x.data_ptr() % ALIGNMENT:
+            return f"{name} starts at an address that is no multiple of {ALIGNMENT} bytes"
+    return None
+
+
+def why_not(call: Any) -> str | None:
+    """Say why the kernels do not serve a call, or None. The call's metadata is an ``AttentionCall``."""
+    if call.device != "cuda":
+        return f"runs on CUDA, the tensors are on {call.device}"
+    if call.capability != extension.CAPABILITY:
+        major, minor = extension.CAPABILITY
+        return f"needs compute capability {major}.{minor}, this device has {call.capability[0]}.{call.capability[1]}"
+    reason = extension.why_not()
+    if reason is not None:
+        return reason
+    if call.dtype not in DTYPES:
+        return f"takes bfloat16 and float16, not {str(call.dtype).removeprefix('torch.')}"
+    if call.head_dim not in HEAD_DIMS:
+        return f"head dimension {call.head_dim} must be 64 or 128"
+    if call.dense is not None:
+        return f"serves dense attention only so far, the call has {call.dense}"
+    obstacle: str | None = call.obstacle
+    return obstacle
+
+
+def run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute attention: output [B, Nq, heads, D] like q, contiguous, and LSE [B, heads, Nq] in fp32."""
+    return forward(q, k, v, problem.scale)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, config: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute dense attention with an entry of csrc/attention_fwd.cu's list of tiles, the first being the default."""
+    batch, queries, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    if k.shape[1] == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    torch.ops.stattn.attention_forward(q, k, v, out, lse, max(scale, LEAST_SCALE), config)
+    return out, lse
