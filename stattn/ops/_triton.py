@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache
 
 import torch
 
 
-@lru_cache(maxsize=1)
+@torch.compiler.assume_constant_result
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@lru_cache(maxsize=1)
+@torch.compiler.assume_constant_result  # Dynamo cannot trace how Triton reads its knob
 def _interpreted() -> bool:
     # Kernels are made for the interpreter, or for a GPU, once, when their file is imported.
     from triton import knobs
