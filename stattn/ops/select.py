@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from stattn.blocks import BlockList, block_list, tile_count
 from stattn.grid import Grid, Triple, as_grid, check_triple, is_int
-from stattn.ops import _validate
+from stattn.ops import _triton, _validate
 from stattn.ops._dispatch import Implementation, Operation
 from stattn.reference import select as reference
 
@@ -20,9 +21,53 @@ class SelectCall(NamedTuple):
     device: str
     dtype: torch.dtype
     head_dim: int
+    k_tiles: int = 1
 
 
-OPERATION = Operation("select", (Implementation("reference", lambda call: None, reference.scores),))
+Lists = tuple[torch.Tensor, torch.Tensor]  # count and index of a BlockList
+MOST_TILES = 2**14  # as kernels/select.py says; it is not imported before it is needed
+AT_ONCE = 2**24  # pairs of tiles that the reference sorts at a time
+
+
+def _reference(
+    q: torch.Tensor, k: torch.Tensor, shape: Triple, q_tile: Triple, k_tile: Triple, keep: int, mass: float
+) -> Lists:
+    # Top-k takes the products as they are: a scale would only round what ties into what does not.
+    scale = 1.0 if keep else 1.0 / math.sqrt(q.shape[3])
+    table = reference.scores(q, k, Grid(*shape), q_tile, k_tile, scale)
+    count = torch.empty(table.shape[:3], dtype=torch.int32, device=q.device)
+    index = torch.empty((*table.shape[:3], keep or table.shape[3]), dtype=torch.int32, device=q.device)
+    heads = max(1, AT_ONCE // max(1, table.shape[2] * table.shape[3]))
+    for scores, counts, indices in zip(*(x.flatten(0, 1).split(heads) for x in (table, count, index)), strict=True):
+        kinds = reference.top_k(scores, keep) if keep else reference.top_p(scores, mass)
+        lists = block_list(shape, q_tile, k_tile, kinds[None], most=keep or None)
+        counts.copy_(lists.count[0])
+        indices.copy_(lists.index[0])
+    return count, index
+
+
+def _triton_why_not(call: SelectCall) -> str | None:
+    reason = _triton.why_not(call.device, call.dtype)
+    if reason is None and call.k_tiles > MOST_TILES:
+        reason = f"selects from at most {MOST_TILES} key tiles, not {call.k_tiles}"
+    return reason
+
+
+def _triton_run(
+    q: torch.Tensor, k: torch.Tensor, shape: Triple, q_tile: Triple, k_tile: Triple, keep: int, mass: float
+) -> Lists:
+    from stattn.kernels import select
+
+    return select.select(q, k, shape, q_tile, k_tile, keep or None, None if keep else mass)
+
+
+OPERATION = Operation(
+    "select",
+    (
+        Implementation("triton", _triton_why_not, _triton_run),
+        Implementation("reference", lambda call: None, _reference),
+    ),
+)
 
 
 def top_k(
@@ -49,8 +94,7 @@ def top_k(
         raise TypeError(f"keep={keep!r} must be an integer")
     if not 1 <= keep <= tiles:
         raise ValueError(f"keep={keep} must be between 1 and the {tiles} key tiles")
-    table = _scores(q, k, grid, q_tile, k_tile, impl)
-    return block_list(grid.shape, q_tile, k_tile, reference.top_k(table, keep), most=keep)
+    return _select(q, k, grid, q_tile, k_tile, int(keep), 0.0, impl)
 
 
 def top_p(
@@ -69,16 +113,23 @@ def top_p(
     ``top_k``. Follows the selection of NABLA (Mikhailov et al., arXiv:2507.13546).
     """
     grid, q, k = _check(q, k, grid, q_tile, k_tile)
-    if not 0 < _validate.number("mass", mass) <= 1:
+    share = _validate.number("mass", mass)
+    if not 0 < share <= 1:
         raise ValueError(f"mass={mass!r} must be in (0, 1]")
-    table = _scores(q, k, grid, q_tile, k_tile, impl)
-    return block_list(grid.shape, q_tile, k_tile, reference.top_p(table, mass))
+    return _select(q, k, grid, q_tile, k_tile, 0, share, impl)
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, grid: Grid, q_tile: Triple, k_tile: Triple, impl: str) -> torch.Tensor:
-    chosen = OPERATION.choose(impl, SelectCall(q.device.type, q.dtype, q.shape[3]))
-    with torch.no_grad():
-        return chosen.run(q, k, grid, q_tile, k_tile, 1.0 / math.sqrt(q.shape[3]))
+def _select(
+    q: torch.Tensor, k: torch.Tensor, grid: Grid, q_tile: Triple, k_tile: Triple, keep: int, mass: float, impl: str
+) -> BlockList:
+    chosen = OPERATION.choose(impl, _call(q, grid.shape, k_tile))
+    sizes = (list(grid.shape), list(q_tile), list(k_tile), keep, mass, chosen.name)
+    count, index = torch.ops.stattn.select(q.detach(), k.detach(), *sizes)
+    return BlockList(grid.shape, q_tile, k_tile, count, index)
+
+
+def _call(q: torch.Tensor, shape: Triple, k_tile: Triple) -> SelectCall:
+    return SelectCall(q.device.type, q.dtype, q.shape[3], tile_count(shape, k_tile))
 
 
 def _check(
@@ -102,3 +153,51 @@ def _check(
         raise TypeError(f"k has dtype {k.dtype}, q {q.dtype}: they must be equal")
     _validate.one_device("q", q, k=k)
     return grid, video[0], video[1]
+
+
+# --- torch.library ---------------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("stattn", "FRAGMENT")
+_LIBRARY.define(
+    "select(Tensor q, Tensor k, SymInt[] shape, SymInt[] q_tile, SymInt[] k_tile, SymInt keep, float mass, str impl) "
+    "-> (Tensor, Tensor)"
+)
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    shape: Sequence[int],
+    q_tile: Sequence[int],
+    k_tile: Sequence[int],
+    keep: int,
+    mass: float,
+    impl: str,
+) -> Lists:
+    sizes = [_triple(each) for each in (shape, q_tile, k_tile)]
+    return OPERATION.choose(impl, _call(q, sizes[0], sizes[2])).run(q, k, *sizes, keep, mass)
+
+
+def _fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    shape: Sequence[int],
+    q_tile: Sequence[int],
+    k_tile: Sequence[int],
+    keep: int,
+    mass: float,
+    impl: str,
+) -> Lists:
+    q_tiles, k_tiles = (tile_count(_triple(shape), _triple(each)) for each in (q_tile, k_tile))
+    size = (q.shape[0], q.shape[2], q_tiles)
+    return q.new_empty(size, dtype=torch.int32), q.new_empty((*size, keep or k_tiles), dtype=torch.int32)
+
+
+def _triple(values: Sequence[int]) -> Triple:
+    t, h, w = values
+    return t, h, w
+
+
+_LIBRARY.impl("select", _run, "CompositeExplicitAutograd")
+_LIBRARY.impl("select", torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_fake("stattn::select", _fake, lib=_LIBRARY)
