@@ -1,0 +1,489 @@
+"""Video to tokens: patchify's forward. Its gradients are in ``patchify_bwd.py``, the way back in ``unpatchify.py``.
+
+    out[m, e] = sum over k of x[place(m) + tap(k)] * weight[e, k] + bias[e] + pos[m mod N, e]
+
+Token m = (sample, t, h, w) starts at pixel place(m); k counts the weight's own order (c, it, ih, iw), and tap(k) is
+that pixel of the patch. Fused: the gather (no patch matrix is ever written), the product, bias, position and rounding:
+sums are float32 and a token is rounded once, after pos. 16-bit products are exact; float32 products are IEEE.
+
+A patch's start is 64 bits wide, its taps 32 where they fit (``Geometry.wide``), so that a video of any size and any
+strides is read where it lies. Past the end of an axis that the patch does not divide zeros are assumed, never read.
+
+Two kernels. ``patchify_forward_resident`` holds the patches of a tile of tokens (up to 256 taps) and walks the
+features: at Wan's (1, 2, 2) x 16 = 64 taps it is bound by writing the tokens. ``patchify_forward_tiled`` walks the
+taps, as a matrix product does: at 4 x 16 x 16 pixels, 3,072 taps, it is bound by the tensor cores. A token's bits
+depend on nothing but its patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stattn.kernels._compile import Specialization
+
+# ---- launch parameters
+
+
+class Config(NamedTuple):
+    """The tile of one program: tokens x features, ``taps`` at a time (all at once in the resident kernel).
+
+    chunk: how many features a resident program walks, at most. streaming: the tokens are written past the L2, which
+    they would only sweep. warps and stages as Triton takes them.
+    """
+
+    tokens: int
+    features: int
+    taps: int
+    warps: int
+    stages: int
+    chunk: int = 0
+    streaming: bool = False
+
+
+# By kernel, the default first; the others are what benchmarks/bench_patchify.py --tune times beside it.
+CONFIGS: dict[str, tuple[Config, ...]] = {
+    "resident": (  # up to 64 taps
+        Config(128, 64, 64, 8, 3, chunk=1280),
+        Config(128, 64, 64, 8, 3, chunk=1280, streaming=True),
+        Config(128, 128, 64, 8, 2, chunk=1280),
+        Config(64, 64, 64, 4, 3, chunk=640),
+        Config(64, 128, 64, 8, 3, chunk=1280),
+        Config(256, 64, 64, 16, 3, chunk=2560),
+    ),
+    "resident-wide": (  # up to 256 taps
+        Config(128, 64, 256, 8, 2, chunk=1024),
+        Config(64, 64, 256, 4, 2, chunk=1024),
+    ),
+    "tiled": (
+        Config(128, 256, 64, 8, 3),
+        Config(128, 128, 64, 8, 4),
+        Config(256, 128, 64, 8, 3),
+        Config(128, 128, 128, 8, 2),
+    ),
+    "tiled-float32": (
+        Config(64, 64, 16, 4, 3),
+        Config(64, 128, 16, 8, 3),
+    ),
+}
+GROUP = 8  # rows of tiles that are walked together, so that their weights stay in the L2
+
+
+def kernel_for(taps: int, dtype: torch.dtype) -> str:
+    """Name the kernel, a key of CONFIGS, that projects patches of so many taps."""
+    if dtype.itemsize == 4:
+        return "tiled-float32"
+    return "resident" if taps <= 64 else "resident-wide" if taps <= 256 else "tiled"
+
+
+def power_of_two(size: int) -> int:
+    """Return the smallest power of two that is not below ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
+class Geometry(NamedTuple):
+    """A video [B, C, T, H, W] with its strides, cut in patches.
+
+    run: pixels of a patch's row that lie side by side in the order of taps: a power of two. vec: how many of them one
+    access may move, given the strides.
+    """
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    patch: tuple[int, int, int]
+    grid: tuple[int, int, int]
+    run: int
+    vec: int
+
+    @classmethod
+    def of(
+        cls, size: tuple[int, ...], strides: tuple[int, ...], patch: tuple[int, int, int], itemsize: int
+    ) -> Geometry:
+        """Describe a video and its patches."""
+        t, h, w = (-(-n // p) for n, p in zip(size[2:], patch, strict=True))
+        run = min(patch[2] & -patch[2], 16 // itemsize)
+        vec = run if strides[4] == 1 else 1
+        while any(stride % vec for n, stride in zip(size[:4], strides[:4], strict=True) if n > 1):
+            vec //= 2
+        return cls(size, strides, patch, (t, h, w), run, vec)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one sample."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def taps(self) -> int:
+        """Pixels of a patch, all channels counted."""
+        return self.size[1] * self.patch[0] * self.patch[1] * self.patch[2]
+
+    @property
+    def wide(self) -> bool:
+        """Whether a patch reaches farther than 32 bits count; where patches start is always counted with 64."""
+        extent = (self.size[1], *self.patch)
+        return sum((n - 1) * stride for n, stride in zip(extent, self.strides[1:], strict=True)) >= 2**31
+
+    def numbers(self) -> tuple[int, ...]:
+        """Give the arguments that change from video to video, in the kernels' order."""
+        steps = (stride // self.vec for stride in self.strides[:4])
+        return self.tokens, self.grid[1], self.grid[2], *self.size[2:], *steps, self.strides[4]
+
+    def constants(self) -> dict[str, int | bool]:
+        """Give the kernels' constants: the patch, which axes are ragged, and how rows may be read."""
+        ragged = {f"RAGGED_{n}": bool(size % p) for n, size, p in zip("THW", self.size[2:], self.patch, strict=True)}
+        pt, ph, pw = self.patch
+        return {
+            "TAPS": self.taps,
+            "PT": pt,
+            "PH": ph,
+            "PW": pw,
+            "RUN": self.run,
+            "VEC": self.vec,
+            "WIDE": self.wide,
+            **ragged,
+        }
+
+
+def check_count(tokens: int) -> None:
+    """Raise ValueError for more tokens than the kernels can number."""
+    if tokens >= 2**31:
+        raise ValueError(f"x has {tokens} tokens in its batch; the Triton kernels number at most 2**31 - 1")
+
+
+# ---- where a patch lies
+
+# Numbers that change from call to call. A version for each that is 1 or a multiple of 16 would gain nothing: alignment
+# is told by VEC.
+PLAIN = ["M", "tokens", "grid_h", "grid_w", "size_t", "size_h", "size_w"]
+PLAIN += ["stride_b", "stride_c", "stride_t", "stride_h", "stride_w"]
+
+
+@triton.jit
+def place(m, tokens, grid_h, grid_w, steps, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, VEC: tl.constexpr):
+    """Where the patch of token m starts: its offset in the video, and t, h, w."""
+    n = m % tokens
+    t, h, w = n // (grid_h * grid_w) * PT, n // grid_w % grid_h * PH, n % grid_w * PW
+    start = (m // tokens).to(tl.int64) * steps[0] + t.to(tl.int64) * steps[2] + h.to(tl.int64) * steps[3]
+    return start * VEC + w.to(tl.int64) * steps[4], t, h, w
+
+
+@triton.jit
+def tap(k, steps, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """Where tap k lies in a patch: its offset from the patch's start, 64 bits wide if WIDE, and t, h, w."""
+    t, h, w = k // (PH * PW) % PT, k // PW % PH, k % PW
+    c = k // (PT * PH * PW)
+    if WIDE:
+        start = c.to(tl.int64) * steps[1] + t.to(tl.int64) * steps[2] + h.to(tl.int64) * steps[3]
+        return start * VEC + w.to(tl.int64) * steps[4], t, h, w
+    else:
+        return (c * steps[1] + t * steps[2] + h * steps[3]) * VEC + w * steps[4], t, h, w
+
+
+@triton.jit
+def within(at, of, sizes, mask, RAGGED_T: tl.constexpr, RAGGED_H: tl.constexpr, RAGGED_W: tl.constexpr):
+    """Narrow a mask to the taps that the video has."""
+    if RAGGED_T:
+        mask = mask & (at[1] + of[1] < sizes[0])
+    if RAGGED_H:
+        mask = mask & (at[2] + of[2] < sizes[1])
+    if RAGGED_W:
+        mask = mask & (at[3] + of[3] < sizes[2])
+    return mask
+
+
+@triton.jit
+def patch_steps(stride_b, stride_c, stride_t, stride_h, stride_w, VEC: tl.constexpr):
+    """The strides in units of VEC pixels. Rows read VEC at a time have a unit stride: told as a constant."""
+    if VEC > 1:
+        return stride_b, stride_c, stride_t, stride_h, 1
+    else:
+        return stride_b, stride_c, stride_t, stride_h, stride_w
+
+
+@triton.jit
+def read_patches(
+    gX,
+    at,
+    valid,
+    k0,
+    steps,
+    sizes,
+    TAPS: tl.constexpr,
+    PT: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    RAGGED_T: tl.constexpr,
+    RAGGED_H: tl.constexpr,
+    RAGGED_W: tl.constexpr,
+    RUN: tl.constexpr,
+    VEC: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Read taps k0 ... of the tokens that start at ``at``, zero where there is none. [tokens, BLOCK_K]"""
+    BLOCK_M: tl.constexpr = valid.shape[0]
+    if RUN * gX.dtype.element_ty.primitive_bitwidth >= 128:
+        # Rows of a patch fill 16-byte accesses: read in the order of taps, straight to shared memory.
+        k = (k0 + tl.arange(0, BLOCK_K))[None, :]
+        at = (at[0][:, None], at[1][:, None], at[2][:, None], at[3][:, None])
+        of = tap(k, steps, PT, PH, PW, VEC, WIDE)
+        mask = within(at, of, sizes, valid[:, None] & (k < TAPS), RAGGED_T, RAGGED_H, RAGGED_W)
+        return tl.load(gX + at[0] + of[0], mask=mask, other=0.0)
+    else:
+        # Rows are short, but neighbouring tokens lie side by side: a warp reads one row of many tokens.
+        j = tl.arange(0, BLOCK_K // RUN)[:, None, None]
+        k = k0 + j * RUN + tl.arange(0, RUN)[None, None, :]
+        at = (at[0][None, :, None], at[1][None, :, None], at[2][None, :, None], at[3][None, :, None])
+        of = tap(k, steps, PT, PH, PW, VEC, WIDE)
+        mask = within(at, of, sizes, valid[None, :, None] & (k0 + j * RUN < TAPS), RAGGED_T, RAGGED_H, RAGGED_W)
+        patches = tl.load(gX + at[0] + of[0], mask=mask, other=0.0)
+        patches = patches.permute(1, 0, 2).reshape(BLOCK_M, BLOCK_K)
+        # Changes nothing, but keeps Triton 3.6 from moving the reshape to shared memory, where some shapes crash it.
+        return tl.where(valid[:, None], patches, 0.0)
+
+
+@triton.jit
+def finish_tokens(acc, gOut, gBias, gPos, m, valid, e, first, tokens, E: tl.constexpr, STREAMING: tl.constexpr):
+    """Add bias and position to the sums of tokens m and features e, round, and write. ``first``: the tile's first m."""
+    mask = valid[:, None] & (e < E)[None, :]
+    if gBias is not None:
+        acc += tl.load(gBias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    if gPos is not None:
+        rows = gPos + (m % tokens).to(tl.int64) * E
+        acc += tl.load(rows[:, None] + e[None, :], mask=mask, other=0.0).to(tl.float32)
+    where = gOut + first.to(tl.int64) * E + (m - first)[:, None] * E + e[None, :]
+    out = acc.to(gOut.dtype.element_ty)
+    if STREAMING:
+        tl.store(where, out, mask=mask, cache_modifier=".cs")
+    else:
+        tl.store(where, out, mask=mask)
+
+
+# ---- forward
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def patchify_forward_resident(
+    gX,
+    gW,
+    gBias,
+    gPos,
+    gOut,
+    M,
+    tokens,
+    grid_h,
+    grid_w,
+    size_t,
+    size_h,
+    size_w,
+    stride_b,
+    stride_c,
+    stride_t,
+    stride_h,
+    stride_w,
+    E: tl.constexpr,
+    TAPS: tl.constexpr,
+    PT: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    RAGGED_T: tl.constexpr,
+    RAGGED_H: tl.constexpr,
+    RAGGED_W: tl.constexpr,
+    RUN: tl.constexpr,
+    VEC: tl.constexpr,
+    WIDE: tl.constexpr,
+    TAPS_A: tl.constexpr,
+    TAPS_B: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STREAMING: tl.constexpr,
+):
+    """One program: BLOCK_M tokens, CHUNK features. Patches are read once, in TAPS_A and TAPS_B (or no) columns."""
+    CHUNKS: tl.constexpr = (E + CHUNK - 1) // CHUNK
+    first = tl.program_id(0) // CHUNKS * BLOCK_M
+    begin = tl.program_id(0) % CHUNKS * CHUNK
+    m = first + tl.arange(0, BLOCK_M)
+    valid = m < M
+    steps = patch_steps(stride_b, stride_c, stride_t, stride_h, stride_w, VEC)
+    sizes = (size_t, size_h, size_w)
+    at = place(m, tokens, grid_h, grid_w, steps, PT, PH, PW, VEC)
+    x_a = read_patches(
+        gX, at, valid, 0, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, TAPS_A
+    )
+    k_a = tl.arange(0, TAPS_A)
+    if TAPS_B > 0:
+        x_b = read_patches(
+            gX, at, valid, TAPS_A, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, TAPS_B
+        )
+        k_b = TAPS_A + tl.arange(0, TAPS_B)
+    for e0 in tl.range(begin, min(begin + CHUNK, E), BLOCK_E):
+        e = e0 + tl.arange(0, BLOCK_E)
+        w_a = tl.load(gW + e[None, :] * TAPS + k_a[:, None], mask=(e < E)[None, :] & (k_a < TAPS)[:, None], other=0.0)
+        acc = tl.dot(x_a, w_a)
+        if TAPS_B > 0:
+            mask = (e < E)[None, :] & (k_b < TAPS)[:, None]
+            acc = tl.dot(x_b, tl.load(gW + e[None, :] * TAPS + k_b[:, None], mask=mask, other=0.0), acc)
+        finish_tokens(acc, gOut, gBias, gPos, m, valid, e, first, tokens, E, STREAMING)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def patchify_forward_tiled(
+    gX,
+    gW,
+    gBias,
+    gPos,
+    gOut,
+    M,
+    tokens,
+    grid_h,
+    grid_w,
+    size_t,
+    size_h,
+    size_w,
+    stride_b,
+    stride_c,
+    stride_t,
+    stride_h,
+    stride_w,
+    E: tl.constexpr,
+    TAPS: tl.constexpr,
+    PT: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    RAGGED_T: tl.constexpr,
+    RAGGED_H: tl.constexpr,
+    RAGGED_W: tl.constexpr,
+    RUN: tl.constexpr,
+    VEC: tl.constexpr,
+    WIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STREAMING: tl.constexpr,
+):
+    """One program: BLOCK_M tokens, BLOCK_E features, all taps. Programs walk GROUP rows of tiles column by column."""
+    COLUMNS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    row = tl.program_id(0) // (GROUP * COLUMNS) * GROUP
+    rows = min(tl.cdiv(M, BLOCK_M) - row, GROUP)
+    first = (row + tl.program_id(0) % (GROUP * COLUMNS) % rows) * BLOCK_M
+    e = tl.program_id(0) % (GROUP * COLUMNS) // rows * BLOCK_E + tl.arange(0, BLOCK_E)
+    m = first + tl.arange(0, BLOCK_M)
+    valid = m < M
+    steps = patch_steps(stride_b, stride_c, stride_t, stride_h, stride_w, VEC)
+    sizes = (size_t, size_h, size_w)
+    at = place(m, tokens, grid_h, grid_w, steps, PT, PH, PW, VEC)
+    w_rows = gW + e.to(tl.int64)[None, :] * TAPS
+    acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    for k0 in tl.range(0, TAPS, BLOCK_K):
+        x = read_patches(
+            gX, at, valid, k0, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, BLOCK_K
+        )
+        k = (k0 + tl.arange(0, BLOCK_K))[:, None]
+        w = tl.load(w_rows + k, mask=(e < E)[None, :] & (k < TAPS), other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    finish_tokens(acc, gOut, gBias, gPos, m, valid, e, first, tokens, E, STREAMING)
+
+
+def _halves(taps: int) -> tuple[int, int]:
+    """Split taps into two powers of two of which a product can be made: 144 = 128 + 16; 64 and none."""
+    first = max(16, 1 << (taps.bit_length() - 1))
+    return first, 0 if taps <= first else max(16, power_of_two(taps - first))
+
+
+def _chunk(features: int, config: Config) -> int:
+    """Share the features evenly among the fewest programs: whole tiles, no more than config.chunk."""
+    share = triton.cdiv(features, triton.cdiv(features, config.chunk))
+    return triton.cdiv(share, config.features) * config.features
+
+
+def _forward_constants(kernel: str, geometry: Geometry, features: int, config: Config) -> dict[str, Any]:
+    constants = {"E": features, **geometry.constants(), "BLOCK_M": config.tokens, "BLOCK_E": config.features}
+    constants["STREAMING"] = config.streaming
+    if kernel.startswith("resident"):
+        first, second = _halves(geometry.taps)
+        return {**constants, "TAPS_A": first, "TAPS_B": second, "CHUNK": _chunk(features, config)}
+    return {**constants, "GROUP": GROUP, "BLOCK_K": config.taps}
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None, config: Config | None = None) -> Tensor:
+    """Return the tokens [B, N, E] of a video x [B, C, T, H, W] of any strides. Others are copied if not contiguous."""
+    patch = weight.shape[2], weight.shape[3], weight.shape[4]
+    geometry = Geometry.of(tuple(x.shape), x.stride(), patch, x.element_size())
+    count, features = x.shape[0] * geometry.tokens, weight.shape[0]
+    check_count(count)
+    out = torch.empty(x.shape[0], geometry.tokens, features, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    kernel = kernel_for(geometry.taps, x.dtype)
+    config = config or CONFIGS[kernel][0]
+    rows = triton.cdiv(count, config.tokens)
+    resident = kernel.startswith("resident")
+    programs = rows * triton.cdiv(features, _chunk(features, config) if resident else config.features)
+    arguments = (x, *(None if each is None else each.contiguous() for each in (weight, bias, pos)), out, count)
+    with on(x):
+        (patchify_forward_resident if resident else patchify_forward_tiled)[(programs,)](
+            *arguments,
+            *geometry.numbers(),
+            **_forward_constants(kernel, geometry, features, config),
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+    return out
+
+
+def on(x: Tensor) -> Any:
+    """Make x's device the current one, for a launch; nothing to do on a CPU."""
+    return torch.cuda.device(x.device if x.is_cuda else -1)
+
+
+# ---- what is compiled
+
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+
+def describe(dtype: torch.dtype) -> dict[str, str]:
+    """Give the types of the forward's arguments, for `specializations`."""
+    return dict.fromkeys(("gX", "gW", "gBias", "gPos", "gOut"), POINTERS[dtype]) | dict.fromkeys(PLAIN, "i32")
+
+
+# (name, channels, patch, features, dtype, with position): each kernel, 16-bit reads and 16-byte reads, ragged or not.
+_CASES = (
+    ("wan", (1, 16, 21, 90, 160), (1, 2, 2), 5120, torch.bfloat16, False),
+    ("position", (2, 16, 21, 90, 160), (1, 2, 2), 1536, torch.float16, True),
+    ("ragged", (1, 16, 21, 91, 161), (1, 2, 2), 1536, torch.bfloat16, True),
+    ("wan-i2v", (1, 36, 21, 90, 160), (1, 2, 2), 5120, torch.bfloat16, False),
+    ("pixels", (1, 3, 64, 256, 256), (4, 16, 16), 1536, torch.bfloat16, False),
+    ("channels", (1, 128, 21, 90, 160), (1, 2, 2), 1536, torch.bfloat16, False),
+    ("wan", (1, 16, 21, 90, 160), (1, 2, 2), 5120, torch.float32, True),
+    ("pixels", (1, 3, 64, 256, 256), (4, 16, 16), 1536, torch.float32, False),
+)
+
+
+def cases() -> Iterator[tuple[str, Geometry, int, torch.dtype, bool]]:
+    """Yield representative videos: a name, the geometry, the features, the dtype and whether there is a position."""
+    for name, size, patch, features, dtype, pos in _CASES:
+        strides = tuple(torch.empty(size, device="meta").stride())
+        geometry = Geometry.of(size, strides, patch, dtype.itemsize)
+        yield f"{name}/{str(dtype).removeprefix('torch.')}", geometry, features, dtype, pos
+
+
+def specializations() -> Iterator[Specialization]:
+    """List what the launcher compiles: every CONFIG for the first case that takes it, the default for the others."""
+    seen = set()
+    for name, geometry, features, dtype, pos in cases():
+        kernel = kernel_for(geometry.taps, dtype)
+        fn = patchify_forward_resident if kernel.startswith("resident") else patchify_forward_tiled
+        for config in CONFIGS[kernel][:1] if kernel in seen else CONFIGS[kernel]:
+            constants = _forward_constants(kernel, geometry, features, config) | ({} if pos else {"gPos": None})
+            options = {"num_warps": config.warps, "num_stages": config.stages}
+            label = f"{fn.__name__}/{name}/{config.tokens}x{config.features}x{config.taps}"
+            yield Specialization(label, fn, describe(dtype), constants, options, tuple(PLAIN))
+        seen.add(kernel)
