@@ -34,6 +34,7 @@ from stattn.kernels._compile import Specialization
 
 WORD = 32  # query tiles in a word of the table of bits
 SCORES = 2**24  # scores that are held at a time
+KINDS = 2**26  # kinds of tiles that are held at a time
 MOST_TILES = 2**14  # the longest row of scores that registers hold
 
 
@@ -42,8 +43,9 @@ class Config:
     """How a launch is cut.
 
     mean_elements: elements of tokens that a program of the means reads at once. score_q, score_k, score_d, score_warps:
-    the block of a program of the scores. row_elements: elements of a row in each thread. list_entries: entries of a
-    list that are read at once. key_tiles: key tiles whose lists one program of the transposition gathers.
+    the block of a program of the scores. row_elements: elements of a row in each thread. row_tiles, list_entries:
+    kinds of tiles, and entries of a list, that are read at once. key_tiles: key tiles whose lists one program of the
+    transposition gathers.
     """
 
     mean_elements: int = 8192
@@ -52,6 +54,7 @@ class Config:
     score_d: int = 32
     score_warps: int = 4
     row_elements: int = 32
+    row_tiles: int = 512
     list_entries: int = 256
     key_tiles: int = 16
 
@@ -177,7 +180,8 @@ def select_rows(
         uniform = (tl.max((score != score).to(tl.int32)) != 0) | (tl.abs(greatest) == float("inf"))
         weight = tl.where(inside, _weights(score, greatest, scale, uniform), 0.0)
         wanted = tl.where(uniform, 0.5, mass * tl.sum(weight))
-        low, high = 0, 0x3F800000  # the bits of 0 and 1: those of floats that are not negative lie in their order
+        # From the bits of 0 to those of 1: as integers, floats that are not negative keep their order.
+        low, high = tl.full([], 0, tl.int32), tl.full([], 0x3F800000, tl.int32)
         while low < high:
             middle = low + (high - low + 1) // 2
             enough = tl.sum(tl.where(weight >= middle.to(tl.float32, bitcast=True), weight, 0.0)) >= wanted
@@ -274,6 +278,86 @@ def _means(x: torch.Tensor, shape: Triple, tile: Triple, config: Config) -> torc
         min(rows, triton.next_power_of_2(math.prod(tile))), columns, num_warps=4,
     )  # fmt: skip
     return means
+
+
+# --- masks and lists -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def join_rows(
+    g_count, g_index, g_partial, g_kinds, g_table, g_new_count, g_new_index, g_new_partial,
+    first, heads, q_tiles, k_tiles, most,
+    count_b, count_h, count_q, index_b, index_h, index_q, index_e, partial_b, partial_h, partial_q, partial_e,
+    TILES: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Join the list of one query tile and the mask's kinds of its tiles: 0 empty, 1 partial, 2 full."""
+    row = first + tl.program_id(0).to(tl.int64)
+    q_tile, set_ = row % q_tiles, row // q_tiles
+    b, h = set_ // heads, set_ % heads
+    kinds = g_kinds + q_tile * k_tiles
+    table = g_table + tl.program_id(0).to(tl.int64) * k_tiles
+    for start in range(0, k_tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        tl.store(table + tile, tl.load(kinds + tile, mask=tile < k_tiles, other=0), mask=tile < k_tiles)
+    tl.debug_barrier()  # other threads mark what these have copied
+    listed = tl.load(g_count + b * count_b + h * count_h + q_tile * count_q)
+    for start in range(0, listed, ENTRIES):
+        entry = start + tl.arange(0, ENTRIES)
+        marked = tl.load(
+            g_index + b * index_b + h * index_h + q_tile * index_q + entry * index_e, mask=entry < listed, other=-1
+        )
+        real = (marked >= 0) & (marked < k_tiles)  # nobody checked the entries: stay inside the table
+        kind = tl.full([ENTRIES], 2, tl.int8)
+        if g_partial is not None:
+            flags = g_partial + b * partial_b + h * partial_h + q_tile * partial_q
+            partial = tl.load(flags + entry * partial_e, mask=real, other=0) != 0
+            kind = tl.where(partial, tl.load(kinds + marked, mask=real, other=0), kind)
+            kind = tl.where(partial & (kind == 0), 1, kind).to(tl.int8)
+        tl.store(table + marked, kind, mask=real)
+    tl.debug_barrier()  # and these read what others have marked
+    count = 0
+    for start in range(0, k_tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        kind = tl.load(table + tile, mask=tile < k_tiles, other=0)
+        taken = (kind != 0).to(tl.int32)
+        at = row * most + (count + tl.cumsum(taken, 0) - taken)
+        tl.store(g_new_index + at, tile, mask=kind != 0)
+        tl.store(g_new_partial + at, (kind == 1).to(tl.uint8), mask=kind != 0)
+        count += tl.sum(taken)
+    tl.store(g_new_count + row, count)
+    for start in range(count, most, TILES):
+        slot = start + tl.arange(0, TILES)
+        tl.store(g_new_index + row * most + slot, tl.zeros([TILES], tl.int32) + (k_tiles - 1), mask=slot < most)
+        tl.store(g_new_partial + row * most + slot, tl.zeros([TILES], tl.uint8), mask=slot < most)
+
+
+def join(
+    count: torch.Tensor,
+    index: torch.Tensor,
+    partial: torch.Tensor | None,
+    kinds: torch.Tensor,
+    new_count: torch.Tensor,
+    new_index: torch.Tensor,
+    new_partial: torch.Tensor,
+    config: Config = CONFIGS[0],
+) -> None:
+    """Join lists and a mask's kinds of tiles, int8 [q tiles, k tiles], as ``stattn.blocks.join`` describes.
+
+    count, index, partial: of any strides. The new lists are contiguous, their rows long enough.
+    """
+    batch, heads, q_tiles, _ = index.shape
+    k_tiles, rows = kinds.shape[1], batch * heads * q_tiles
+    at_once = min(rows, max(1, KINDS // k_tiles))
+    with torch.cuda.device_of(index):
+        table = kinds.new_empty((at_once, k_tiles))
+        for first in range(0, rows, max(1, at_once)):
+            join_rows[(min(at_once, rows - first),)](
+                count, index, None if partial is None else partial.view(torch.uint8), kinds, table,
+                new_count, new_index, new_partial.view(torch.uint8),
+                first, heads, q_tiles, k_tiles, new_index.shape[3],
+                *count.stride(), *index.stride(), *(index if partial is None else partial).stride(),
+                config.row_tiles, config.list_entries, num_warps=4,
+            )  # fmt: skip
 
 
 # --- transposition ---------------------------------------------------------------------------------------------------
@@ -390,7 +474,7 @@ def specializations() -> Iterator[Specialization]:
     """List what the launchers compile, with each of CONFIGS; what two of them share once."""
     seen = set()
     for number, config in enumerate(CONFIGS):
-        for each in (*_selection(config), *_transposition(config)):
+        for each in (*_selection(config), *_lists(config)):
             key = (each.fn, *each.types.items(), *each.constants.items(), *each.options.items())
             if key not in seen:
                 seen.add(key)
@@ -435,19 +519,25 @@ def _selection(config: Config) -> Iterator[Specialization]:
             )
 
 
-def _transposition(config: Config) -> Iterator[Specialization]:
+def _lists(config: Config) -> Iterator[Specialization]:
     strides = ("count_b count_h count_q", *(f"{x}_b {x}_h {x}_q {x}_e" for x in ("index", "partial")))
-    ints = dict.fromkeys(" ".join(("heads q_tiles k_tiles most words items", *strides)).split(), "i32")
+    ints = dict.fromkeys(" ".join(("first heads q_tiles k_tiles most words items", *strides)).split(), "i32")
     tensors = dict.fromkeys(("g_count", "g_index", "g_listed", "g_offset", "g_item", "g_sizes", "g_marked"), "*i32")
-    types = {**tensors, "g_partial": "*u8", **ints}
+    joined = {"g_kinds": "*i8", "g_table": "*i8", "g_new_count": "*i32", "g_new_index": "*i32", "g_new_partial": "*u8"}
+    types = {**tensors, **joined, "g_partial": "*u8", **ints}
     for flagged in (False, True):
-        absent = {} if flagged else {"g_partial": None, "g_marked": None}
+        absent = {} if flagged else {"g_partial": None}
+        unmarked = {} if flagged else {"g_marked": None}
         label = "with flags" if flagged else "without flags"
         constants = {"ENTRIES": config.list_entries, "index_e": 1, "partial_e": 1, **absent}
+        tiles = {"TILES": config.row_tiles}
         yield Specialization(
-            f"transpose_mark {label}", transpose_mark, types, constants, {"num_warps": 4}, tuple(ints)
+            f"join_rows {label}", join_rows, types, constants | tiles, {"num_warps": 4}, tuple(ints)
         )
-        constants = {"KEYS": config.key_tiles, **absent}
+        yield Specialization(
+            f"transpose_mark {label}", transpose_mark, types, constants | unmarked, {"num_warps": 4}, tuple(ints)
+        )
+        constants = {"KEYS": config.key_tiles, **absent, **unmarked}
         yield Specialization(
             f"transpose_fill {label}", transpose_fill, types, constants, {"num_warps": 4}, tuple(ints)
         )

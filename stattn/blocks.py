@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from stattn.grid import Grid, Triple, as_grid, check_triple
 from stattn.masks import EMPTY, FULL, PARTIAL, Mask
+
+AT_ONCE = 2**22  # pairs of tiles that are listed at a time in plain PyTorch, each some 20 bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,29 +79,13 @@ class BlockList:
 
     def kinds(self) -> torch.Tensor:
         """Say for each pair of tiles whether it is EMPTY, PARTIAL or FULL. int8 [B, heads, q tiles, k tiles]"""
-        k_tiles = self.tiles[1]
-        used = torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
-        value = torch.full_like(self.index, FULL, dtype=torch.int8)
-        if self.partial is not None:
-            value = torch.where(self.partial, PARTIAL, value).to(torch.int8)
-        table = torch.full((*self.count.shape, k_tiles + 1), EMPTY, dtype=torch.int8, device=self.index.device)
-        # Unused entries are written behind the last tile.
-        table.scatter_(-1, torch.where(used, self.index, k_tiles).long(), value)
-        return table[..., :k_tiles]
+        return _kinds(self.count, self.index, self.partial, self.tiles[1])
 
     def __or__(self, mask: object) -> BlockList:
         """Allow what the mask or the lists allow: the mask joins the lists tile by tile, on their device."""
         if not isinstance(mask, Mask):
             return NotImplemented
-        if self.mask is not None and self.mask != mask:
-            raise ValueError(
-                f"the lists already have partial tiles of mask {self.mask}; they cannot take those of {mask} too"
-            )
-        kinds = torch.from_numpy(mask.tiles(self.shape, self.q_tile, self.k_tile))
-        most = min(self.tiles[1], self.index.shape[-1] + int((kinds != EMPTY).sum(-1).max()))
-        return block_list(
-            self.shape, self.q_tile, self.k_tile, torch.maximum(kinds.to(self.index.device), self.kinds()), mask, most
-        )
+        return join(self, mask)
 
     __ror__ = __or__
 
@@ -127,20 +114,109 @@ def block_list(
     pair is taken as FULL. most: the longest row, if known; the number of key tiles otherwise.
     """
     k_tiles = kinds.shape[-1]
-    most = k_tiles if most is None else most
-    listed = kinds != EMPTY
-    place = torch.where(listed, torch.arange(k_tiles, device=kinds.device), k_tiles)
-    index = place.sort(dim=-1).values[..., :most]
-    kind = kinds.gather(-1, index.clamp(max=k_tiles - 1))
-    return BlockList(
-        shape,
-        q_tile,
-        k_tile,
-        listed.sum(-1, dtype=torch.int32),
-        index.clamp(max=k_tiles - 1).to(torch.int32).contiguous(),
-        None if mask is None else (kind == PARTIAL).contiguous(),
-        mask,
-    )
+    lists = _Rows.empty(kinds.shape[:-1], k_tiles if most is None else most, mask is not None, kinds.device)
+    rows = kinds.reshape(-1, k_tiles)
+    for start in range(0, len(rows), lists.at_once(k_tiles)):
+        lists.write(start, rows[start : start + lists.at_once(k_tiles)])
+    return lists.blocks(shape, q_tile, k_tile, mask)
+
+
+def join(blocks: BlockList, mask: Mask, *, impl: str = "auto") -> BlockList:
+    """Allow what the mask or the lists allow: ``mask | blocks``.
+
+    The mask is lowered once for its device and kept there, after which no call waits for the device. impl: "triton",
+    "reference" (plain PyTorch), or "auto": Triton on CUDA tensors; their results are identical. Raises ValueError when
+    the lists have partial tiles of another mask, or impl is unknown.
+    """
+    if blocks.mask is not None and blocks.mask != mask:
+        raise ValueError(
+            f"the lists already have partial tiles of mask {blocks.mask}; they cannot take those of {mask} too"
+        )
+    triton = _by_triton(impl, blocks.index)
+    kinds, longest = _lowered(mask, blocks.shape, blocks.q_tile, blocks.k_tile, blocks.index.device)
+    (q_tiles, k_tiles), entries = blocks.tiles, blocks.index.shape[-1]
+    lists = _Rows.empty(blocks.count.shape, min(k_tiles, entries + longest), True, blocks.index.device)
+    if triton:
+        from stattn.kernels import select
+
+        assert lists.partial is not None
+        select.join(blocks.count, blocks.index, blocks.partial, kinds, lists.count, lists.index, lists.partial)
+        return lists.blocks(blocks.shape, blocks.q_tile, blocks.k_tile, mask)
+    count, index = blocks.count.reshape(-1), blocks.index.reshape(-1, entries)
+    partial = None if blocks.partial is None else blocks.partial.reshape(-1, entries)
+    for start in range(0, len(count), lists.at_once(k_tiles)):
+        rows = slice(start, start + lists.at_once(k_tiles))
+        listed = _kinds(count[rows], index[rows], None if partial is None else partial[rows], k_tiles)
+        q_tile = torch.arange(start, start + len(listed), device=index.device) % q_tiles
+        lists.write(start, torch.maximum(listed, kinds[q_tile]))
+    return lists.blocks(blocks.shape, blocks.q_tile, blocks.k_tile, mask)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The tensors of lists that are being written, some rows at a time."""
+
+    count: torch.Tensor
+    index: torch.Tensor
+    partial: torch.Tensor | None
+
+    @classmethod
+    def empty(cls, size: torch.Size, most: int, partial: bool, device: torch.device) -> _Rows:
+        """Make lists that nothing has been written to."""
+        flags = torch.empty((*size, most), dtype=torch.bool, device=device) if partial else None
+        index = torch.empty((*size, most), dtype=torch.int32, device=device)
+        return cls(torch.empty(size, dtype=torch.int32, device=device), index, flags)
+
+    @staticmethod
+    def at_once(k_tiles: int) -> int:
+        """Count the rows that are written at a time."""
+        return max(1, AT_ONCE // k_tiles)
+
+    def write(self, start: int, kinds: torch.Tensor) -> None:
+        """List the tiles of some rows, int8 [rows, k tiles], in ascending order; the last tile fills what is left."""
+        (rows, k_tiles), most = kinds.shape, self.index.shape[-1]
+        rank = (kinds != EMPTY).cumsum(-1, dtype=torch.int32)
+        at = torch.where((kinds != EMPTY) & (rank <= most), rank - 1, most).long()  # the rest goes to a column too many
+        index = rank.new_full((rows, most + 1), k_tiles - 1)
+        index.scatter_(-1, at, torch.arange(k_tiles, dtype=torch.int32, device=kinds.device).expand(rows, -1))
+        self.count.view(-1)[start : start + rows] = rank[:, -1]
+        self.index.view(-1, most)[start : start + rows] = index[:, :most]
+        if self.partial is not None:
+            partial = torch.zeros((rows, most + 1), dtype=torch.bool, device=kinds.device)
+            partial.scatter_(-1, at, kinds == PARTIAL)
+            self.partial.view(-1, most)[start : start + rows] = partial[:, :most]
+
+    def blocks(self, shape: Triple, q_tile: Triple, k_tile: Triple, mask: Mask | None) -> BlockList:
+        """Make block lists of them."""
+        return BlockList(shape, q_tile, k_tile, self.count, self.index, self.partial, mask)
+
+
+def _kinds(count: torch.Tensor, index: torch.Tensor, partial: torch.Tensor | None, k_tiles: int) -> torch.Tensor:
+    """Turn lists into a table of EMPTY, PARTIAL and FULL tiles. int8 [..., k tiles]"""
+    used = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    value = torch.full_like(index, FULL, dtype=torch.int8)
+    if partial is not None:
+        value = torch.where(partial, PARTIAL, value).to(torch.int8)
+    table = torch.full((*count.shape, k_tiles + 1), EMPTY, dtype=torch.int8, device=index.device)
+    # Unused entries are written behind the last tile.
+    table.scatter_(-1, torch.where(used, index, k_tiles).long(), value)
+    return table[..., :k_tiles]
+
+
+@lru_cache(maxsize=4)  # each holds a byte per pair of tiles
+def _lowered(
+    mask: Mask, shape: Triple, q_tile: Triple, k_tile: Triple, device: torch.device
+) -> tuple[torch.Tensor, int]:
+    """Classify the pairs of tiles of a mask: int8 [q tiles, k tiles] on the device, and the most tiles of a row."""
+    kinds = torch.from_numpy(mask.tiles(shape, q_tile, k_tile))
+    return kinds.to(device), int((kinds != EMPTY).sum(-1).max())
+
+
+def _by_triton(impl: str, x: torch.Tensor) -> bool:
+    """Say whether Triton makes lists. Raises ValueError for an unknown implementation."""
+    if impl not in ("auto", "triton", "reference"):
+        raise ValueError(f"impl={impl!r} must be 'auto', 'triton' or 'reference'")
+    return impl == "triton" or (impl == "auto" and x.is_cuda)
 
 
 def lower(
@@ -148,9 +224,9 @@ def lower(
 ) -> BlockList:
     """Lower a mask to lists that all samples and heads share."""
     grid = as_grid(grid)
-    kinds = torch.from_numpy(mask.tiles(grid, q_tile, k_tile)).to(device)
+    kinds = torch.from_numpy(mask.tiles(grid, q_tile, k_tile))
     partial = bool((kinds == PARTIAL).any())
-    return block_list(grid.shape, q_tile, k_tile, kinds[None, None], mask if partial else None)
+    return block_list(grid.shape, q_tile, k_tile, kinds.to(device)[None, None], mask if partial else None)
 
 
 class KeyLists(NamedTuple):
@@ -177,11 +253,10 @@ def transpose(
     much again for partial. Exact, and bitwise reproducible. Raises ValueError when a sample and head have 2**31 entries
     or impl is unknown.
     """
-    if impl not in ("auto", "triton", "reference"):
-        raise ValueError(f"impl={impl!r} must be 'auto', 'triton' or 'reference'")
+    triton = _by_triton(impl, index)
     if index.shape[2] * index.shape[3] >= 2**31:
         raise ValueError(f"index of shape {tuple(index.shape)} has 2**31 entries or more in each sample and head")
-    if impl == "triton" or (impl == "auto" and index.is_cuda):
+    if triton:
         from stattn.kernels import select
 
         return KeyLists(*select.transpose(count, index, partial, k_tiles))

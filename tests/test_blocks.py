@@ -11,11 +11,18 @@ from mask_definitions import COMBINED, RAGGED, Triple, every_example
 
 import stattn
 from stattn import BlockList, masks
-from stattn.blocks import KeyLists, block_list, lower, tile_count, tile_of, transpose
+from stattn import blocks as blocks_module
+from stattn.blocks import KeyLists, block_list, join, lower, tile_count, tile_of, transpose
 from stattn.grid import Grid
 from stattn.masks import EMPTY, FULL, PARTIAL
 
 TILES = [((1, 1, 1), (1, 1, 1)), ((2, 2, 2), (2, 3, 4)), ((1, 5, 3), (3, 1, 7)), ((4, 8, 8), (2, 2, 2))]
+
+ON = [
+    pytest.param("reference", "cpu", id="reference"),
+    pytest.param("triton", "cpu", id="interpreter"),
+    pytest.param("triton", "cuda", id="cuda", marks=pytest.mark.gpu),
+]
 
 
 def good(**changes: object) -> dict[str, object]:
@@ -270,26 +277,55 @@ def test_joined_lists_are_no_longer_than_they_need_to_be() -> None:
     assert torch.equal(both.allowed(), masks.window(1, 1, 1).allowed(RAGGED) | blocks.allowed())
 
 
-# --- lists seen from the key tiles -----------------------------------------------------------------------------------
+def test_lists_are_the_same_however_many_rows_are_written_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = masks.window(3, 3, 3)
+    blocks, kinds = some_lists(8, mask)
+    both = mask | blocks
+    monkeypatch.setattr(blocks_module, "AT_ONCE", 5 * kinds.shape[-1])
+    again, _ = some_lists(8, mask)
+    for one, other in ((blocks, again), (both, mask | again)):
+        for name in ("count", "index", "partial"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
 
-ON = [
-    pytest.param("reference", "cpu", id="reference"),
-    pytest.param("triton", "cpu", id="interpreter"),
-    pytest.param("triton", "cuda", id="cuda", marks=pytest.mark.gpu),
-]
+
+@pytest.mark.parametrize("impl, device", [each for each in ON if each.id != "reference"])
+@pytest.mark.parametrize("flagged", [False, True])
+def test_a_mask_joins_lists_alike_in_plain_pytorch_and_by_triton(impl: str, device: str, flagged: bool) -> None:
+    mask = masks.window(3, 3, 3)
+    q_tile, k_tile = (3, 2, 4), (2, 3, 4)
+    q_tiles, k_tiles = (tile_count(RAGGED, tile) for tile in (q_tile, k_tile))
+    count, index, partial = random_entries(2, 2, q_tiles, k_tiles, 5)
+    blocks = BlockList(RAGGED, q_tile, k_tile, count, index, partial if flagged else None, mask if flagged else None)
+    moved = BlockList(
+        RAGGED,
+        q_tile,
+        k_tile,
+        count.to(device),
+        index.to(device).transpose(2, 3).contiguous().transpose(2, 3),
+        partial.to(device) if flagged else None,
+        mask if flagged else None,
+    )
+    expected, got = join(blocks, mask, impl="reference"), join(moved, mask, impl=impl)
+    for name in ("count", "index", "partial"):
+        assert torch.equal(getattr(got, name).cpu(), getattr(expected, name)), name
+    with pytest.raises(ValueError, match="impl='cuda'"):
+        join(blocks, mask, impl="cuda")
+
+
+# --- lists seen from the key tiles -----------------------------------------------------------------------------------
 
 
 def random_entries(
-    batch: int, heads: int, q_tiles: int, k_tiles: int, most: int, device: str = "cpu"
+    batch: int, heads: int, q_tiles: int, k_tiles: int, most: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Lists of random length in random order, with junk behind their ends: count, index, partial."""
-    generator = torch.Generator(device).manual_seed(q_tiles * k_tiles + most)
+    generator = torch.Generator().manual_seed(q_tiles * k_tiles + most)
     size = (batch, heads, q_tiles)
-    order = torch.rand((*size, k_tiles), generator=generator, device=device).argsort(-1)[..., :most]
-    count = torch.randint(0, most + 1, size, generator=generator, device=device, dtype=torch.int32)
+    order = torch.rand((*size, k_tiles), generator=generator).argsort(-1)[..., :most]
+    count = torch.randint(0, most + 1, size, generator=generator, dtype=torch.int32)
     count[0, 0, 0] = most
-    used = torch.arange(most, device=device) < count[..., None]
-    partial = torch.rand((*size, most), generator=generator, device=device) < 0.5
+    used = torch.arange(most) < count[..., None]
+    partial = torch.rand((*size, most), generator=generator) < 0.5
     return count, torch.where(used, order, 2**31 - 1).to(torch.int32), partial
 
 
@@ -316,7 +352,7 @@ def assert_key_lists(lists: KeyLists, expected: list[list[tuple[int, bool]]], b:
 @pytest.mark.parametrize("impl, device", ON)
 @pytest.mark.parametrize(
     "batch, heads, q_tiles, k_tiles, most",
-    [(2, 3, 70, 37, 11), (1, 1, 1, 1, 1), (1, 2, 32, 17, 17), (2, 1, 33, 300, 280), (1, 1, 64, 16, 3)],
+    [(2, 1, 70, 37, 11), (1, 1, 1, 1, 1), (1, 2, 32, 17, 17), (1, 1, 33, 300, 280), (1, 1, 64, 16, 3)],
 )
 def test_key_tiles_list_the_query_tiles_that_list_them(
     impl: str, device: str, batch: int, heads: int, q_tiles: int, k_tiles: int, most: int
@@ -375,3 +411,46 @@ def test_a_transposition_that_is_not_possible_is_refused() -> None:
     huge = torch.empty(1, 1, 2**16, 2**15, dtype=torch.int32, device="meta")
     with pytest.raises(ValueError, match=r"index of shape \(1, 1, 65536, 32768\)"):
         transpose(count, huge, None, 2**15)
+
+
+@pytest.mark.gpu
+def test_long_lists_are_transposed_and_joined_alike_in_a_graph() -> None:
+    shape, tile = (30, 48, 80), (2, 4, 8)
+    q_tiles, most, mask = tile_count(shape, tile), 162, masks.sliding_tile((6, 8, 8), (3, 3, 3))
+    index = torch.rand(2, 4, q_tiles, q_tiles, device="cuda").argsort(-1)[..., :most].to(torch.int32)
+    count = torch.randint(0, most + 1, (2, 4, q_tiles), device="cuda", dtype=torch.int32)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        both = join(BlockList(shape, tile, tile, count, index), mask)
+        assert both.partial is not None
+        lists = transpose(both.count, both.index, both.partial, q_tiles)
+        assert lists.partial is not None
+        used = torch.arange(lists.item.shape[-1], device="cuda") < lists.offset[..., -1:]
+        # What lies behind the last list is not written.
+        item, partial = (torch.where(used, x, 0) for x in (lists.item, lists.partial))
+        return both.count, both.index, both.partial, lists.offset, item, partial
+
+    first = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        index.copy_(torch.rand(2, 4, q_tiles, q_tiles, device="cuda").argsort(-1)[..., :most])
+        graph.replay()
+        for eager, replayed in zip(run(), captured, strict=True):
+            assert torch.equal(eager, replayed)
+    assert not torch.equal(first[1], captured[1])
+    count, index = count[:1, :2], index[:1, :2]
+    both, plain = (join(BlockList(shape, tile, tile, count, index), mask, impl=x) for x in ("triton", "reference"))
+    for name in ("count", "index", "partial"):
+        assert torch.equal(getattr(both, name), getattr(plain, name)), name
+    lists, expected = (
+        transpose(both.count, both.index, both.partial, q_tiles, impl=x) for x in ("triton", "reference")
+    )
+    assert torch.equal(lists.offset, expected.offset)
+    for head in range(2):
+        end = int(expected.offset[0, head, -1])
+        assert torch.equal(lists.item[0, head, :end], expected.item[0, head, :end])
+        assert lists.partial is not None
+        assert expected.partial is not None
+        assert torch.equal(lists.partial[0, head, :end], expected.partial[0, head, :end])
