@@ -63,22 +63,16 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     "tiled": (
         Config(128, 256, 64, 8, 3),
         Config(128, 128, 64, 8, 4),
-        Config(256, 128, 64, 8, 3),
+        Config(64, 256, 64, 4, 3),
         Config(128, 128, 128, 8, 2),
     ),
+    "tiled-short": (Config(128, 128, 64, 8, 3),),  # rows of a patch shorter than 16 bytes
     "tiled-float32": (
         Config(64, 64, 16, 4, 3),
         Config(64, 128, 16, 8, 3),
     ),
 }
 GROUP = 8  # rows of tiles that are walked together, so that their weights stay in the L2
-
-
-def kernel_for(taps: int, dtype: torch.dtype) -> str:
-    """Name the kernel, a key of CONFIGS, that projects patches of so many taps."""
-    if dtype.itemsize == 4:
-        return "tiled-float32"
-    return "resident" if taps <= 64 else "resident-wide" if taps <= 256 else "tiled"
 
 
 def power_of_two(size: int) -> int:
@@ -147,6 +141,15 @@ class Geometry(NamedTuple):
             "WIDE": self.wide,
             **ragged,
         }
+
+
+def kernel_for(geometry: Geometry, dtype: torch.dtype) -> str:
+    """Name the entry of CONFIGS that projects these patches."""
+    if dtype.itemsize == 4:
+        return "tiled-float32"
+    if geometry.taps <= 256:
+        return "resident" if geometry.taps <= 64 else "resident-wide"
+    return "tiled" if geometry.run * dtype.itemsize == 16 else "tiled-short"
 
 
 def check_count(tokens: int) -> None:
@@ -421,7 +424,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None, 
     out = torch.empty(x.shape[0], geometry.tokens, features, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    kernel = kernel_for(geometry.taps, x.dtype)
+    kernel = kernel_for(geometry, x.dtype)
     config = config or CONFIGS[kernel][0]
     rows = triton.cdiv(count, config.tokens)
     resident = kernel.startswith("resident")
@@ -479,7 +482,7 @@ def specializations() -> Iterator[Specialization]:
     """List what the launcher compiles: every CONFIG for the first case that takes it, the default for the others."""
     seen = set()
     for name, geometry, features, dtype, pos in cases():
-        kernel = kernel_for(geometry.taps, dtype)
+        kernel = kernel_for(geometry, dtype)
         fn = patchify_forward_resident if kernel.startswith("resident") else patchify_forward_tiled
         for config in CONFIGS[kernel][:1] if kernel in seen else CONFIGS[kernel]:
             constants = _forward_constants(kernel, geometry, features, config) | ({} if pos else {"gPos": None})

@@ -62,15 +62,14 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     ),
     "dx-float32": (Config(64, 16, 64, 4, 3),),
     "dweight": (  # up to 64 taps
-        Config(64, 256, 64, 8, 3),
-        Config(64, 128, 64, 4, 4),
-        Config(128, 128, 64, 8, 3),
+        Config(32, 256, 64, 8, 3),
+        Config(32, 128, 64, 4, 4),
     ),
     "dweight-wide": (
-        Config(64, 128, 128, 8, 4),
-        Config(64, 256, 128, 8, 3),
+        Config(64, 128, 64, 8, 4),
+        Config(32, 128, 128, 8, 4),
     ),
-    "dweight-float32": (Config(16, 64, 64, 4, 3),),
+    "dweight-float32": (Config(16, 64, 32, 4, 3),),
 }
 SHARES = 264  # programs that dweight aims at: two for each SM of an H200
 SUM_BLOCK = 1024
@@ -296,10 +295,11 @@ def dweight(
     config = config or CONFIGS[kernel_for("dweight", geometry.taps, x.dtype)][0]
     tiles = triton.cdiv(features, config.features) * triton.cdiv(geometry.taps, config.taps)
     parts, share = shares(count, tiles, config.tokens)
-    dw = x.new_empty(parts, *shape, dtype=x.dtype if parts == 1 else torch.float32)
+    one = parts == 1  # is the gradient itself
+    dw = torch.empty(parts, *shape, dtype=x.dtype if one else torch.float32, device=x.device)
     dbias = None
     if bias_dtype is not None:
-        dbias = x.new_empty(parts, features, dtype=bias_dtype if parts == 1 else torch.float32)
+        dbias = torch.empty(parts, features, dtype=bias_dtype if one else torch.float32, device=x.device)
     dout = _rows(dout)
     with on(x):
         patchify_dweight[(parts * tiles,)](
@@ -350,15 +350,13 @@ def specializations() -> Iterator[Specialization]:
     """List what the launchers compile: every CONFIG for the first case that takes it, the default for the others."""
     plain = dict.fromkeys(PLAIN, "i32")
     seen = set()
-    for name, geometry, features, dtype, bias in cases():
+    for name, geometry, features, dtype, _ in cases():
         common = dict.fromkeys(("gDout", "gX", "gW", "gDx"), POINTERS[dtype]) | plain
         common |= {"dout_b": "i32", "dout_n": "i32", "share": "i32", "gDw": "*fp32", "gDbias": "*fp32"}
         for fn, kind in ((patchify_dx, "dx"), (patchify_dweight, "dweight")):
             kernel = kernel_for(kind, geometry.taps, dtype)
             for config in CONFIGS[kernel][:1] if kernel in seen else CONFIGS[kernel]:
                 constants = _constants(geometry, features, config)
-                if kind == "dweight" and not bias:
-                    constants["gDbias"] = None
                 options = {"num_warps": config.warps, "num_stages": config.stages}
                 label = f"{fn.__name__}/{name}/{config.tokens}x{config.features}x{config.taps}"
                 yield Specialization(label, fn, common, constants, options, (*PLAIN, "share"))
