@@ -137,10 +137,10 @@ def join(blocks: BlockList, mask: Mask, *, impl: str = "auto") -> BlockList:
     (q_tiles, k_tiles), entries = blocks.tiles, blocks.index.shape[-1]
     lists = _Rows.empty(blocks.count.shape, min(k_tiles, entries + longest), True, blocks.index.device)
     if triton:
-        from stattn.kernels import select
+        from stattn.kernels import blocks as kernels
 
         assert lists.partial is not None
-        select.join(blocks.count, blocks.index, blocks.partial, kinds, lists.count, lists.index, lists.partial)
+        kernels.join(blocks.count, blocks.index, blocks.partial, kinds, lists.count, lists.index, lists.partial)
         return lists.blocks(blocks.shape, blocks.q_tile, blocks.k_tile, mask)
     count, index = blocks.count.reshape(-1), blocks.index.reshape(-1, entries)
     partial = None if blocks.partial is None else blocks.partial.reshape(-1, entries)
@@ -257,9 +257,9 @@ def transpose(
     if index.shape[2] * index.shape[3] >= 2**31:
         raise ValueError(f"index of shape {tuple(index.shape)} has 2**31 entries or more in each sample and head")
     if triton:
-        from stattn.kernels import select
+        from stattn.kernels import blocks as kernels
 
-        return KeyLists(*select.transpose(count, index, partial, k_tiles))
+        return KeyLists(*kernels.transpose(count, index, partial, k_tiles))
     most = index.shape[3]
     used = torch.arange(most, device=index.device) < count[..., None]
     # Entries that are none are sorted behind the last tile.
