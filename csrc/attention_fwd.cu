@@ -49,68 +49,66 @@ cudaError_t map_for(const AttentionForward& call, const Strided& tensor, int hea
 
 template <typename S>
 cudaError_t launch(const AttentionForward& call, cudaStream_t stream) {
-    int device = 0, processors = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess && device >= DEVICES) error = cudaErrorInvalidDevice;
-    if (error == cudaSuccess) error = multiprocessors(device, &processors);
-    if (error == cudaSuccess) error = allow_shared_memory<S>(device);
-    if (error != cudaSuccess) return error;
+    const int line[3] = {1, 1, ROWS}, boxes[3] = {1, 1, S::BN}, queries[3] = {1, 1, call.queries};
+    const int keys[3] = {1, 1, call.keys};
+    const AttentionPlan* plan = call.plan;
+    const auto& slab = plan ? plan->slab : line;
+    const auto& box = plan ? plan->box : boxes;
+    const auto& q_shape = plan ? plan->q_shape : queries;
+    const auto& k_shape = plan ? plan->k_shape : keys;
+    const int stacked = plan ? plan->stacked : 2;
 
     Parameters p{};
     p.lse = call.lse;
     p.scale_log2 = call.scale * 1.4426950408889634f;
     p.heads = call.heads;
     p.queries_per_key = call.heads / call.key_heads;
-    const int slab[3] = {1, 1, ROWS}, box[3] = {1, 1, S::BN};
-    const int q_shape[3] = {1, 1, call.queries}, k_shape[3] = {1, 1, call.keys};
-    const int stacked[3] = {1, 1, S::WARPGROUPS};
-    int64_t tiles = int64_t{call.batch} * call.heads;
     for (int axis = 0; axis < 3; ++axis) {
         p.slab[axis] = slab[axis];
-        p.slab_step[axis] = stacked[axis] > 1 ? slab[axis] : 0;
-        p.q_tile[axis] = slab[axis] * stacked[axis];
+        p.slab_step[axis] = axis == stacked ? slab[axis] : 0;
         p.q_shape[axis] = q_shape[axis];
-        p.q_tiles[axis] = (q_shape[axis] + p.q_tile[axis] - 1) / p.q_tile[axis];
-        tiles *= p.q_tiles[axis];
     }
+    constexpr int TILE = S::WARPGROUPS * ROWS;
+    p.tiles_per_head = plan ? plan->tiles : (call.queries + TILE - 1) / TILE;
+    const int64_t tiles = int64_t{p.tiles_per_head} * call.batch * call.heads;
     if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
     p.tiles = static_cast<int>(tiles);
     p.queries = call.queries;
     p.keys = call.keys;
     p.boxes = (call.keys + S::BN - 1) / S::BN;
+    p.box_rows = box[0] * box[1] * box[2];
+    if (p.box_rows > S::BN) return cudaErrorInvalidValue;
     p.slab_bytes = S::CHUNKS * 128 * slab[0] * slab[1] * slab[2];
-    p.box_bytes = S::CHUNKS * 128 * box[0] * box[1] * box[2];
-    error = map_for(call, call.q, call.heads, q_shape, slab, &p.q_map, &p.q_x);
+    p.box_bytes = S::CHUNKS * 128 * p.box_rows;
+    if (plan) p.plan = plan->data;
+
+    int device = 0, processors = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess && device >= DEVICES) error = cudaErrorInvalidDevice;
+    if (error == cudaSuccess) error = multiprocessors(device, &processors);
+    if (error == cudaSuccess) error = allow_shared_memory<S>(device);
+    if (error == cudaSuccess) error = map_for(call, call.q, call.heads, q_shape, slab, &p.q_map, &p.q_x);
     if (error == cudaSuccess) error = map_for(call, call.k, call.key_heads, k_shape, box, &p.k_map, &p.k_x);
     if (error == cudaSuccess) error = map_for(call, call.v, call.key_heads, k_shape, box, &p.v_map, &p.v_x);
     if (error == cudaSuccess) error = map_for(call, call.out, call.heads, q_shape, slab, &p.o_map, &p.o_x);
     if (error != cudaSuccess) return error;
 
-    const int blocks = std::min(p.tiles, processors);
+    // Tiles of a plan are not all alike: a block for each keeps every multiprocessor busy to the end.
+    const int blocks = S::PLANNED ? p.tiles : std::min(p.tiles, processors);
     attention_forward<S><<<blocks, S::THREADS, S::LAUNCHED, stream>>>(p);
     return cudaGetLastError();
 }
 
+// The list of tiles: warpgroups and rows of a key box, by head dimension.
 template <typename Element>
 cudaError_t choose(const AttentionForward& call, cudaStream_t stream) {
-    if (call.head_dim > 64) {
-        switch (call.config) {
-            case 0: return launch<Shape<Element, 128, 3, 80>>(call, stream);
-#ifdef STATTN_VARIANTS
-            case 1: return launch<Shape<Element, 128, 2, 128>>(call, stream);
-            case 2: return launch<Shape<Element, 128, 2, 176>>(call, stream);
-            case 3: return launch<Shape<Element, 128, 3, 64>>(call, stream);
-#endif
-            default: return cudaErrorInvalidValue;
-        }
-    }
-    switch (call.config) {
-        case 0: return launch<Shape<Element, 64, 3, 128>>(call, stream);
-#ifdef STATTN_VARIANTS
-        case 1: return launch<Shape<Element, 64, 3, 112>>(call, stream);
-        case 2: return launch<Shape<Element, 64, 2, 192>>(call, stream);
-        case 3: return launch<Shape<Element, 64, 2, 128>>(call, stream);
-#endif
+    const int config = call.config + (call.head_dim > 64 ? 0 : 100) + (call.plan ? 10 : 0);
+    switch (config) {
+        case 0: return launch<Shape<Element, 128, 3, 80, false>>(call, stream);
+        case 10: return launch<Shape<Element, 128, 3, 64, true>>(call, stream);
+        case 11: return launch<Shape<Element, 128, 3, 80, true>>(call, stream);
+        case 100: return launch<Shape<Element, 64, 3, 128, false>>(call, stream);
+        case 110: return launch<Shape<Element, 64, 3, 128, true>>(call, stream);
         default: return cudaErrorInvalidValue;
     }
 }

@@ -11,6 +11,9 @@
 //
 // Tensors are seen as {D, W, H, T, X}, X the heads of all batches; a tile is a box of that, so a tile may have any
 // extents in (t, h, w), may start anywhere and may reach over the edge: what lies outside is 0 and is never written.
+//
+// Which boxes a tile visits: without a plan, all keys in a line. With one (attention_fwd.h), a list of boxes, of which
+// those come first that not every row sees whole: of these each row has a mask, the AND of a mask for every axis.
 #pragma once
 
 #include <cstdint>
@@ -25,9 +28,10 @@ using namespace sm90;
 constexpr int STAGES = 2;
 constexpr int ROWS = 64;  // of a warpgroup
 
-template <typename Element_, int D_, int WARPGROUPS_, int BN_>
+template <typename Element_, int D_, int WARPGROUPS_, int BN_, bool PLANNED_>
 struct Shape {
     using Element = Element_;
+    static constexpr bool PLANNED = PLANNED_;
     static constexpr int D = D_;                    // columns computed; the tensors may have fewer
     static constexpr int WARPGROUPS = WARPGROUPS_;  // consumers
     static constexpr int BN = BN_;                  // rows of a key box
@@ -70,25 +74,96 @@ struct Turn {
 };
 static_assert(STAGES == 2);
 
-// Where a query tile lies.
+// A query tile, and what it visits.
 struct Tile {
     int t, h, w;      // its first row
     int batch, head;  // of the queries
+    int boxes, masked;  // the first `masked` have masks
+    int first_box, first_mask;
 };
 
+template <typename S>
 __device__ __forceinline__ Tile tile_at(const Parameters& p, int index) {
-    Tile tile;
-    int rest = index;
-    tile.w = rest % p.q_tiles[2] * p.q_tile[2];
-    rest /= p.q_tiles[2];
-    tile.h = rest % p.q_tiles[1] * p.q_tile[1];
-    rest /= p.q_tiles[1];
-    tile.t = rest % p.q_tiles[0] * p.q_tile[0];
-    rest /= p.q_tiles[0];
-    tile.head = rest % p.heads;
-    tile.batch = rest / p.heads;
+    Tile tile{};
+    const int number = index % p.tiles_per_head;
+    tile.head = index / p.tiles_per_head % p.heads;
+    tile.batch = index / p.tiles_per_head / p.heads;
+    if constexpr (S::PLANNED) {
+        const int4* record = reinterpret_cast<const int4*>(p.plan) + __ldg(p.plan + tile.head) + 2 * number;
+        const int4 place = __ldg(record), list = __ldg(record + 1);
+        tile.t = place.x, tile.h = place.y, tile.w = place.z;
+        tile.first_box = list.x, tile.boxes = list.y, tile.first_mask = list.z, tile.masked = list.w;
+    } else {
+        tile.w = number * S::WARPGROUPS * ROWS;
+        tile.boxes = p.boxes;
+    }
     return tile;
 }
+
+// Where a thread's two rows lie in its warpgroup's slab, a byte for each axis.
+struct RowPlaces {
+    uint32_t packed[2];
+    __device__ __forceinline__ int at(int half, int axis) const { return packed[half] >> 8 * axis & 0xFF; }
+};
+
+__device__ __forceinline__ RowPlaces row_places(const Parameters& p) {
+    RowPlaces rows;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * half;
+        rows.packed[half] = row / (p.slab[1] * p.slab[2]) | row / p.slab[2] % p.slab[1] << 8 | row % p.slab[2] << 16;
+    }
+    return rows;
+}
+
+// --- masks of a plan --------------------------------------------------------------------------------------------------
+
+// The masks of a box for a thread's two rows: bit n of a row stands for key n.
+template <typename S>
+struct BoxMask {
+    static constexpr int WORDS = (S::BN + 31) / 32;
+    static constexpr int STORED = WORDS <= 2 ? 2 : 4;  // words
+    uint32_t words[2][WORDS];
+
+    // `groups` gives for each axis the masks of the slab's coordinates, `rows` which of them are the thread's.
+    __device__ __forceinline__ void load(const Parameters& p, int4 groups, RowPlaces rows) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            // Unpacked at every use, where registers are short.
+            if constexpr (S::D > 64) asm volatile("" : "+r"(rows.packed[half]));
+#pragma unroll
+            for (int axis = 0; axis < 3; ++axis) {
+                const int entry = (axis == 0 ? groups.x : axis == 1 ? groups.y : groups.z) + rows.at(half, axis);
+                uint32_t mine[STORED];
+                if constexpr (STORED == 2) {
+                    const int2 found = __ldg(reinterpret_cast<const int2*>(p.plan) + entry);
+                    mine[0] = found.x, mine[1] = found.y;
+                } else {
+                    const int4 found = __ldg(reinterpret_cast<const int4*>(p.plan) + entry);
+                    mine[0] = found.x, mine[1] = found.y, mine[2] = found.z, mine[3] = found.w;
+                }
+#pragma unroll
+                for (int word = 0; word < WORDS; ++word)
+                    words[half][word] = axis == 0 ? mine[word] : words[half][word] & mine[word];
+            }
+        }
+    }
+
+    // Sets the scores of keys that a row does not see to -inf.
+    __device__ __forceinline__ void apply(float (&scores)[S::BN / 2]) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int j = 0; j < S::BN / 8; ++j) {
+                const uint32_t mine = words[half][j / 4] >> (threadIdx.x % 4 * 2);
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    if (!(mine & 1u << (j % 4 * 8 + i))) scores[4 * j + 2 * half + i] = -INFINITY;
+            }
+    }
+};
+
+// --- the producer -----------------------------------------------------------------------------------------------------
 
 // The place of box `number` of a line of `boxes`: a last box that is not whole comes first, so that only the first one
 // has keys to be masked.
@@ -97,6 +172,7 @@ __device__ __forceinline__ int line_start(int number, int boxes, bool ragged) {
     return (ragged ? (number == 0 ? boxes - 1 : number - 1) : number) * BN;
 }
 
+// Brings a box of keys or values.
 template <typename S>
 __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, uint32_t full, uint32_t bytes, int t, int h,
                                          int w, int x) {
@@ -106,31 +182,59 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, ui
         copy_in(to + chunk * S::BOX_CHUNK, map, full, EVICT_LAST, 64 * chunk, w, h, t, x);
 }
 
-// Brings the boxes of keys and values. K runs one box ahead of V, as the consumers do.
+// Loads boxes of keys and values as they are named. K runs one box ahead of V, as the consumers do.
+template <typename S>
+struct KeyLoader {
+    const Parameters& p;
+    uint32_t shared, barriers;
+    Turn k_turn, v_turn;
+    int k_x, v_x;          // of the tile's head
+    int t, h, w;           // of the box whose values are still to come
+    bool waiting = false;  // whether there is one
+
+    __device__ __forceinline__ void start(const Tile& tile) {
+        const int head = tile.head / p.queries_per_key;
+        k_x = tile.batch * p.k_x.batch + head * p.k_x.head;
+        v_x = tile.batch * p.v_x.batch + head * p.v_x.head;
+    }
+
+    __device__ __forceinline__ void visit(int box_t, int box_h, int box_w) {
+        barrier_wait(S::empty_k(barriers, k_turn.stage), k_turn.parity ^ 1);
+        load_box<S>(shared + S::K_AT + k_turn.stage * S::BOX, &p.k_map, S::full_k(barriers, k_turn.stage), p.box_bytes,
+                    box_t, box_h, box_w, k_x);
+        k_turn.advance();
+        finish();
+        t = box_t, h = box_h, w = box_w, waiting = true;
+    }
+
+    __device__ __forceinline__ void finish() {
+        if (!waiting) return;
+        barrier_wait(S::empty_v(barriers, v_turn.stage), v_turn.parity ^ 1);
+        load_box<S>(shared + S::V_AT + v_turn.stage * S::BOX, &p.v_map, S::full_v(barriers, v_turn.stage), p.box_bytes, t,
+                    h, w, v_x);
+        v_turn.advance();
+        waiting = false;
+    }
+};
+
 template <typename S>
 __device__ __forceinline__ void produce_keys(const Parameters& p, uint32_t shared, uint32_t barriers) {
-    const int boxes = p.boxes;
-    const bool ragged = p.keys % S::BN != 0;
-    Turn k_turn, v_turn;
+    KeyLoader<S> loader{p, shared, barriers};
     for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-        const Tile tile = tile_at(p, index);
-        const int head = tile.head / p.queries_per_key;
-        const int k_x = tile.batch * p.k_x.batch + head * p.k_x.head;
-        const int v_x = tile.batch * p.v_x.batch + head * p.v_x.head;
-        for (int number = 0; number <= boxes; ++number) {
-            if (number < boxes) {
-                barrier_wait(S::empty_k(barriers, k_turn.stage), k_turn.parity ^ 1);
-                load_box<S>(shared + S::K_AT + k_turn.stage * S::BOX, &p.k_map, S::full_k(barriers, k_turn.stage),
-                            p.box_bytes, 0, 0, line_start<S::BN>(number, boxes, ragged), k_x);
-                k_turn.advance();
+        const Tile tile = tile_at<S>(p, index);
+        loader.start(tile);
+        if constexpr (S::PLANNED) {
+            const int4* list = reinterpret_cast<const int4*>(p.plan) + tile.first_box;
+            for (int number = 0; number < tile.boxes; ++number) {
+                const int4 box = __ldg(list + number);
+                loader.visit(box.x, box.y, box.z);
             }
-            if (number > 0) {
-                barrier_wait(S::empty_v(barriers, v_turn.stage), v_turn.parity ^ 1);
-                load_box<S>(shared + S::V_AT + v_turn.stage * S::BOX, &p.v_map, S::full_v(barriers, v_turn.stage),
-                            p.box_bytes, 0, 0, line_start<S::BN>(number - 1, boxes, ragged), v_x);
-                v_turn.advance();
-            }
+        } else {
+            const bool ragged = p.keys % S::BN != 0;
+            for (int number = 0; number < tile.boxes; ++number)
+                loader.visit(0, 0, line_start<S::BN>(number, tile.boxes, ragged));
         }
+        loader.finish();
     }
 }
 
@@ -139,7 +243,7 @@ template <typename S>
 __device__ __forceinline__ void produce_queries(const Parameters& p, uint32_t shared, uint32_t barriers) {
     uint32_t parity = 0;
     for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-        const Tile tile = tile_at(p, index);
+        const Tile tile = tile_at<S>(p, index);
         const int x = tile.batch * p.q_x.batch + tile.head * p.q_x.head;
         for (int group = 0; group < S::WARPGROUPS; ++group) {
             barrier_wait(S::empty_q(barriers, group), parity ^ 1);
@@ -153,6 +257,8 @@ __device__ __forceinline__ void produce_queries(const Parameters& p, uint32_t sh
         parity ^= 1;
     }
 }
+
+// --- the consumers ----------------------------------------------------------------------------------------------------
 
 // Names of barriers: 0 is that of the whole block.
 __device__ __forceinline__ uint32_t turn_barrier(int group) { return 1 + group; }
@@ -287,12 +393,11 @@ __device__ __forceinline__ void store(const Parameters& p, const Tile& tile, flo
     }
 
     if (lane % 4 == 0) {
-        const int plane = p.slab[1] * p.slab[2];
+        const RowPlaces places = row_places(p);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int r = warp * 16 + lane / 4 + 8 * half;
-            const int rt = t + r / plane, rh = h + r % plane / p.slab[2], rw = w + r % p.slab[2];
-            if (r < plane * p.slab[0] && rt < p.q_shape[0] && rh < p.q_shape[1] && rw < p.q_shape[2]) {
+            const int rt = t + places.at(half, 0), rh = h + places.at(half, 1), rw = w + places.at(half, 2);
+            if (places.at(half, 0) < p.slab[0] && rt < p.q_shape[0] && rh < p.q_shape[1] && rw < p.q_shape[2]) {
                 const int64_t line = int64_t{tile.batch} * p.heads + tile.head;
                 p.lse[line * p.queries + (rt * p.q_shape[1] + rh) * p.q_shape[2] + rw] = lse[half];
             }
@@ -300,85 +405,144 @@ __device__ __forceinline__ void store(const Parameters& p, const Tile& tile, flo
     }
 }
 
+// Where a warpgroup finds what it works on; descriptors are those of the first stage.
+struct Operands {
+    uint64_t q, k, v;
+    uint32_t barriers;
+    int group;
+    bool elected;  // one thread of each warp
+    float c;
+};
+
+// One box in the steady state: scores of this box and output of the one before are computed together, then the scores
+// turn into weights. `turn` is that of the box before.
+// MASKED: `groups` are the masks of the box.
+template <typename S, bool MASKED>
+__device__ __forceinline__ void step(const Parameters& p, const Operands& at, Turn& turn, float (&scores)[S::BN / 2],
+                                     float (&out)[S::D / 2], uint32_t (&weights)[S::BN / 16][4], Rows& rows,
+                                     const RowPlaces& places, int4 groups) {
+    const Turn v_turn = turn;
+    turn.advance();
+    barrier_wait(S::full_k(at.barriers, turn.stage), turn.parity);
+    barrier_wait(S::full_v(at.barriers, v_turn.stage), v_turn.parity);
+    named_sync(turn_barrier(at.group), 256);
+    issue_scores<S>(scores, at.q, at.k + turn.stage * (S::BOX / 16));
+    issue_output<S>(out, weights, at.v + v_turn.stage * (S::BOX / 16));
+    named_arrive(turn_barrier(at.group == S::WARPGROUPS - 1 ? 0 : at.group + 1), 256);
+    BoxMask<S> mask;
+    if constexpr (MASKED) mask.load(p, groups, places);
+    mma_wait<1>();
+    pin(scores);
+    if (at.elected) barrier_arrive(S::empty_k(at.barriers, turn.stage));
+    if constexpr (MASKED) mask.apply(scores);
+
+    float top[2], factor[2];
+    bool moved = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        top[half] = fmaxf(rows.top[half], row_max(scores, half) * at.c);
+        const float origin = MASKED && top[half] == -INFINITY ? 0.0f : top[half];
+        factor[half] = exp2_approx(rows.top[half] - origin);
+        moved |= top[half] != rows.top[half];
+    }
+    mma_wait<0>();
+    pin(out);
+    if (at.elected) barrier_arrive(S::empty_v(at.barriers, v_turn.stage));
+    weigh<MASKED, typename S::Element>(scores, weights, rows, top, factor, at.c);
+    if (__any_sync(0xFFFFFFFF, moved)) {
+#pragma unroll
+        for (int i = 0; i < S::D / 2; ++i) out[i] *= factor[i / 2 % 2];
+    }
+}
+
 template <typename S>
 __device__ __forceinline__ void consume(const Parameters& p, uint32_t shared, uint32_t barriers) {
-    // A shuffle tells the compiler that these are the same in the whole warp: descriptors then stay in uniform registers.
-    const int group = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128 - 1, 0);
-    const bool elected = threadIdx.x % 32 == 0;
-    const uint32_t slab = shared + S::Q_AT + group * S::SLAB;
-    const uint64_t q = operand(slab, 16);
-    const uint64_t k_first = operand(shared + S::K_AT, 16);
-    const uint64_t v_first = operand(shared + S::V_AT, S::BOX_CHUNK);
-    const float c = p.scale_log2;
-    const int boxes = p.boxes;
-    const int ragged = p.keys % S::BN;
+    Operands at;
+    // A shuffle tells the compiler that this is the same in the whole warp: descriptors then stay in uniform registers.
+    at.group = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128 - 1, 0);
+    at.elected = threadIdx.x % 32 == 0;
+    at.barriers = barriers;
+    at.c = p.scale_log2;
+    const uint32_t slab = shared + S::Q_AT + at.group * S::SLAB;
+    at.q = operand(slab, 16);
+    at.k = operand(shared + S::K_AT, 16);
+    at.v = operand(shared + S::V_AT, S::BOX_CHUNK);
+    RowPlaces places{};
+    if constexpr (S::PLANNED) places = row_places(p);
 
     Turn turn;
     uint32_t q_parity = 0;
-    if (group == S::WARPGROUPS - 1) named_arrive(turn_barrier(0), 256);
+    if (at.group == S::WARPGROUPS - 1) named_arrive(turn_barrier(0), 256);
     for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
         float scores[S::BN / 2];
         float out[S::D / 2];
         uint32_t weights[S::BN / 16][4];
         Rows rows = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-
-        barrier_wait(S::full_q(barriers, group), q_parity);
-        q_parity ^= 1;
-        barrier_wait(S::full_k(barriers, turn.stage), turn.parity);
-        issue_scores<S>(scores, q, k_first + turn.stage * (S::BOX / 16));
-        mma_wait<0>();
-        pin(scores);
-        if (elected) barrier_arrive(S::empty_k(barriers, turn.stage));
-        if (ragged) mask_end(scores, ragged);
-        {
-            float top[2], factor[2] = {1.0f, 1.0f};
-#pragma unroll
-            for (int half = 0; half < 2; ++half) top[half] = row_max(scores, half) * c;
-            weigh<true, typename S::Element>(scores, weights, rows, top, factor, c);
+        int boxes = p.boxes, masked = 0;
+        const int4* masks = nullptr;
+        if constexpr (S::PLANNED) {
+            const Tile tile = tile_at<S>(p, index);
+            boxes = tile.boxes, masked = tile.masked;
+            // Each warpgroup has masks of its own for a box.
+            masks = reinterpret_cast<const int4*>(p.plan) + tile.first_mask + at.group * masked;
         }
 #pragma unroll
         for (int i = 0; i < S::D / 2; ++i) out[i] = 0.0f;
 
-#pragma unroll 1
-        for (int number = 1; number < boxes; ++number) {
-            const Turn v_turn = turn;
-            turn.advance();
+        barrier_wait(S::full_q(barriers, at.group), q_parity);
+        q_parity ^= 1;
+        if (!S::PLANNED || boxes > 0) {  // a row may see nothing
             barrier_wait(S::full_k(barriers, turn.stage), turn.parity);
-            barrier_wait(S::full_v(barriers, v_turn.stage), v_turn.parity);
-            named_sync(turn_barrier(group), 256);
-            issue_scores<S>(scores, q, k_first + turn.stage * (S::BOX / 16));
-            issue_output<S>(out, weights, v_first + v_turn.stage * (S::BOX / 16));
-            named_arrive(turn_barrier(group == S::WARPGROUPS - 1 ? 0 : group + 1), 256);
-            mma_wait<1>();
+            issue_scores<S>(scores, at.q, at.k + turn.stage * (S::BOX / 16));
+            mma_wait<0>();
             pin(scores);
-            if (elected) barrier_arrive(S::empty_k(barriers, turn.stage));
-
-            float top[2], factor[2];
-            bool moved = false;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                top[half] = fmaxf(rows.top[half], row_max(scores, half) * c);
-                factor[half] = exp2_approx(rows.top[half] - top[half]);
-                moved |= top[half] != rows.top[half];
+            if (at.elected) barrier_arrive(S::empty_k(barriers, turn.stage));
+            if constexpr (S::PLANNED) {
+                if (masked > 0) {
+                    BoxMask<S> mask;
+                    mask.load(p, __ldg(masks), places);
+                    mask.apply(scores);
+                }
+            } else {
+                const int ragged = p.keys % S::BN;
+                if (ragged) mask_end(scores, ragged);
             }
+            float top[2], factor[2] = {1.0f, 1.0f};
+#pragma unroll
+            for (int half = 0; half < 2; ++half) top[half] = row_max(scores, half) * at.c;
+            weigh<true, typename S::Element>(scores, weights, rows, top, factor, at.c);
+
+            int number = 1;
+            if constexpr (S::PLANNED) {
+#pragma unroll 1
+                for (; number < masked; ++number)
+                    step<S, true>(p, at, turn, scores, out, weights, rows, places, __ldg(masks + number));
+            }
+#pragma unroll 1
+            for (; number < boxes; ++number) step<S, false>(p, at, turn, scores, out, weights, rows, places, {});
+
+            barrier_wait(S::full_v(barriers, turn.stage), turn.parity);
+            issue_output<S>(out, weights, at.v + turn.stage * (S::BOX / 16));
             mma_wait<0>();
             pin(out);
-            if (elected) barrier_arrive(S::empty_v(barriers, v_turn.stage));
-            weigh<false, typename S::Element>(scores, weights, rows, top, factor, c);
-            if (__any_sync(0xFFFFFFFF, moved)) {
-#pragma unroll
-                for (int i = 0; i < S::D / 2; ++i) out[i] *= factor[i / 2 % 2];
-            }
+            if (at.elected) barrier_arrive(S::empty_v(barriers, turn.stage));
+            turn.advance();
         }
-
-        barrier_wait(S::full_v(barriers, turn.stage), turn.parity);
-        issue_output<S>(out, weights, v_first + turn.stage * (S::BOX / 16));
-        mma_wait<0>();
-        pin(out);
-        if (elected) barrier_arrive(S::empty_v(barriers, turn.stage));
-        turn.advance();
-        store<S>(p, tile_at(p, index), out, rows, slab, S::empty_q(barriers, group), group);
+        store<S>(p, tile_at<S>(p, index), out, rows, slab, S::empty_q(barriers, at.group), at.group);
     }
+}
+
+// Fills rows behind the end of key boxes with 0: no copy writes there, and a weight of 0 does not make up for a NaN.
+template <typename S>
+__device__ __forceinline__ void clear_behind_boxes(const Parameters& p, uint32_t shared) {
+    const int words = (S::BN - p.box_rows) * 32;
+    for (int i = threadIdx.x; i < STAGES * S::CHUNKS * words; i += S::THREADS) {
+        const uint32_t chunk = i / words, word = i % words;
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared + S::V_AT + chunk * S::BOX_CHUNK + p.box_rows * 128 + word * 4),
+                     "r"(0)
+                     : "memory");
+    }
+    proxy_fence();
 }
 
 template <typename S>
@@ -400,6 +564,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) attention_forward(const __grid_
         }
         barrier_init_fence();
     }
+    if (S::PLANNED && p.box_rows < S::BN) clear_behind_boxes<S>(p, shared);
     __syncthreads();
 
     if (threadIdx.x < 128) {

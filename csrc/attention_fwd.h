@@ -20,15 +20,22 @@ struct Parameters {
     int heads;          // of the queries
     int queries_per_key;  // heads that share one head of the keys
     int tiles;          // query tiles of all heads and batches
-    int q_tiles[3];     // query tiles on each axis (t, h, w)
-    int q_tile[3];      // extents of a query tile
-    int slab[3];        // extents of a warpgroup's part of it, at most 64 rows
+    int tiles_per_head;
+    int slab[3];        // extents of a warpgroup's part of a tile, at most 64 rows
     int slab_step[3];   // from one warpgroup's part to the next
     int q_shape[3];     // (T, H, W) of the queries
     int64_t queries;    // T * H * W
-    int keys;           // on axis w
-    int boxes;          // key boxes of every query tile
+    int keys, boxes;    // without a plan: the keys, and the key boxes of every tile
+    int box_rows;       // tokens of a key box
     uint32_t slab_bytes, box_bytes;  // that a slab's and a box's copies bring
+    const int* plan;    // or null
 };
+
+// A plan is one array of int32 that is read in records of four (8- or 16-byte masks in records of their size). First, for
+// each head, the record at which its tiles begin. A tile has two records: its first row (t, h, w), and the record of its
+// first box, the number of boxes, the record of its first mask record, the number of boxes with masks. A box is a record:
+// its first key (t, h, w). A mask record belongs to a box of a warpgroup (all boxes of the first warpgroup, then those of
+// the next): for each axis the number of the mask of the slab's first coordinate; those of the others follow it. A mask
+// has a bit for each key of a box, in 8 bytes if it has at most 64 keys, else in 16.
 
 }  // namespace stattn::attention_fwd

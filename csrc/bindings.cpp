@@ -3,6 +3,8 @@
 // Only PyTorch's stable ABI is used, so one library serves every Python and every torch from 2.11 on, CPU builds too.
 #include <cstdint>
 #include <cstring>
+#include <optional>
+#include <vector>
 
 #include <dlfcn.h>
 
@@ -82,7 +84,37 @@ stattn::Strided strided(const Tensor& x, const Tensor& q, const char* name) {
     return result;
 }
 
-void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, int64_t config) {
+// layout: the integers of an AttentionPlan, in its order.
+stattn::AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const Tensor& k,
+                                     const std::vector<int64_t>& layout) {
+    STD_TORCH_CHECK(data.is_cuda() && data.get_device_index() == q.get_device_index() && data.is_contiguous() &&
+                        data.scalar_type() == ScalarType::Int,
+                    "stattn::attention_forward: plan must be a contiguous int32 tensor on the device of q");
+    STD_TORCH_CHECK(layout.size() == 14, "stattn::attention_forward: layout has ", layout.size(), " integers, not 14");
+    for (const int64_t each : layout)
+        STD_TORCH_CHECK(0 <= each && each < INT32_MAX, "stattn::attention_forward: layout has ", each);
+    stattn::AttentionPlan plan{};
+    plan.data = static_cast<const int32_t*>(data.const_data_ptr());
+    int64_t queries = 1, keys = 1, rows = 1;
+    for (int axis = 0; axis < 3; ++axis) {
+        plan.q_shape[axis] = static_cast<int>(layout[axis]);
+        plan.k_shape[axis] = static_cast<int>(layout[3 + axis]);
+        plan.slab[axis] = static_cast<int>(layout[6 + axis]);
+        plan.box[axis] = static_cast<int>(layout[9 + axis]);
+        queries *= layout[axis], keys *= layout[3 + axis], rows *= layout[6 + axis];
+        STD_TORCH_CHECK(layout[6 + axis] > 0 && layout[9 + axis] > 0, "stattn::attention_forward: an empty tile");
+    }
+    plan.stacked = static_cast<int>(layout[12]);
+    plan.tiles = static_cast<int>(layout[13]);
+    STD_TORCH_CHECK(queries == q.size(1) && keys == k.size(1), "stattn::attention_forward: the plan is for ", queries,
+                    " queries and ", keys, " keys");
+    STD_TORCH_CHECK(rows <= 64 && plan.stacked < 3,
+                    "stattn::attention_forward: the plan's tiles do not fit");
+    return plan;
+}
+
+void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, int64_t config,
+                            std::optional<Tensor> plan, std::vector<int64_t> layout) {
     stattn::AttentionForward call{};
     STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half,
                     "stattn::attention_forward: q must be bfloat16 or float16");
@@ -115,6 +147,11 @@ void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse
     call.keys = static_cast<int>(keys);
     call.scale = static_cast<float>(scale);
     call.config = static_cast<int>(config);
+    stattn::AttentionPlan planned{};
+    if (plan) {
+        planned = attention_plan(*plan, q, k, layout);
+        call.plan = &planned;
+    }
     const int32_t device = q.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     check_launch(stattn::attention_forward(call, current_stream(device)), "stattn::attention_forward");
@@ -125,7 +162,8 @@ void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse
 STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
     m.def("copy_bytes(Tensor src, Tensor(a!) dst) -> ()");
     m.def(
-        "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, int config) -> ()");
+        "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, int config, "
+        "Tensor? plan, int[] layout) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stattn, CPU, m) {

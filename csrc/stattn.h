@@ -21,6 +21,14 @@ struct Strided {
 
 // csrc/attention_fwd.cu: out = softmax(scale q k^T) v for every head, and the natural-log LSE of its rows. Addresses and
 // strides are multiples of 16 bytes, scale is positive, there is at least one key. config: an entry of the file's list.
+//
+// Without a plan every query sees every key. With one (csrc/attention_fwd.h), tokens are those of boxes (t, h, w), and a
+// tile of queries is one slab of at most 64 tokens for each warpgroup, side by side on the axis `stacked`.
+struct AttentionPlan {
+    const int32_t* data;
+    int q_shape[3], k_shape[3], slab[3], box[3];
+    int stacked, tiles;  // tiles: of each head
+};
 struct AttentionForward {
     Strided q, k, v, out;
     float* lse;  // [B, heads, queries]
@@ -28,6 +36,7 @@ struct AttentionForward {
     float scale;
     bool bf16;  // else fp16
     int config;
+    const AttentionPlan* plan;  // or null
 };
 cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream);
 

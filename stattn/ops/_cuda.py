@@ -7,6 +7,9 @@ from typing import Any
 import torch
 
 from stattn import extension
+from stattn.masks import full
+from stattn.ops import _cuda_plan
+from stattn.ops._cuda_plan import on_device
 from stattn.problem import Extras, Problem
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -14,13 +17,19 @@ HEAD_DIMS = (64, 128)
 ALIGNMENT = 16  # bytes: what a tensor copy asks of addresses and strides
 LEAST_SCALE = 1e-37  # stands for 0, with which masked scores of -inf would turn into NaN
 
+_FULL = full()
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, grad: bool) -> str | None:
-    """Say what in a call's tensors or numbers stands against the kernels, or None. grad: whether one is needed."""
+def obstacle(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras, grad: bool
+) -> str | None:
+    """Say what in a call's tensors, masks or numbers stands against the kernels, or None. grad: one is needed."""
     if grad:
         return "has no backward yet, and a gradient is needed"
+    reason = _mask_obstacle(problem, extras)
+    if reason is not None:
+        return reason
     if problem.scale < 0:
         return f"scale={problem.scale} must not be negative"
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -39,6 +48,26 @@ def obstacle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
     return None
 
 
+def _mask_obstacle(problem: Problem, extras: Extras) -> str | None:
+    if extras.block_index is not None:
+        return "does not serve block lists yet"
+    if extras.k_frames is not None:
+        return "does not serve k_frames yet"
+    if problem.grid.globals and extras.valid is not None:
+        return "does not serve valid yet"
+    if problem.grid.globals and problem.q_globals and problem.globals_see != "all":
+        return f"does not serve globals_see={problem.globals_see!r} yet"
+    if _is_dense(problem):
+        return None
+    if problem.grid.globals:
+        return f"does not serve {problem.grid.globals} global tokens beside mask {problem.masks[0]} yet"
+    return _cuda_plan.why_not(problem)
+
+
+def _is_dense(problem: Problem) -> bool:
+    return all(mask == _FULL for mask in problem.masks)
+
+
 def why_not(call: Any) -> str | None:
     """Say why the kernels do not serve a call, or None. The call's metadata is an ``AttentionCall``."""
     if call.device != "cuda":
@@ -53,8 +82,6 @@ def why_not(call: Any) -> str | None:
         return f"takes bfloat16 and float16, not {str(call.dtype).removeprefix('torch.')}"
     if call.head_dim not in HEAD_DIMS:
         return f"head dimension {call.head_dim} must be 64 or 128"
-    if call.dense is not None:
-        return f"serves dense attention only so far, the call has {call.dense}"
     obstacle: str | None = call.obstacle
     return obstacle
 
@@ -63,17 +90,12 @@ def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute attention: output [B, Nq, heads, D] like q, contiguous, and LSE [B, heads, Nq] in fp32."""
-    return forward(q, k, v, problem.scale)
-
-
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, config: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute dense attention with an entry of csrc/attention_fwd.cu's list of tiles, the first being the default."""
-    batch, queries, heads, _ = q.shape
+    batch, queries, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if k.shape[1] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    torch.ops.stattn.attention_forward(q, k, v, out, lse, max(scale, LEAST_SCALE), config)
+    config, layout, plan = (0, [], None) if _is_dense(problem) else on_device(problem, heads, dim, q.device)
+    scale = max(problem.scale, LEAST_SCALE)
+    torch.ops.stattn.attention_forward(q, k, v, out, lse, scale, config, plan, layout)
     return out, lse

@@ -188,7 +188,7 @@ class AttentionCall(NamedTuple):
     key_heads: int
     dense: str | None  # None when every query sees every key, else what stands against it
     lists: bool
-    obstacle: str | None  # what in strides, scale or a needed gradient stands against the CUDA kernels
+    obstacle: str | None  # what in tensors, masks or a needed gradient stands against the CUDA kernels
 
 
 def _call(
@@ -203,7 +203,7 @@ def _call(
         k.shape[2],
         _not_dense(problem, extras),
         extras.block_index is not None,
-        _cuda.obstacle(q, k, v, problem, grad),
+        _cuda.obstacle(q, k, v, problem, extras, grad),
     )
 
 
