@@ -44,7 +44,7 @@ CONFIGS = (Config(), Config(list_entries=512, key_tiles=32))
 # --- joining a mask --------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def join_rows(
     g_count, g_index, g_partial, g_kinds, g_table, g_new_count, g_new_index, g_new_partial,
     first, heads, q_tiles, k_tiles, most,

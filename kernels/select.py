@@ -103,7 +103,7 @@ def tile_means(
     tl.store(g_means + ((b * heads + head) * tiles + tile) * dim + column, mean, mask=column < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def tile_scores(
     g_q, g_k, g_scores,
     first, heads, group, q_tiles, k_tiles, dim, row_stride,
@@ -142,7 +142,7 @@ def _weights(score, greatest, scale, uniform):
     return tl.where(uniform, 1.0, tl.exp2((score - greatest) * scale))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def select_rows(
     g_scores, g_count, g_index,
     first, q_tiles, k_tiles, most, row_stride, mass, scale,
@@ -240,7 +240,7 @@ def select(
     blocks = batch * heads * triton.cdiv(q_tiles, block_q)
     at_once = min(blocks, max(1, SCORES // (block_q * row_stride)))
     with torch.cuda.device_of(q):
-        q_means, k_means = (_means(x, shape, tile, config) for x, tile in ((q, q_tile), (k, k_tile)))
+        q_means, k_means = (means(x, shape, tile, config) for x, tile in ((q, q_tile), (k, k_tile)))
         scores = q_means.new_empty((at_once * block_q, row_stride))
         for first in range(0, blocks, at_once):
             here = min(at_once, blocks - first)
@@ -256,16 +256,17 @@ def select(
     return count, index
 
 
-def _means(x: torch.Tensor, shape: Triple, tile: Triple, config: Config) -> torch.Tensor:
+def means(x: torch.Tensor, shape: Triple, tile: Triple, config: Config) -> torch.Tensor:
+    """Average the tokens of each tile. x: [B, video tokens, heads, D] of any strides -> fp32 [B, heads, tiles, D]"""
     batch, _, heads, dim = x.shape
     tiles = math.prod(-(-n // e) for n, e in zip(shape, tile, strict=True))
-    means = x.new_empty((batch, heads, tiles, dim), dtype=torch.float32)
+    found = x.new_empty((batch, heads, tiles, dim), dtype=torch.float32)
     rows, columns = config.mean_block(dim, x.stride(3))
     tile_means[(batch * heads * tiles, triton.cdiv(dim, columns))](
-        x, means, heads, dim, *shape, *tile, *x.stride(),
+        x, found, heads, dim, *shape, *tile, *x.stride(),
         min(rows, triton.next_power_of_2(math.prod(tile))), columns, num_warps=4,
     )  # fmt: skip
-    return means
+    return found
 
 
 # --- what launchers compile ------------------------------------------------------------------------------------------
