@@ -66,9 +66,9 @@ BUGS = (
     ),
     Bug(
         "last-partial-tile-dropped",
-        "stattn/grid.py",
-        "for start in range(0, len(members), extent))\n",
-        "for start in range(0, max(len(members) - extent + 1, 1), extent))\n",
+        "stattn/reference/tiles.py",
+        "for i, j in _pairs(cut)]\n        for each in",
+        "for i, j in _pairs(cut[:-1] if len(cut) > 2 else cut)]\n        for each in",
         (f"{AWKWARD}[window]",),
     ),
     Bug(

@@ -16,7 +16,8 @@ and computed in fp32 on other devices; fp32 and fp64 are computed as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 
 from stattn.blocks import tile_count
 from stattn.problem import Extras, Problem
-from stattn.reference.walk import block_rows, walk
+from stattn.reference.walk import Box, block_rows, walk
 
 # What is gathered at once. On a CPU it should stay in the cache and in memory that the allocator hands out again.
 CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}
@@ -37,6 +38,8 @@ class Job(NamedTuple):
 
     batch: samples. heads: query heads. q: int64 [tiles, rows]. k: int64 [tiles, keys].
     mask: booleans [rows, keys], None when all rows see all keys. Every row sees a key.
+    boxes: how the first keys of all tiles lie, when they are known to lie in boxes. corners: int64 [tiles, boxes], the
+    first row of each.
     """
 
     batch: torch.Tensor
@@ -44,6 +47,8 @@ class Job(NamedTuple):
     q: torch.Tensor
     k: torch.Tensor
     mask: torch.Tensor | None
+    boxes: tuple[Box, ...] = ()
+    corners: np.ndarray | None = None
 
 
 def attention(
@@ -52,8 +57,9 @@ def attention(
     """Compute the output [B, Nq, heads, D] and the LSE [B, heads, Nq] (natural log; fp32, fp64 for fp64)."""
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=_lse_dtype(q.dtype))
+    scratch = Scratch(), Scratch()
     for job, bias in _chunks(_jobs(q, k, problem, extras), q):
-        part, part_lse = _forward(*_operands(q, k, v, job), bias, problem.scale)
+        part, part_lse = _forward(*_operands(q, k, v, job, scratch), bias, problem.scale)
         _put(out, job, part)
         _put_lse(lse, job, part_lse)
     return out, lse
@@ -76,8 +82,9 @@ def attention_backward(
     dk, dv = (torch.zeros(x.shape, dtype=_lse_dtype(q.dtype), device=q.device) for x in (k, v))
     dout = torch.zeros_like(out) if dout is None else dout
     rep = q.shape[2] // k.shape[2]
+    scratch = Scratch(), Scratch()
     for job, bias in _chunks(_jobs(q, k, problem, extras), q):
-        qg, kg, vg = _operands(q, k, v, job)
+        qg, kg, vg = _operands(q, k, v, job, scratch)
         grads = _backward(
             _take(dout, job.batch, job.q, job.heads),
             None if dlse is None else _take(dlse.transpose(1, 2)[..., None], job.batch, job.q, job.heads)[..., 0],
@@ -133,7 +140,9 @@ def _jobs(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) ->
                 q_rows = torch.from_numpy(group.rows()).to(device)
                 k_rows = torch.from_numpy(group.keys()).to(device) + grid.before
                 mask = None if group.mask is None else torch.from_numpy(group.mask).to(device)
-                yield _with_globals(Job(batch, heads.to(device), q_rows + _q_offset(problem), k_rows, mask), rows)
+                boxes, corners = group.boxes or (), group.corners() + grid.before
+                job = Job(batch, heads.to(device), q_rows + _q_offset(problem), k_rows, mask, boxes, corners)
+                yield _with_globals(job, rows)
             if len(rows):
                 # Video queries whose mask allows nothing still see the global tokens.
                 lone = _unseeing(problem, index, frames)
@@ -257,51 +266,104 @@ def _block_jobs(
 
 def _chunks(jobs: Iterator[Job], q: torch.Tensor) -> Iterator[tuple[Job, torch.Tensor | None]]:
     """Cut jobs so that what is gathered at once stays small; give each part with its mask as additive scores."""
+    cpu = q.device.type == "cpu"
     budget = CHUNK_BYTES.get(q.device.type, 256 << 20)
     for job in jobs:
         bias = None
         if job.mask is not None:
-            bias = torch.where(job.mask, q.new_zeros(()), q.new_full((), -torch.inf))
+            bias = 1 - 1 / job.mask.to(q.dtype)  # 0 or -inf; several times as fast as torch.where
         tiles, rows, keys = len(job.q), job.q.shape[1], job.k.shape[1]
-        places = len(job.batch) * len(job.heads)
-        per_row = 0 if q.device.type == "cpu" else places * keys * 8  # the scores are written out there
-        per_tile = places * q.shape[3] * max(q.element_size(), 4) * 4 * (rows + keys)
-        if tiles == 1 and per_row:
-            most = max(1, budget // per_row)
-            for start in range(0, rows, most):
+        per_head = len(job.batch) * q.shape[3] * max(q.element_size(), 4) * 2 * (rows + keys)
+        if not cpu:  # the scores are written out there
+            per_row = len(job.batch) * keys * 8
+            per_head += rows * per_row
+            if tiles == 1:
+                most = max(1, budget // (len(job.heads) * per_row))
+                for start in range(0, rows, most):
+                    part = slice(start, start + most)
+                    yield job._replace(q=job.q[:, part]), None if bias is None else bias[part]
+                continue
+        for heads in job.heads.split(max(1, budget // per_head)):
+            most = max(1, budget // (per_head * len(heads)))
+            for start in range(0, tiles, most):
                 part = slice(start, start + most)
-                yield job._replace(q=job.q[:, part]), None if bias is None else bias[part]
-            continue
-        most = max(1, budget // (per_tile + rows * per_row))
-        for start in range(0, tiles, most):
-            part = slice(start, start + most)
-            yield job._replace(q=job.q[part], k=job.k[part]), bias
+                corners = None if job.corners is None else job.corners[part]
+                yield job._replace(heads=heads, q=job.q[part], k=job.k[part], corners=corners), bias
 
 
 # --- gathering -------------------------------------------------------------------------------------------------------
 
 
+class Scratch:
+    """Memory for gathered rows, used again chunk by chunk: fresh pages cost nearly as much as the gathering."""
+
+    def __init__(self) -> None:
+        self._held = torch.empty(0)
+
+    def space(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """Return an uninitialised tensor of a shape, in the place of the one returned last."""
+        size = math.prod(shape)
+        if self._held.numel() < size:
+            self._held = like.new_empty(size)
+        return self._held[:size].view(shape)
+
+
 def _take(x: torch.Tensor, batch: torch.Tensor, rows: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
     """Gather rows of x [B, N, heads, D] as [samples * tiles, heads, rows, D]; a view where they lie together."""
-    x = _pick(_pick(x, 0, batch), 2, heads)
-    tiles, count = rows.shape
-    x = _pick(x, 1, rows.reshape(-1))
-    return x.unflatten(1, (tiles, count)).flatten(0, 1).transpose(1, 2)
+    x = _pick(_pick(_pick(x, 0, batch), 2, heads), 1, rows.reshape(-1))
+    return x.unflatten(1, rows.shape).flatten(0, 1).transpose(1, 2)
+
+
+def _take_keys(x: torch.Tensor, job: Job, heads: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """Gather the keys of a job as ``_take`` does, a box at a time where they lie in boxes."""
+    if not job.boxes or _consecutive(job.k.reshape(-1)):
+        return _take(x, job.batch, job.k, heads)
+    x = _pick(_pick(x, 0, job.batch), 2, heads)
+    found = scratch.space((len(x), *job.k.shape, *x.shape[2:]), x)
+    boxed = 0
+    for tile, keys, box, corner in _boxes(job):
+        found[:, tile, keys].unflatten(1, box.sizes).copy_(_box(x, box, corner))
+        boxed = keys.stop
+    if boxed < found.shape[2]:
+        found[:, :, boxed:] = x[:, job.k[:, boxed:]]
+    return found.flatten(0, 1).transpose(1, 2)
+
+
+def _boxes(job: Job) -> Iterator[tuple[int, slice, Box, int]]:
+    """List the boxes of a job's keys: the tile, which of its keys they are, the box and its first row."""
+    assert job.corners is not None
+    end = 0
+    for number, box in enumerate(job.boxes):
+        start, end = end, end + math.prod(box.sizes)
+        for tile, corner in enumerate(job.corners[:, number].tolist()):
+            yield tile, slice(start, end), box, corner
+
+
+def _box(x: torch.Tensor, box: Box, corner: int) -> torch.Tensor:
+    """View a box of rows of x [B, N, heads, D] as [B, *sizes, heads, D]."""
+    (samples, rows, heads, dim), x = x.stride(), x[:, corner:]
+    sizes = (x.shape[0], *box.sizes, *x.shape[2:])
+    return x.as_strided(sizes, (samples, *(rows * step for step in box.steps), heads, dim), x.storage_offset())
 
 
 def _pick(x: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
-    first, count = int(index[0]), len(index)
-    if int(index[-1]) - first == count - 1 and bool((index.diff() == 1).all()):
-        return x.narrow(dim, first, count)
-    return x.index_select(dim, index)
+    if _consecutive(index):
+        return x.narrow(dim, int(index[0]), len(index))
+    if x.is_contiguous():
+        return x.index_select(dim, index)
+    return x[(slice(None),) * dim + (index,)]  # ten times as fast as index_select there
+
+
+def _consecutive(index: torch.Tensor) -> bool:
+    return int(index[-1]) - int(index[0]) == len(index) - 1 and bool((index.diff() == 1).all())
 
 
 def _operands(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job, scratch: tuple[Scratch, Scratch]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     kv_heads = job.heads // (q.shape[2] // k.shape[2])
-    qg = _take(q, job.batch, job.q, job.heads)
-    return qg, _take(k, job.batch, job.k, kv_heads), _take(v, job.batch, job.k, kv_heads)
+    kg, vg = (_take_keys(x, job, kv_heads, own) for x, own in zip((k, v), scratch, strict=True))
+    return _take(q, job.batch, job.q, job.heads), kg, vg
 
 
 def _put(total: torch.Tensor, job: Job, part: torch.Tensor) -> None:
@@ -319,6 +381,17 @@ def _add(total: torch.Tensor, job: Job, part: torch.Tensor, rep: int) -> None:
     """Add key rows [samples * tiles, heads, keys, D] to total [B, N, kv heads, D], in the same order every time."""
     part = part.transpose(1, 2).reshape(len(job.batch), job.k.numel(), len(job.heads), -1)
     rows, heads = job.k.reshape(-1), job.heads // rep
+    if job.boxes and rep == 1 and _consecutive(job.batch) and _consecutive(heads):
+        total = total.narrow(0, int(job.batch[0]), len(job.batch)).narrow(2, int(heads[0]), len(heads))
+        part = part.unflatten(1, job.k.shape)
+        boxed = 0
+        for tile, keys, box, corner in _boxes(job):
+            target = _box(total, box, corner)
+            target += part[:, tile, keys].unflatten(1, box.sizes)
+            boxed = keys.stop
+        for tile in range(len(job.k)):
+            total.index_add_(1, job.k[tile, boxed:], part[:, tile, boxed:])
+        return
     if len(rows) == total.shape[1] and len(job.batch) == total.shape[0] and rep == 1 and len(heads) == total.shape[2]:
         if bool((rows == torch.arange(len(rows), device=rows.device)).all()):
             total += part

@@ -1,10 +1,10 @@
 """How the reference walks a mask: groups of query tiles that see the same pattern of keys.
 
 Axes that a mask does not cut are merged first (full attention becomes one row of tokens, per-frame attention T rows).
-Each axis is then cut into tiles; tiles of an axis whose keys lie alike, relative to the tile or to the grid, form a
-class; and every combination of classes is a group: the same query and key indices and the same element mask, at many
-places of the grid. Of a union, each product leaves out what earlier ones allow. Groups are found once per mask and
-grid.
+Each axis is then cut into tiles (``tiles.py``); tiles of an axis whose keys lie alike, relative to the tile or to the
+grid, form a class; and every combination of classes is a group: the same query and key indices and the same element
+mask, at many places of the grid. Of a union, each product leaves out what earlier ones allow. Groups are found once per
+mask and grid.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from stattn.grid import Grid, Region, Triple, tile_coordinates, tile_for, visited_keys
+from stattn.grid import Grid, Region, Triple
 from stattn.masks import Mask
+from stattn.reference.tiles import query_tiles
 from stattn.tables import Packed, Rule, is_same, is_whole, same, whole
 
 T = TypeVar("T")
 
-# The cost of a query tile on a CPU, measured: a gathered key costs about as much as this many query rows do with it,
-# and PyTorch's kernel reaches this share of its dense rate from that many rows on (it cuts the rows into blocks of 32,
-# 64 or 256).
-GATHER_ROWS = 24
-TILE_RATES = ((768, 1.0), (192, 0.75), (1, 0.55))
-TILE_ROWS = (16, 32, 64, 128, 192, 256, 512, 768, 1024)
-
+LEAST_BOX = 512  # a box of fewer tokens is copied token by token as fast
 
 # The plans that are kept for further calls, all together.
 CACHE_BYTES = 256 << 20
+
+
+class Box(NamedTuple):
+    """Tokens at ``a * steps[0] + b * steps[1] + c * steps[2]`` from the first, for a, b and c below the sizes."""
+
+    sizes: Triple
+    steps: Triple
 
 
 class Group(NamedTuple):
@@ -41,7 +43,8 @@ class Group(NamedTuple):
 
     q: int64 [rows], video tokens relative to a tile's entry in ``q_bases``, int64 [tiles]. k: int64 [keys], relative to
     the tile's entry in ``k_bases``, int64 [tiles, parts], of the ``part`` that the key belongs to, int8 [keys].
-    mask: booleans [rows, keys], None when all are seen. A row sees no token twice.
+    mask: booleans [rows, keys], None when all are seen. A row sees no token twice. boxes: how the keys of each part lie
+    in memory, None when not all of them are boxes of ``LEAST_BOX`` tokens or more.
     """
 
     q_bases: np.ndarray
@@ -50,6 +53,7 @@ class Group(NamedTuple):
     k: np.ndarray
     part: np.ndarray
     mask: np.ndarray | None
+    boxes: tuple[Box, ...] | None
 
     def rows(self) -> np.ndarray:
         """Give the video tokens of the queries of each tile. int64 [tiles, rows]"""
@@ -59,13 +63,17 @@ class Group(NamedTuple):
         """Give the video tokens of the keys of each tile. int64 [tiles, keys]"""
         return self.k_bases[:, self.part] + self.k
 
+    def corners(self) -> np.ndarray:
+        """Give the first video token of each part's keys. int64 [tiles, parts]"""
+        return self.k_bases + self.k[np.flatnonzero(np.diff(self.part, prepend=-1))]
+
 
 class _AxisTile(NamedTuple):
     """A tile of one axis.
 
     queries: int64 [queries], of the query box. keys: per product the keys that the tile visits, int64 [keys], of the
     key box. seen: per product, by its own rule and those of earlier products, which query sees which of these keys,
-    booleans [queries, keys], None when all are seen.
+    booleans [queries, keys], [1, keys] when the queries see alike, None when all are seen.
     """
 
     queries: np.ndarray
@@ -106,7 +114,7 @@ class _Plans:
                 self._plans.move_to_end(key)
                 return self._plans[key][0]
         plan = make()
-        size = sum(array.nbytes for group in plan for array in group if array is not None)
+        size = sum(part.nbytes for group in plan for part in group if isinstance(part, np.ndarray))
         with self._lock:
             if key not in self._plans:
                 self._plans[key] = (plan, size)
@@ -137,17 +145,13 @@ def _plan(packed: Packed, q_box: Region, k_box: Region, frames: tuple[int, ...] 
     products = packed.products()
     if not products:
         return ()
-    tile = _query_tile(packed)
     coordinates = [np.arange(extent) + origin for origin, extent in zip(k_box.origin, k_box.extent, strict=True)]
     if frames is not None:
         coordinates[0] = np.asarray(frames)
+    queries = [range(origin, origin + extent) for origin, extent in zip(q_box.origin, q_box.extent, strict=True)]
+    tiles = query_tiles(packed, queries, coordinates)
     axes = [
-        _axis(
-            [product[axis] for product in products],
-            tile[axis],
-            (q_box.origin[axis], q_box.extent[axis]),
-            coordinates[axis],
-        )
+        _axis([product[axis] for product in products], tiles[axis], q_box.origin[axis], coordinates[axis])
         for axis in range(3)
     ]
     relative = [axis.relative for axis in axes]
@@ -156,22 +160,6 @@ def _plan(packed: Packed, q_box: Region, k_box: Region, frames: tuple[int, ...] 
         for chosen in itertools.product(*(axis.classes for axis in axes))
     )
     return tuple(group for group in groups if group is not None)
-
-
-def _query_tile(packed: Packed) -> Triple:
-    """Choose the tile that costs least on a CPU; the whole grid when the mask cuts nothing."""
-    grid = Grid(*packed.shape)
-    products = packed.products()
-    if len(products) == 1 and all(is_whole(rule) for rule in products[0]):
-        return packed.shape
-    tiles = {tile_for(grid, packed, min(rows, grid.video)) for rows in TILE_ROWS}
-
-    def cost(tile: Triple) -> float:
-        rows = math.prod(tile)
-        rate = next(rate for least, rate in TILE_RATES if rows >= least)
-        return visited_keys(grid, packed, tile) * (rows / rate + GATHER_ROWS)
-
-    return min(tiles, key=lambda tile: (cost(tile), tile))
 
 
 def _merge(packed: Packed, q_box: Region, k_box: Region) -> tuple[Packed, Region, Region]:
@@ -209,15 +197,14 @@ def _mergeable(outer: Rule, inner: Rule) -> bool:
     return (is_whole(outer) and is_whole(inner)) or (is_same(outer) and is_same(inner))
 
 
-def _axis(rules: list[Rule], extent: int, queries: tuple[int, int], keys: np.ndarray) -> _Axis:
-    """Cut one axis into tiles and class them by pattern.
+def _axis(rules: list[Rule], cut: list[np.ndarray], origin: int, keys: np.ndarray) -> _Axis:
+    """Class the tiles of one axis by pattern.
 
-    queries: origin and extent of the query box. keys: the coordinate that each key of the key box holds, -1 for none.
+    cut: the queries of each tile, relative to the query box's origin. keys: the coordinate that each key of the key box
+    holds, -1 for none.
     """
-    origin, length = queries
-    step = int(np.gcd.reduce([rule.step for rule in rules]))
     tiles = []
-    for local in tile_coordinates(length, extent, step):
+    for local in cut:
         visited = [_visited(rule, local + origin, keys) for rule in rules]
         seen = [[_seen(e, local + origin, keys[near]) for e in rules[:n]] for n, (near, _) in enumerate(visited)]
         own = ([*earlier, mask] for earlier, (_, mask) in zip(seen, visited, strict=True))
@@ -234,7 +221,7 @@ def _axis(rules: list[Rule], extent: int, queries: tuple[int, int], keys: np.nda
 
 
 def _visited(rule: Rule, queries: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Find the keys that some query of a tile sees, and which query sees which; None when all see all."""
+    """Find the keys that some query of a tile sees, and which query sees which, as ``_seen`` says it."""
     lo, hi = rule.lo[queries], rule.hi[queries]
     near = np.flatnonzero((keys >= max(lo.min(), 0)) & (keys <= hi.max()))
     mask = _seen(rule, queries, keys[near])
@@ -246,12 +233,17 @@ def _visited(rule: Rule, queries: np.ndarray, keys: np.ndarray) -> tuple[np.ndar
 
 
 def _seen(rule: Rule, queries: np.ndarray, y: np.ndarray) -> np.ndarray | None:
-    """Say which queries see which of the keys at coordinates y, none of them -1; None when all see all."""
+    """Say which queries see which of the keys at coordinates y, none of them -1.
+
+    Returns booleans [queries, keys], [1, keys] when the queries see alike, None when all see all.
+    """
     lo, hi = rule.lo[queries], rule.hi[queries]
     if rule.step == 1 and len(y) and lo.max() <= y.min() and y.max() <= hi.min():
         return None
     mask = (lo[:, None] <= y) & (y <= hi[:, None]) & ((y - queries[:, None]) % rule.step == 0)
-    return None if mask.all() else mask
+    if mask.all():
+        return None
+    return mask[:1] if (mask == mask[:1]).all() else mask
 
 
 def _group(
@@ -268,14 +260,17 @@ def _group(
         if any(len(each) == 0 for each in keys):
             continue
         part = _flat(keys, k_extent)
-        mask = _pairs([tile.seen[product][product] for tile in first], first, keys)
+        mask = _pairs([tile.seen[product][product] for tile in first])
         for earlier in range(product):
-            again = _pairs([tile.seen[product][earlier] for tile in first], first, keys)
-            rest = np.zeros((len(q), len(part)), bool) if again is None else ~again
+            again = _pairs([tile.seen[product][earlier] for tile in first])
+            rest = np.zeros((1,) * 6, bool) if again is None else ~again
             mask = rest if mask is None else mask & rest
         if mask is not None:
+            alike = math.prod(mask.shape[:3]) == 1
+            rows = (1, 1, 1) if alike else tuple(len(tile.queries) for tile in first)
+            mask = np.broadcast_to(mask, (*rows, *(len(each) for each in keys))).reshape(math.prod(rows), -1)
             some = mask.any(axis=0)
-            part, mask = part[some], mask[:, some]
+            part, mask = part[some], None if alike else mask[:, some]
         if len(part):
             bases.append(_flat([start * move for start, move in zip(starts, moves, strict=True)], k_extent))
             parts.append(part)
@@ -295,18 +290,40 @@ def _group(
         np.concatenate(parts),
         np.repeat(np.arange(len(parts), dtype=np.int8), [len(part) for part in parts]),
         None if seen is None or seen.all() else seen,
+        _boxes(parts),
     )
 
 
-def _pairs(axes: list[np.ndarray | None], tiles: list[_AxisTile], keys: list[np.ndarray]) -> np.ndarray | None:
-    """Combine what the queries of three axes see into booleans [rows, keys]; None where all see all."""
-    if all(seen is None for seen in axes):
-        return None
-    pairs = np.ones((*(len(tile.queries) for tile in tiles), *(len(each) for each in keys)), bool)
+def _boxes(parts: list[np.ndarray]) -> tuple[Box, ...] | None:
+    """Describe each part of a tile's keys as a box, when all of them are."""
+    boxes = []
+    for part in parts:
+        axes: list[tuple[int, int]] = []
+        starts = part
+        for _ in range(3):  # the innermost axis first: how long does its step go on?
+            step = int(starts[1] - starts[0]) if len(starts) > 1 else 1
+            breaks = np.flatnonzero(np.diff(starts) != step)
+            size = int(breaks[0]) + 1 if len(breaks) else len(starts)
+            axes.insert(0, (size, step))
+            starts = starts[::size]
+        (nt, st), (nh, sh), (nw, sw) = axes
+        if len(part) < LEAST_BOX or nt * nh * nw != len(part):
+            return None
+        tokens = _flat([st * np.arange(nt), sh * np.arange(nh), sw * np.arange(nw)], (1, 1, 1))
+        if not np.array_equal(tokens, part - part[0]):
+            return None
+        boxes.append(Box((nt, nh, nw), (st, sh, sw)))
+    return tuple(boxes)
+
+
+def _pairs(axes: list[np.ndarray | None]) -> np.ndarray | None:
+    """Combine what the queries of three axes see, None for all, into booleans of six axes that may be spread."""
+    pairs = None
     for axis, seen in enumerate(axes):
         if seen is not None:
-            pairs &= np.expand_dims(seen, [other for other in range(6) if other % 3 != axis])
-    return pairs.reshape(math.prod(pairs.shape[:3]), -1)
+            seen = np.expand_dims(seen, [other for other in range(6) if other % 3 != axis])
+            pairs = seen if pairs is None else pairs & seen
+    return pairs
 
 
 def _flat(axes: list[np.ndarray], extent: Triple) -> np.ndarray:
