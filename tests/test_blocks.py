@@ -454,3 +454,27 @@ def test_long_lists_are_transposed_and_joined_alike_in_a_graph() -> None:
         assert lists.partial is not None
         assert expected.partial is not None
         assert torch.equal(lists.partial[0, head, :end], expected.partial[0, head, :end])
+
+
+@pytest.mark.gpu
+def test_every_config_transposes_and_joins_alike() -> None:
+    from stattn.kernels import blocks as kernels
+
+    count, index, partial = (x.cuda() for x in random_entries(2, 2, 300, 700, 90))
+    kinds = torch.randint(0, 3, (300, 700), device="cuda", dtype=torch.int8)
+    expected = transpose(count, index, partial, 700, impl="reference")
+    joined = []
+    for config in kernels.CONFIGS:
+        offset, item, flags = kernels.transpose(count, index, partial, 700, config)
+        assert torch.equal(offset, expected.offset)
+        assert flags is not None
+        assert expected.partial is not None
+        for b, h in np.ndindex(2, 2):
+            end = int(offset[b, h, -1])
+            assert torch.equal(item[b, h, :end], expected.item[b, h, :end])
+            assert torch.equal(flags[b, h, :end], expected.partial[b, h, :end])
+        new = [torch.empty(2, 2, 300, 700, device="cuda", dtype=dtype) for dtype in (torch.int32, torch.bool)]
+        kernels.join(count, index, partial, kinds, count_ := torch.empty_like(count), *new, config)
+        joined.append((count_, *new))
+    for one, other in zip(*joined[:2], strict=True):
+        assert torch.equal(one, other)

@@ -315,3 +315,22 @@ def test_selection_holds_little_beside_its_lists() -> None:
     blocks = stattn.top_k(q, k, VIDEO, (2, 4, 8), (2, 4, 8), 162)
     lists = blocks.index.nbytes + blocks.count.nbytes
     assert torch.cuda.max_memory_allocated() - before < lists + (128 << 20)  # 44 MB of means, 64 MB of scores
+
+
+@pytest.mark.gpu
+def test_selection_runs_on_the_tensors_device() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    q, k = tokens(Grid(3, 5, 7), 2, 1, "cuda:0")
+    expected = stattn.top_k(q, k, (3, 5, 7), (2, 2, 4), (2, 3, 4), 3)
+    blocks = stattn.top_k(q.to("cuda:1"), k.to("cuda:1"), (3, 5, 7), (2, 2, 4), (2, 3, 4), 3)
+    assert blocks.index.device == torch.device("cuda:1")
+    assert_as_reference(blocks, expected)
+
+
+@pytest.mark.gpu
+def test_selection_makes_more_sets_than_a_grid_has_rows() -> None:
+    x = torch.randn(1000, 4, 80, 8, device="cuda", dtype=torch.bfloat16)
+    blocks = stattn.top_k(x, x, (4, 1, 1), (2, 1, 1), (1, 1, 1), 2)  # 80,000 batches x heads
+    alone = stattn.top_k(x[777:778], x[777:778], (4, 1, 1), (2, 1, 1), (1, 1, 1), 2)
+    assert torch.equal(blocks.index[777:778], alone.index)
