@@ -1,18 +1,20 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Rows of channels in registers, and the vectors that act on them: what the kernels of ``modulate`` and ``gate`` share.
 
 A program holds a tile of ROWS tokens as a tuple of CHUNKS tensors [ROWS, CHUNK], so that a row may have any number of
-channels: 5,120 are five chunks of 1,024, not a block of 8,192. Only the last chunk is masked, and only if C asks for it.
+channels: 5,120 are five chunks of 1,024, not a block of 8,192. Only the last chunk is masked, and only if C asks for
+it.
 
-Tokens are numbered through the batch, row = sample * N + token. A *group* is a run of consecutive rows under one vector:
-a sample, a frame, or, when no vector is per sample or per frame, all rows. A vector is an address, a stride per sample
-and a stride per group (0 when it is per sample) or per token.
+Tokens are numbered through the batch, row = sample * N + token. A *group* is a run of consecutive rows under one
+vector: a sample, a frame, or, when no vector is per sample or per frame, all rows. A vector is an address, a stride per
+sample and a stride per group (0 when it is per sample) or per token.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 import triton
@@ -22,11 +24,17 @@ from torch import Tensor
 # How a vector varies.
 ABSENT, GROUP, TOKEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-# A row of more channels than this does not fit the registers of a program.
-MAX_CHANNELS = 32768
+# Bytes of shared memory that the tiles in flight may take: every GPU since sm_80 has them.
+IN_FLIGHT = 96 << 10
 
 
 # ---- kernels' parts
+
+
+@triton.jit
+def append(row, chunk):
+    """Add a chunk to a row."""
+    return row + (chunk,)
 
 
 @triton.jit
@@ -77,16 +85,16 @@ def load_row(address, live, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.con
             chunk = tl.load(address + cols, mask=live, other=0.0, eviction_policy=POLICY)
         else:
             chunk = tl.load(address + cols, eviction_policy=POLICY)
-        row = row + (chunk.to(tl.float32),)
+        row = append(row, chunk.to(tl.float32))
     return row
 
 
 @triton.jit
-def store_chunk(address, chunk, live, I: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
-    """Round chunk I of rows to the type of the address and store it."""
-    cols = I * CHUNK + tl.arange(0, CHUNK)[None, :]
+def store_chunk(address, chunk, live, INDEX: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr):
+    """Round chunk INDEX of rows to the type of the address and store it."""
+    cols = INDEX * CHUNK + tl.arange(0, CHUNK)[None, :]
     value = chunk.to(address.dtype.element_ty)
-    if (I + 1) * CHUNK > C:
+    if (INDEX + 1) * CHUNK > C:
         mask = cols < C
         if live is not None:
             mask = mask & live
@@ -101,8 +109,8 @@ def store_chunk(address, chunk, live, I: tl.constexpr, C: tl.constexpr, CHUNK: t
 def constant_row(VALUE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """Give rows of one value."""
     row = ()
-    for i in tl.static_range(CHUNKS):
-        row = row + (tl.full([ROWS, CHUNK], VALUE, tl.float32),)
+    for _ in tl.static_range(CHUNKS):
+        row = append(row, tl.full([ROWS, CHUNK], VALUE, tl.float32))
     return row
 
 
@@ -125,7 +133,7 @@ def load_factor(scale, weight, live, C: tl.constexpr, CHUNK: tl.constexpr, CHUNK
         scales = load_row(scale, live, C, CHUNK, CHUNKS, "evict_last")
         scaled = ()
         for i in tl.static_range(CHUNKS):
-            scaled = scaled + ((1.0 + scales[i]) * factor[i],)
+            scaled = append(scaled, (1.0 + scales[i]) * factor[i])
         factor = scaled
     return factor
 
@@ -139,13 +147,13 @@ def load_term(scale, shift, bias, live, C: tl.constexpr, CHUNK: tl.constexpr, CH
         biases = load_row(bias, None, C, CHUNK, CHUNKS, "evict_last")
         term = ()
         for i in tl.static_range(CHUNKS):
-            term = term + (biases[i] * factor[i],)
+            term = append(term, biases[i] * factor[i])
     if shift is not None:
         shifts = load_row(shift, live, C, CHUNK, CHUNKS, "evict_last")
         if bias is not None:
             shifted = ()
             for i in tl.static_range(CHUNKS):
-                shifted = shifted + (term[i] + shifts[i],)
+                shifted = append(shifted, term[i] + shifts[i])
             term = shifted
         else:
             term = shifts
@@ -181,7 +189,7 @@ def normalise(row, eps, LAYER: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexp
             chunk = row[i] - mean
             if (i + 1) * CHUNK > C:
                 chunk = tl.where((i * CHUNK + tl.arange(0, CHUNK)[None, :]) < C, chunk, 0.0)
-            centred = centred + (chunk,)
+            centred = append(centred, chunk)
         row = centred
     square = row[0] * row[0]
     for i in tl.static_range(1, CHUNKS):
@@ -189,7 +197,7 @@ def normalise(row, eps, LAYER: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexp
     rstd = tl.rsqrt(sum_row(square) / C + eps)
     unit = ()
     for i in tl.static_range(CHUNKS):
-        unit = unit + (row[i] * rstd,)
+        unit = append(unit, row[i] * rstd)
     return unit, mean, rstd
 
 
@@ -225,11 +233,11 @@ def norm_backward(
     if LAYER:
         first_sum, second_sum = sum_row_pair(first, second)
         for i in tl.static_range(CHUNKS):
-            result = result + ((grad[i] - first_sum / C - unit[i] * (second_sum / C)) * rstd,)
+            result = append(result, (grad[i] - first_sum / C - unit[i] * (second_sum / C)) * rstd)
     else:
         second_sum = sum_row(second)
         for i in tl.static_range(CHUNKS):
-            result = result + ((grad[i] - unit[i] * (second_sum / C)) * rstd,)
+            result = append(result, (grad[i] - unit[i] * (second_sum / C)) * rstd)
     return result
 
 
@@ -238,7 +246,7 @@ def add_rows(a, b, CHUNKS: tl.constexpr):
     """Add two rows."""
     result = ()
     for i in tl.static_range(CHUNKS):
-        result = result + (a[i] + b[i],)
+        result = append(result, a[i] + b[i])
     return result
 
 
@@ -247,7 +255,7 @@ def multiply_rows(a, b, CHUNKS: tl.constexpr):
     """Multiply two rows."""
     result = ()
     for i in tl.static_range(CHUNKS):
-        result = result + (a[i] * b[i],)
+        result = append(result, a[i] * b[i])
     return result
 
 
@@ -270,7 +278,7 @@ def normalised(row, mean, rstd, LAYER: tl.constexpr, CHUNKS: tl.constexpr):
         chunk = row[i]
         if LAYER:
             chunk = chunk - mean
-        result = result + (chunk * rstd,)
+        result = append(result, chunk * rstd)
     return result
 
 
@@ -319,6 +327,14 @@ class Groups(NamedTuple):
     rows: int
 
 
+@overload
+def unit_stride(tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def unit_stride(tensor: Tensor | None) -> Tensor | None: ...
+
+
 def unit_stride(tensor: Tensor | None) -> Tensor | None:
     """Return the tensor itself, or a copy when its channels do not lie side by side."""
     if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
@@ -360,12 +376,18 @@ class Tile(NamedTuple):
     @property
     def full(self) -> bool:
         """Whether one row fills the registers, so that nothing may stay there from row to row."""
-        return self.warps == 16
+        return self.warps == 16 and self.chunk * self.chunks > 16 * 32 * 16
 
     @property
     def constants(self) -> dict[str, int]:
         """The constants of a kernel."""
         return {"CHUNK": self.chunk, "CHUNKS": self.chunks, "ROWS": self.rows}
+
+
+def stages_for(stages: int, tile: Tile, *loaded: Tensor | None) -> int:
+    """Return the stages of a loop whose tiles of the loaded tensors, one stage fewer, fit into shared memory."""
+    size = tile.rows * tile.chunk * tile.chunks * sum(each.element_size() for each in loaded if each is not None)
+    return 1 if tile.full else max(1, min(stages, 1 + IN_FLIGHT // size))
 
 
 @lru_cache(maxsize=256)
@@ -387,7 +409,7 @@ def tile_for(channels: int, vector: int, elements: int, rows: int) -> Tile:
 
 
 def moments(x: Tensor, norm: str, keep: bool) -> tuple[Tensor, Tensor]:
-    """Make room for mean and rstd of the tokens of x [B, N, C]: fp32 [B, N], or empty where there is nothing to keep."""
+    """Make room for mean and rstd of the tokens of x [B, N, C]: fp32 [B, N], or empty where nothing is kept."""
     shape = tuple(x.shape[:2])
     mean = torch.empty(shape if keep and norm == "layer" else (0,), dtype=torch.float32, device=x.device)
     return mean, torch.empty(shape if keep else (0,), dtype=torch.float32, device=x.device)

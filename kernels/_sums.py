@@ -1,8 +1,9 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Sums over tokens, for the gradients of the vectors: what the backward kernels of ``modulate`` and ``gate`` share.
 
-Every program leaves the sums over its own rows, fp32 [groups * programs, slots, C]; ``finish_sums`` adds them in a fixed
-order and turns them into gradients. How many programs share a group depends on the sizes within a sample only, so the
-gradients of a sample are the same bits in any batch; there are no atomics.
+Every program leaves the sums over its own rows, fp32 [groups * programs, slots, C]; ``finish_sums`` adds them in a
+fixed order and turns them into gradients. How many programs share a group depends on the sizes within a sample only, so
+the gradients of a sample are the same bits in any batch; there are no atomics.
 
 With u the normalised row, f = 1 + scale where the scale is per token and 1 elsewhere, the slots are, when asked for:
 ``plain`` sum(dy), ``factored`` sum(f dy), ``unit`` sum(f dy u), ``gate`` sum(dx' y). Where f = 1, ``plain`` is
@@ -36,7 +37,7 @@ class Slots(NamedTuple):
     gate: int = -1
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """How many sums a program leaves."""
         return max(self) + 1
 
@@ -227,12 +228,12 @@ def sums_by_columns(
     blocks = triton.cdiv(channels, COLUMN_WIDTH)
     tiles = triton.cdiv(groups.rows, COLUMN_ROWS)
     programs = programs_for(groups.per_sample * blocks, tiles, COLUMN_PROGRAMS)
-    sums = x.new_empty((groups.total * programs, slots.count, channels), dtype=torch.float32)
+    sums = x.new_empty((groups.total * programs, slots.total, channels), dtype=torch.float32)
     per_token = scale.kind == TOKEN.value
     sum_columns[(groups.total * programs * blocks,)](
         dy, x, scale.tensor if per_token else None, mean, rstd, sums, tokens, groups.rows, programs,
         dy.stride(0), dy.stride(1), x.stride(0), x.stride(1), scale.stride_b, scale.stride_r,
-        C=channels, ROWS=COLUMN_ROWS, WIDTH=COLUMN_WIDTH, SLOTS=slots.count, **slots.of_norm, num_warps=4,
+        C=channels, ROWS=COLUMN_ROWS, WIDTH=COLUMN_WIDTH, SLOTS=slots.total, **slots.of_norm, num_warps=4,
     )  # fmt: skip
     return sums, programs
 
@@ -258,5 +259,5 @@ def finish(
     finish_sums[(sum(rows) * triton.cdiv(channels, FINISH_WIDTH),)](
         sums, scale.tensor if per_group else None, weight, bias, dscale, dshift, dgate, dweight, dbias,
         groups.total * programs, programs, groups.per_sample, *rows[:3], scale.stride_b, scale.stride_r,
-        C=channels, ROWS=FINISH_ROWS, WIDTH=FINISH_WIDTH, SLOTS=slots.count, **slots.constants, num_warps=4,
+        C=channels, ROWS=FINISH_ROWS, WIDTH=FINISH_WIDTH, SLOTS=slots.total, **slots.constants, num_warps=4,
     )  # fmt: skip

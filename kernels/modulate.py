@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Adaptive layer norm, forward and backward: y = norm(x) * (1 + scale) + shift.
 
     u = (x - mean) * rstd                         rstd = 1 / sqrt(mean((x - mean)^2) + eps); "rms" has mean = 0
@@ -50,6 +51,7 @@ from stattn.kernels._rows import (
     or_none,
     row_address,
     rows_of,
+    stages_for,
     store_chunk,
     store_modulated,
     tile_for,
@@ -144,8 +146,8 @@ def modulate_backward(
     dy, x, scale, weight, bias, mean, rstd, dx, dscale, sums,
     tokens, groups, rows, programs, dy_b, dy_n, x_b, x_n, scale_b, scale_r,
     C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    HOIST: tl.constexpr, LAYER: tl.constexpr, SCALE: tl.constexpr, SLOTS: tl.constexpr, PLAIN: tl.constexpr, FACTORED: tl.constexpr,
-    UNIT: tl.constexpr,
+    HOIST: tl.constexpr, LAYER: tl.constexpr, SCALE: tl.constexpr, SLOTS: tl.constexpr, PLAIN: tl.constexpr,
+    FACTORED: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Walk over every ``programs``-th tile of a group's rows: write dx, keep sums.
 
@@ -189,6 +191,7 @@ def modulate_backward(
 
 
 def forward(
+    keep: bool,
     x: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
@@ -196,7 +199,6 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    keep: bool,
     config: Forward | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``modulate`` of x [B, N, C], contiguous, and mean and rstd [B, N] fp32, empty unless keep (mean: "layer").
@@ -213,7 +215,8 @@ def forward(
     groups = group_rows(x, scale, shift)
     scales, shifts = as_vector(scale, tokens), as_vector(shift, tokens)
     tile = tile_for(channels, vector, elements, per_program)
-    steps, stages = (1, 1) if tile.full else (steps, stages)
+    steps = 1 if tile.full else steps
+    stages = stages_for(stages, tile, x)
     programs = triton.cdiv(triton.cdiv(groups.rows, tile.rows), steps)
     with on_device(x):
         modulate_forward[(groups.total * programs,)](
@@ -259,7 +262,7 @@ def backward(
         for grad in grads:
             grad.zero_()
         return dx, *grads
-    stages = 1 if tile.full else stages
+    stages = stages_for(stages, tile, dout, x, scale if per_token else None)
     dout, x, weight, bias = unit_stride(dout), unit_stride(x), unit_stride(weight), unit_stride(bias)
     slots = slots_for(
         plain=dshift is not None,
@@ -271,17 +274,17 @@ def backward(
     wide = channels > MAX_FUSED_CHANNELS
     kept = Slots() if wide else slots  # the sums that the kernel keeps beside dx
     tiles = triton.cdiv(groups.rows, tile.rows)
-    programs = programs_for(groups.per_sample, tiles, warps // tile.warps) if kept.count else triton.cdiv(tiles, 4)
-    sums = torch.empty((groups.total * programs, kept.count, channels), dtype=torch.float32, device=x.device)
+    programs = programs_for(groups.per_sample, tiles, warps // tile.warps) if kept.total else triton.cdiv(tiles, 4)
+    sums = torch.empty((groups.total * programs, kept.total, channels), dtype=torch.float32, device=x.device)
     with on_device(x):
         modulate_backward[(groups.total * programs,)](
             dout, x, scales.tensor, weight, bias, or_none(mean), rstd, dx, dscale if per_token else None,
             or_none(sums), tokens, groups.per_sample, groups.rows, programs, dout.stride(0), dout.stride(1),
             x.stride(0), x.stride(1), scales.stride_b, scales.stride_r,
             C=channels, **tile.constants, STAGES=stages, HOIST=not tile.full, LAYER=norm == "layer",
-            SCALE=scales.kind, SLOTS=kept.count, **kept.of_norm, num_warps=tile.warps, maxnreg=registers,
+            SCALE=scales.kind, SLOTS=kept.total, **kept.of_norm, num_warps=tile.warps, maxnreg=registers,
         )  # fmt: skip
-        if slots.count:
+        if slots.total:
             if wide:
                 sums, programs = sums_by_columns(dout, x, scales, or_none(mean), rstd, groups, slots)
             vectors = (None if per_token else dscale, dshift, None, dweight, dbias)
@@ -292,11 +295,13 @@ def backward(
 def specializations() -> Iterator[Specialization]:
     """List what the launchers compile for Wan's and other widths: fp32 vectors, per sample or frame and per token."""
     unaligned = ("tokens", "groups", "rows", "programs")
-    vectors = {name: "*fp32" for name in ("scale", "shift", "weight", "bias", "mean", "rstd", "sums", "dscale")}
-    activations = {name: "*bf16" for name in ("x", "dy", "out", "dx")}
-    integers = dict.fromkeys(("tokens", "groups", "rows", "programs"), "i32")
-    strides = {f"{name}_{axis}": "i32" for name in ("x", "dy", "scale", "shift") for axis in "bnr"}
-    types = {**vectors, **activations, **integers, **strides, "eps": "fp32"}
+    types = {
+        **dict.fromkeys(("scale", "shift", "weight", "bias", "mean", "rstd", "sums", "dscale"), "*fp32"),
+        **dict.fromkeys(("x", "dy", "out", "dx"), "*bf16"),
+        **dict.fromkeys(unaligned, "i32"),
+        **{f"{name}_{axis}": "i32" for name in ("x", "dy", "scale", "shift") for axis in "bnr"},
+        "eps": "fp32",
+    }
     absent: dict[str, Any] = {"weight": None, "bias": None}
     for number, config in enumerate(CONFIGS):
         for channels in (1536, 5120, 20480):
@@ -306,7 +311,7 @@ def specializations() -> Iterator[Specialization]:
                 **absent, "C": channels, **tile.constants, "STEPS": steps, "STAGES": stages,
                 "LAYER": True, "SCALE": GROUP.value, "SHIFT": GROUP.value,
             }  # fmt: skip
-            options = {"num_warps": tile.warps, "enable_fp_fusion": False}
+            options: dict[str, Any] = {"num_warps": tile.warps, "enable_fp_fusion": False}
             name = f"modulate_forward/{channels}/config {number}"
             yield Specialization(name, modulate_forward, types, constants, options, unaligned)
     for number, back in enumerate(BACKWARD_CONFIGS):
@@ -317,11 +322,11 @@ def specializations() -> Iterator[Specialization]:
             if channels > MAX_FUSED_CHANNELS:
                 slots = Slots()
             constants = {
-                **absent, "C": channels, **tile.constants, "STAGES": 1 if tile.full else back.stages, "HOIST": not tile.full, "LAYER": True,
-                "SCALE": scale.value, "SLOTS": slots.count, **slots.of_norm,
+                **absent, "C": channels, **tile.constants, "STAGES": 1 if tile.full else back.stages,
+                "HOIST": not tile.full, "LAYER": True, "SCALE": scale.value, "SLOTS": slots.total, **slots.of_norm,
             }  # fmt: skip
             constants |= {} if per_token else {"dscale": None}
-            constants |= {} if slots.count else {"sums": None}
+            constants |= {} if slots.total else {"sums": None}
             kind = "token" if per_token else "group"
             name = f"modulate_backward/{channels}/{kind}/config {number}"
             options = {"num_warps": tile.warps, "maxnreg": back.registers}
