@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Video to tokens: patchify's forward. Its gradients are in ``patchify_bwd.py``, the way back in ``unpatchify.py``.
 
     out[m, e] = sum over k of x[place(m) + tap(k)] * weight[e, k] + bias[e] + pos[m mod N, e]

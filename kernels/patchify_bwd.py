@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """The gradients of patchify; the forward, and how a patch is found in its video, are in ``patchify.py``.
 
     dx[place(m) + tap(k)]  = sum over e of dout[m, e] * weight[e, k]

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Tokens to video: unpatchify and its gradient. Patchify's gather is fused with its projection, in ``patchify.py``.
 
     video[b, c, t*pt + it, h*ph + ih, w*pw + iw] = tokens[b, before + (t, h, w), ((it*ph + ih)*pw + iw)*C + c]
