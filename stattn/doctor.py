@@ -96,8 +96,8 @@ def tables(device: str) -> Iterator[str]:
         (MODULATE, ModulateCall(device, (dtype, torch.float32), channels, "layer")),
         (GATE_RESIDUAL, GateCall(device, (dtype, torch.float32), channels, None)),
         (GATE_RESIDUAL_MODULATE, GateCall(device, (dtype, torch.float32), channels, "layer")),
-        (QK_NORM_ROPE, QKNormRopeCall(device, dtype, head_dim, True, True)),
-        (QK_NORM_ROPE_IN_PLACE, QKNormRopeCall(device, dtype, head_dim, True, True)),
+        (QK_NORM_ROPE, QKNormRopeCall(device, dtype, heads, head_dim, True, True, (dtype, dtype))),
+        (QK_NORM_ROPE_IN_PLACE, QKNormRopeCall(device, dtype, heads, head_dim, True, True, (dtype, dtype))),
         (DENOISE_STEP, DenoiseCall(device, torch.float32, dtype, patch, False)),
         (PHILOX_NORMAL, NormalCall(device)),
     ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stattn.grid import is_int
-from stattn.ops import _validate
+from stattn.ops import _triton, _validate
 from stattn.ops._dispatch import Implementation, Operation
 from stattn.reference.qk_norm_rope import qk_norm_rope as reference
 from stattn.reference.qk_norm_rope import qk_norm_rope_ as reference_in_place
@@ -16,19 +17,18 @@ from stattn.rope import RopeTables
 
 
 class QKNormRopeCall(NamedTuple):
-    """What the choice of an implementation depends on."""
+    """What the choice of an implementation depends on. weights: the dtypes of the weights that are given."""
 
     device: str
     dtype: torch.dtype
+    heads: int
     head_dim: int
     across_heads: bool
     interleaved: bool
+    weights: tuple[torch.dtype, ...]
 
 
-QK_NORM_ROPE = Operation("qk_norm_rope", (Implementation("reference", lambda call: None, reference),))
-QK_NORM_ROPE_IN_PLACE = Operation(
-    "qk_norm_rope_", (Implementation("reference", lambda call: None, reference_in_place),)
-)
+MOST_FEATURES = 32768  # of all heads of a token, which lie in the registers of one program
 
 
 def qk_norm_rope(
@@ -73,7 +73,7 @@ def qk_norm_rope(
     _check_rope("rope", rope, q)
     _check_rope("k_rope", k_rope, k)
     eps = _validate.epsilon(eps)
-    call = QKNormRopeCall(q.device.type, q.dtype, q.shape[-1], across_heads, interleaved)
+    call = _call(q, k, q_weight, k_weight, across_heads, interleaved)
     return QK_NORM_ROPE.choose(impl, call).run(q, k, q_weight, k_weight, rope, k_rope, across_heads, eps, interleaved)
 
 
@@ -106,15 +106,13 @@ def qk_norm_rope_(
         qkv = _validate.tensor("qkv", qkv, "[B, N, 3, heads, D]")
         if qkv.shape[2] != 3:
             raise ValueError(f"qkv of shape {tuple(qkv.shape)} must be [B, N, 3, heads, D]")
-        q, k = qkv[:, :, 0], qkv[:, :, 1]
     else:
         qkv = _validate.tensor("qkv", qkv, "[B, N, heads + 2*kv_heads, D]")
         if not is_int(kv_heads) or kv_heads < 1 or 2 * kv_heads >= qkv.shape[2]:
             raise ValueError(
                 f"kv_heads={kv_heads!r} must be positive and leave queries among the {qkv.shape[2]} heads of qkv"
             )
-        heads = qkv.shape[2] - 2 * kv_heads
-        q, k = qkv[:, :, :heads], qkv[:, :, heads : heads + kv_heads]
+    q, k = _queries_and_keys(qkv, kv_heads)
     recorded = torch.is_grad_enabled()
     for name, each in (("qkv", qkv), ("q_weight", q_weight), ("k_weight", k_weight)):
         if isinstance(each, Tensor) and each.requires_grad and (recorded or each is qkv):
@@ -126,8 +124,10 @@ def qk_norm_rope_(
     _check_pair(q, k, q_weight, k_weight, across_heads, interleaved)
     _check_rope("rope", rope, q)
     eps = _validate.epsilon(eps)
-    call = QKNormRopeCall(q.device.type, q.dtype, q.shape[-1], across_heads, interleaved)
-    QK_NORM_ROPE_IN_PLACE.choose(impl, call).run(q, k, q_weight, k_weight, rope, across_heads, eps, interleaved)
+    call = _call(q, k, q_weight, k_weight, across_heads, interleaved)
+    QK_NORM_ROPE_IN_PLACE.choose(impl, call).run(
+        qkv, kv_heads, q_weight, k_weight, rope, across_heads, eps, interleaved
+    )
     return qkv
 
 
@@ -155,7 +155,246 @@ def _check_rope(name: str, rope: RopeTables | None, x: Tensor) -> None:
         raise TypeError(f"{name}={rope!r} must be RopeTables, from stattn.rope_tables")
     if rope.head_dim != x.shape[3]:
         raise ValueError(f"{name} turns {rope.head_dim} features, a head has {x.shape[3]}")
-    if rope.grid.tokens != x.shape[1]:
+    # Not rope.grid.tokens: a Grid checks its sizes, and torch.compile would take them for constants.
+    if rope.before + rope.t.shape[1] * rope.h.shape[1] * rope.w.shape[1] + rope.after != x.shape[1]:
         raise ValueError(f"{name} holds {rope.grid.tokens} tokens ({rope.grid}), x {x.shape[1]}")
     if rope.device != x.device:
         raise ValueError(f"{name} is on {rope.device}, the tokens on {x.device}")
+
+
+def _queries_and_keys(qkv: Tensor, kv_heads: int | None) -> tuple[Tensor, Tensor]:
+    """Return the views of a fused buffer that hold q and k."""
+    if kv_heads is None:
+        return qkv[:, :, 0], qkv[:, :, 1]
+    heads = qkv.shape[2] - 2 * kv_heads
+    return qkv[:, :, :heads], qkv[:, :, heads : heads + kv_heads]
+
+
+# --- choice of implementation ----------------------------------------------------------------------------------------
+
+
+def _call(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, across_heads: bool, interleaved: bool
+) -> QKNormRopeCall:
+    weights = tuple(each.dtype for each in (q_weight, k_weight) if each is not None)
+    heads = max(q.shape[2], k.shape[2])
+    return QKNormRopeCall(q.device.type, q.dtype, heads, q.shape[3], across_heads, interleaved, weights)
+
+
+def _triton_why_not(call: QKNormRopeCall) -> str | None:
+    if call.heads * call.head_dim > MOST_FEATURES:
+        return f"holds a token's {call.heads} heads of {call.head_dim} in registers, at most {MOST_FEATURES} features"
+    return _triton.why_not(call.device, call.dtype, *call.weights)
+
+
+def _reference_why_not(call: QKNormRopeCall) -> str | None:
+    return None
+
+
+def _triton_run(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: RopeTables | None,
+    k_rope: RopeTables | None,
+    across_heads: bool,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    tables, before = _flatten(rope, k_rope)
+    return torch.ops.stattn.qk_norm_rope(q, k, q_weight, k_weight, tables, before, across_heads, eps, interleaved)
+
+
+def _triton_run_in_place(
+    qkv: Tensor,
+    kv_heads: int | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: RopeTables | None,
+    across_heads: bool,
+    eps: float,
+    interleaved: bool,
+) -> None:
+    tables, before = _flatten(rope, rope)
+    torch.ops.stattn.qk_norm_rope_(
+        qkv, kv_heads, q_weight, k_weight, tables, before, across_heads, eps, interleaved
+    )
+
+
+def _reference_run_in_place(qkv: Tensor, kv_heads: int | None, *rest: Any) -> None:
+    reference_in_place(*_queries_and_keys(qkv, kv_heads), *rest)
+
+
+QK_NORM_ROPE = Operation(
+    "qk_norm_rope",
+    (
+        Implementation("triton", _triton_why_not, _triton_run),
+        Implementation("reference", _reference_why_not, reference),
+    ),
+)
+QK_NORM_ROPE_IN_PLACE = Operation(
+    "qk_norm_rope_",
+    (
+        Implementation("triton", _triton_why_not, _triton_run_in_place),
+        Implementation("reference", _reference_why_not, _reference_run_in_place),
+    ),
+)
+
+
+# --- torch.library: the Triton kernels; the reference is differentiable PyTorch, called directly ----------------------
+
+_LIBRARY = torch.library.Library("stattn", "FRAGMENT")
+_ROPE = "Tensor[] tables, SymInt[] before, bool across_heads, float eps, bool interleaved"
+_LIBRARY.define(f"qk_norm_rope(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, {_ROPE}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"qk_norm_rope_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, "
+    f"{_ROPE}, bool q_sums, bool k_sums) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)"
+)
+_LIBRARY.define(
+    f"qk_norm_rope_(Tensor(a!) qkv, SymInt? kv_heads, Tensor? q_weight, Tensor? k_weight, {_ROPE}) -> ()"
+)
+
+
+def _flatten(rope: RopeTables | None, k_rope: RopeTables | None) -> tuple[list[Tensor], list[int]]:
+    """Turn tables into arguments that a graph can hold: three tensors when q and k share them, else six."""
+    if rope is None or k_rope is None:
+        return [], []
+    ropes = (rope,) if k_rope is rope else (rope, k_rope)
+    return [table for each in ropes for table in (each.t, each.h, each.w)], [each.before for each in ropes]
+
+
+# Kernel files are imported when one runs: `import stattn` must work without Triton.
+
+
+def _angles(tables: Sequence[Tensor], before: Sequence[int]) -> tuple[Any, Any]:
+    from stattn.kernels.qk_norm_rope import Angles
+
+    if not tables:
+        return None, None
+    q_angles = Angles(tables[0], tables[1], tables[2], before[0])
+    return q_angles, q_angles if len(tables) == 3 else Angles(tables[3], tables[4], tables[5], before[1])
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    tables: Sequence[Tensor],
+    before: Sequence[int],
+    *flags: Any,
+) -> tuple[Tensor, Tensor]:
+    from stattn.kernels import qk_norm_rope as kernels
+
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    kernels.forward(q, k, q_out, k_out, q_weight, k_weight, *_angles(tables, before), *flags)
+    return q_out, k_out
+
+
+def _backward(
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    tables: Sequence[Tensor],
+    before: Sequence[int],
+    *flags: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from stattn.kernels import qk_norm_rope as kernels
+
+    dq, dk, *dweights = kernels.backward(
+        dq_out, dk_out, q, k, q_weight, k_weight, *_angles(tables, before), *flags
+    )
+    dq_weight, dk_weight = (q.new_empty(0) if each is None else each for each in dweights)
+    return dq, dk, dq_weight, dk_weight
+
+
+def _in_place(
+    qkv: Tensor,
+    kv_heads: int | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    tables: Sequence[Tensor],
+    before: Sequence[int],
+    *flags: Any,
+) -> None:
+    from stattn.kernels import qk_norm_rope as kernels
+
+    q, k = _queries_and_keys(qkv, kv_heads)
+    kernels.forward(q, k, q, k, q_weight, k_weight, *_angles(tables, before), *flags)
+    torch.autograd.graph.increment_version(qkv)
+
+
+class _QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        tables: Sequence[Tensor],
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k, q_weight, k_weight, *tables)
+        ctx.rest = rest
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.stattn.qk_norm_rope(q, k, q_weight, k_weight, tables, *rest)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, q_weight, k_weight, *tables = ctx.saved_tensors
+        need_q, need_k, need_q_weight, need_k_weight = ctx.needs_input_grad[:4]
+        dq, dk, dq_weight, dk_weight = torch.ops.stattn.qk_norm_rope_backward(
+            dq_out, dk_out, q, k, q_weight, k_weight, tables, *ctx.rest, need_q_weight, need_k_weight
+        )
+        grads = (
+            dq if need_q else None,
+            dk if need_k else None,
+            dq_weight if need_q_weight else None,
+            dk_weight if need_k_weight else None,
+        )
+        return (*grads, None, *(None for _ in ctx.rest))
+
+
+def _autograd(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, q_weight, k_weight)):
+        return _QKNormRope.apply(q, k, q_weight, k_weight, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.stattn.qk_norm_rope(q, k, q_weight, k_weight, *rest)
+
+
+def _fake(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _fake_backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, q_sums, k_sums = rest
+    dweights = (
+        weight.new_empty(weight.shape) if sums and weight is not None else q.new_empty(0)
+        for weight, sums in ((q_weight, q_sums), (k_weight, k_sums))
+    )
+    dq_weight, dk_weight = dweights
+    return q.new_empty(q.shape), k.new_empty(k.shape), dq_weight, dk_weight
+
+
+def _fake_in_place(qkv: Tensor, *rest: Any) -> None:
+    return None
+
+
+for _name, _run, _fake_run in (
+    ("qk_norm_rope", _forward, _fake),
+    ("qk_norm_rope_backward", _backward, _fake_backward),
+    ("qk_norm_rope_", _in_place, _fake_in_place),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"stattn::{_name}", _fake_run, lib=_LIBRARY)
+_LIBRARY.impl("qk_norm_rope", _autograd, "Autograd")

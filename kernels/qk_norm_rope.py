@@ -1,0 +1,630 @@
+"""RMSNorm of queries and keys with 3-D rotary position embedding: one pass forward, one backward.
+
+    n = x * r * weight,  r = 1 / sqrt(mean(x^2) + eps)         mean over one head, or over all heads of a token
+    y = (n_a cos - n_b sin, n_a sin + n_b cos)                  for the pairs (a, b) of features
+
+    g = dy turned back by the same angle,  u = g * weight
+    dx = r * u - x * r^3 * mean(u * x),    dweight = sum over tokens (and heads) of g * x * r
+
+One launch serves q and k: the first programs take rows of q, the rest rows of k. A row, the heads of one token, stays
+in registers between the sum and the rotation, so that memory sees it once. It is held as chunks of heads in which every
+thread owns 16 bytes: pairs never leave their thread, and 40 heads are five chunks of 8, not 64 with masks. Angles come
+from the axis tables (a few KB, always cached) by index.
+
+All arithmetic is in fp32; y and dx are rounded once. dweight: every program sums the rows pid, pid + PROGRAMS, ... in
+fp32, and a second kernel adds these partial sums in a fixed order: reruns agree bitwise, on any GPU.
+
+Bound by memory: forward reads and writes q and k once, backward reads q, k and their gradients and writes two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stattn.kernels._compile import Specialization
+
+
+class Config(NamedTuple):
+    """How rows are given to threads.
+
+    elements: the most elements of a row that a forward thread holds, which sets the warps of a program. rows: rows one
+    after the other in a forward program. back_elements: as elements, in the backward. back_registers: the most
+    registers of a backward thread in programs of 8 warps, for 16-bit types. programs: of the backward, q's and k's each.
+    """
+
+    elements: int
+    rows: int
+    back_elements: int
+    back_registers: int
+    programs: int
+
+
+# Estimated from registers and bytes in flight: `python benchmarks/bench_qk_norm_rope.py --tune` measures them all.
+CONFIGS = (
+    Config(elements=64, rows=1, back_elements=32, back_registers=128, programs=1056),
+    Config(elements=32, rows=1, back_elements=32, back_registers=128, programs=528),
+    Config(elements=64, rows=4, back_elements=32, back_registers=168, programs=1056),
+    Config(elements=32, rows=4, back_elements=32, back_registers=128, programs=264),
+)
+MOST_WARPS = 16
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def token_angles(
+    token, t_ptr, h_ptr, w_ptr, t_extent, h_extent, w_extent, before, HALF: tl.constexpr,
+    T_PAIRS: tl.constexpr, H_PAIRS: tl.constexpr, W_PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Return cos and sin of a token, [1, HALF] each; 1 and 0 for global tokens and for pairs behind the last."""
+    video = token - before
+    inside = (video >= 0) & (video < t_extent * h_extent * w_extent)
+    video = tl.where(inside, video, 0)
+    w = video % w_extent
+    h = video // w_extent % h_extent
+    t = video // w_extent // h_extent
+    pair = tl.arange(0, HALF)
+    on_t = pair < T_PAIRS
+    on_h = pair < T_PAIRS + H_PAIRS
+    t_at = t_ptr + t * T_PAIRS + pair
+    h_at = h_ptr + h * H_PAIRS + (pair - T_PAIRS)
+    w_at = w_ptr + w * W_PAIRS + (pair - T_PAIRS - H_PAIRS)
+    at = tl.where(on_t, t_at, tl.where(on_h, h_at, w_at))
+    to_sin = tl.where(on_t, t_extent * T_PAIRS, tl.where(on_h, h_extent * H_PAIRS, w_extent * W_PAIRS))
+    inside = inside & (pair < T_PAIRS + H_PAIRS + W_PAIRS)
+    cos = tl.load(at, mask=inside, other=1.0)
+    sin = tl.load(at + to_sin, mask=inside, other=0.0)
+    return cos[None, :], sin[None, :]
+
+
+@triton.jit
+def load_pairs(
+    ptr, head_stride, stride, first, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    CHUNK: tl.constexpr, INTERLEAVED: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """Load heads first ... first + CHUNK - 1 of a row as their pairs of features, two tiles [CHUNK, HALF]."""
+    head = first + tl.arange(0, CHUNK)[:, None]
+    at = ptr + head.to(tl.int64) * head_stride
+    if INTERLEAVED:
+        feature = tl.arange(0, 2 * HALF)[None, :]
+        x = tl.load(at + feature * stride, mask=(head < HEADS) & (feature < DIM), other=0.0, cache_modifier=CACHE)
+        a, b = tl.split(x.reshape(CHUNK, HALF, 2))
+    else:
+        pair = tl.arange(0, HALF)[None, :]
+        inside = (head < HEADS) & (pair < DIM // 2)
+        a = tl.load(at + pair * stride, mask=inside, other=0.0, cache_modifier=CACHE)
+        b = tl.load(at + (pair + DIM // 2) * stride, mask=inside, other=0.0, cache_modifier=CACHE)
+    return a, b
+
+
+@triton.jit
+def store_pairs(
+    ptr, a, b, head_stride, stride, first, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    CHUNK: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Round two tiles [CHUNK, HALF] of pairs and store them where ``load_pairs`` finds them."""
+    head = first + tl.arange(0, CHUNK)[:, None]
+    at = ptr + head.to(tl.int64) * head_stride
+    a, b = a.to(ptr.dtype.element_ty), b.to(ptr.dtype.element_ty)
+    if INTERLEAVED:
+        feature = tl.arange(0, 2 * HALF)[None, :]
+        x = tl.join(a, b).reshape(CHUNK, 2 * HALF)
+        tl.store(at + feature * stride, x, mask=(head < HEADS) & (feature < DIM))
+    else:
+        pair = tl.arange(0, HALF)[None, :]
+        inside = (head < HEADS) & (pair < DIM // 2)
+        tl.store(at + pair * stride, a, mask=inside)
+        tl.store(at + (pair + DIM // 2) * stride, b, mask=inside)
+
+
+@triton.jit
+def load_weight(
+    ptr, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    ACROSS: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Load a weight as pairs of tiles [CHUNK, HALF]: of every chunk, or of one head, repeated, that serves all."""
+    tiles = ()
+    for i in tl.static_range(CHUNKS if ACROSS else 1):
+        a, b = load_pairs(ptr, DIM if ACROSS else 0, 1, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED, "")
+        tiles = tiles + ((a, b),)
+    return tiles
+
+
+@triton.jit
+def row_sum(x, ACROSS: tl.constexpr):
+    """Sum x [CHUNK, HALF] over all of it, [1, 1], or over each head, [CHUNK, 1]."""
+    total = tl.sum(x, axis=1, keep_dims=True)
+    if ACROSS:
+        total = tl.sum(total, axis=0, keep_dims=True)
+    return total
+
+
+@triton.jit
+def add_both(a, b, c, d):
+    """Add two pairs."""
+    return a + c, b + d
+
+
+@triton.jit
+def row_sums(x, y, ACROSS: tl.constexpr):
+    """Sum x and y [CHUNK, HALF] as ``row_sum`` does, in one exchange between warps."""
+    x, y = tl.reduce((x, y), 1, add_both, keep_dims=True)
+    if ACROSS:
+        x, y = tl.reduce((x, y), 0, add_both, keep_dims=True)
+    return x, y
+
+
+@triton.jit
+def forward_row(
+    row, x_ptr, y_ptr, w, t_ptr, h_ptr, w_ptr, tokens, t_extent, h_extent, w_extent, before,
+    x_batch, x_token, x_head, x_feature, y_batch, y_token, y_head, y_feature, eps,
+    HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    T_PAIRS: tl.constexpr, H_PAIRS: tl.constexpr, W_PAIRS: tl.constexpr,
+    NORM: tl.constexpr, ACROSS: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Normalise and rotate one token. w: the weight's tiles."""
+    COUNT: tl.constexpr = HEADS * DIM if ACROSS else DIM
+    batch, token = (row // tokens).to(tl.int64), row % tokens
+    x_ptr += batch * x_batch + token.to(tl.int64) * x_token
+    y_ptr += batch * y_batch + token.to(tl.int64) * y_token
+    chunks = ()
+    for i in tl.static_range(CHUNKS):
+        a, b = load_pairs(x_ptr, x_head, x_feature, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED, "")
+        chunks = chunks + ((a, b),)
+    if t_ptr is not None:
+        cos, sin = token_angles(
+            token, t_ptr, h_ptr, w_ptr, t_extent, h_extent, w_extent, before, HALF, T_PAIRS, H_PAIRS, W_PAIRS
+        )
+    r = 1.0
+    if NORM and ACROSS:
+        square = tl.zeros((CHUNK, HALF), tl.float32)
+        for i in tl.static_range(CHUNKS):
+            a, b = chunks[i][0].to(tl.float32), chunks[i][1].to(tl.float32)
+            square += a * a + b * b
+        r = tl.rsqrt(row_sum(square, ACROSS) / COUNT + eps)
+    for i in tl.static_range(CHUNKS):
+        a, b = chunks[i][0].to(tl.float32), chunks[i][1].to(tl.float32)
+        if NORM:
+            if not ACROSS:
+                r = tl.rsqrt(row_sum(a * a + b * b, ACROSS) / COUNT + eps)
+            a = a * r * w[i if ACROSS else 0][0].to(tl.float32)
+            b = b * r * w[i if ACROSS else 0][1].to(tl.float32)
+        if t_ptr is not None:
+            a, b = a * cos - b * sin, a * sin + b * cos
+        store_pairs(y_ptr, a, b, y_head, y_feature, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED)
+
+
+@triton.jit
+def forward_rows(
+    first, x_ptr, y_ptr, weight_ptr, t_ptr, h_ptr, w_ptr, rows, tokens, t_extent, h_extent, w_extent, before,
+    x_batch, x_token, x_head, x_feature, y_batch, y_token, y_head, y_feature, eps,
+    HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr,
+    T_PAIRS: tl.constexpr, H_PAIRS: tl.constexpr, W_PAIRS: tl.constexpr,
+    ACROSS: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Normalise and rotate the tokens first ... first + ROWS - 1."""
+    CHUNKS: tl.constexpr = (HEADS + CHUNK - 1) // CHUNK
+    NORM: tl.constexpr = weight_ptr is not None
+    w = ()
+    if NORM:
+        w = load_weight(weight_ptr, HEADS, DIM, HALF, CHUNK, CHUNKS, ACROSS, INTERLEAVED)
+    if ROWS == 1:
+        forward_row(
+            first, x_ptr, y_ptr, w, t_ptr, h_ptr, w_ptr, tokens, t_extent, h_extent, w_extent, before,
+            x_batch, x_token, x_head, x_feature, y_batch, y_token, y_head, y_feature, eps,
+            HEADS, DIM, HALF, CHUNK, CHUNKS, T_PAIRS, H_PAIRS, W_PAIRS, NORM, ACROSS, INTERLEAVED,
+        )  # fmt: skip
+    else:
+        for i in range(tl.minimum(ROWS, rows - first)):
+            forward_row(
+                first + i, x_ptr, y_ptr, w, t_ptr, h_ptr, w_ptr, tokens, t_extent, h_extent, w_extent, before,
+                x_batch, x_token, x_head, x_feature, y_batch, y_token, y_head, y_feature, eps,
+                HEADS, DIM, HALF, CHUNK, CHUNKS, T_PAIRS, H_PAIRS, W_PAIRS, NORM, ACROSS, INTERLEAVED,
+            )  # fmt: skip
+
+
+# Sizes vary from clip to clip: a kernel for every property of theirs would compile again and again.
+SIZES = ("rows", "tokens", "t_extent", "h_extent", "w_extent", "before")
+UNSPECIALIZED = tuple(f"{x}_{size}" for x in "qk" for size in SIZES)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def qk_norm_rope_forward(
+    q_ptr, k_ptr, q_out, k_out, q_weight, k_weight, q_t, q_h, q_w, k_t, k_h, k_w,
+    q_rows, q_tokens, q_t_extent, q_h_extent, q_w_extent, q_before,
+    k_rows, k_tokens, k_t_extent, k_h_extent, k_w_extent, k_before,
+    q_batch, q_token, q_head, q_feature, k_batch, k_token, k_head, k_feature,
+    q_out_batch, q_out_token, q_out_head, q_out_feature, k_out_batch, k_out_token, k_out_head, k_out_feature, eps,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    Q_CHUNK: tl.constexpr, K_CHUNK: tl.constexpr,
+    T_PAIRS: tl.constexpr, H_PAIRS: tl.constexpr, W_PAIRS: tl.constexpr,
+    ACROSS: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Normalise and rotate q and k."""
+    pid = tl.program_id(0)
+    q_programs = tl.cdiv(q_rows, ROWS)
+    if pid < q_programs:
+        forward_rows(
+            pid * ROWS, q_ptr, q_out, q_weight, q_t, q_h, q_w,
+            q_rows, q_tokens, q_t_extent, q_h_extent, q_w_extent, q_before,
+            q_batch, q_token, q_head, q_feature, q_out_batch, q_out_token, q_out_head, q_out_feature, eps,
+            Q_HEADS, DIM, HALF, Q_CHUNK, T_PAIRS, H_PAIRS, W_PAIRS, ACROSS, INTERLEAVED, ROWS,
+        )  # fmt: skip
+    else:
+        forward_rows(
+            (pid - q_programs) * ROWS, k_ptr, k_out, k_weight, k_t, k_h, k_w,
+            k_rows, k_tokens, k_t_extent, k_h_extent, k_w_extent, k_before,
+            k_batch, k_token, k_head, k_feature, k_out_batch, k_out_token, k_out_head, k_out_feature, eps,
+            K_HEADS, DIM, HALF, K_CHUNK, T_PAIRS, H_PAIRS, W_PAIRS, ACROSS, INTERLEAVED, ROWS,
+        )  # fmt: skip
+
+
+@triton.jit
+def turn_back(a, b, cos, sin, ROPE: tl.constexpr):
+    """Turn the gradient of rotated pairs back to that of the pairs before, in fp32."""
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    if ROPE:
+        a, b = a * cos + b * sin, b * cos - a * sin
+    return a, b
+
+
+@triton.jit
+def backward_row(
+    row, dy_ptr, x_ptr, dx_ptr, w, sums, t_ptr, h_ptr, w_ptr, tokens, t_extent, h_extent, w_extent, before,
+    dy_batch, dy_token, dy_head, dy_feature, x_batch, x_token, x_head, x_feature, eps,
+    HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    T_PAIRS: tl.constexpr, H_PAIRS: tl.constexpr, W_PAIRS: tl.constexpr,
+    NORM: tl.constexpr, ACROSS: tl.constexpr, INTERLEAVED: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Store dx of one token, contiguous, and return the sums with its share of dweight added."""
+    ROPE: tl.constexpr = t_ptr is not None
+    COUNT: tl.constexpr = HEADS * DIM if ACROSS else DIM
+    batch, token = (row // tokens).to(tl.int64), row % tokens
+    dy_ptr += batch * dy_batch + token.to(tl.int64) * dy_token
+    dx_ptr += row.to(tl.int64) * (HEADS * DIM)
+    x_ptr += batch * x_batch + token.to(tl.int64) * x_token
+    cos, sin = 1.0, 0.0
+    if ROPE:
+        cos, sin = token_angles(
+            token, t_ptr, h_ptr, w_ptr, t_extent, h_extent, w_extent, before, HALF, T_PAIRS, H_PAIRS, W_PAIRS
+        )
+    r, pull = 1.0, 0.0
+    if NORM and ACROSS:
+        square = tl.zeros((CHUNK, HALF), tl.float32)
+        product = tl.zeros((CHUNK, HALF), tl.float32)
+        for i in tl.static_range(CHUNKS):
+            ga, gb = load_pairs(
+                dy_ptr, dy_head, dy_feature, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED, ".ca"
+            )
+            a, b = load_pairs(x_ptr, x_head, x_feature, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED, ".ca")
+            ga, gb = turn_back(ga, gb, cos, sin, ROPE)
+            a, b = a.to(tl.float32), b.to(tl.float32)
+            square += a * a + b * b
+            product += ga * w[i][0].to(tl.float32) * a + gb * w[i][1].to(tl.float32) * b
+        square, product = row_sums(square, product, ACROSS)
+        r = tl.rsqrt(square / COUNT + eps)
+        pull = product * (r * r * r) / COUNT
+    added = ()
+    for i in tl.static_range(CHUNKS):
+        # Read again, from the cache: held through the sums, a row would take more registers than there are.
+        ga, gb = load_pairs(dy_ptr, dy_head, dy_feature, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED, "")
+        ga, gb = turn_back(ga, gb, cos, sin, ROPE)
+        if NORM:
+            a, b = load_pairs(x_ptr, x_head, x_feature, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED, "")
+            a, b = a.to(tl.float32), b.to(tl.float32)
+            ua = ga * w[i if ACROSS else 0][0].to(tl.float32)
+            ub = gb * w[i if ACROSS else 0][1].to(tl.float32)
+            if not ACROSS:
+                square, product = row_sums(a * a + b * b, ua * a + ub * b, ACROSS)
+                r = tl.rsqrt(square / COUNT + eps)
+                pull = product * (r * r * r) / COUNT
+            if SUM:
+                if ACROSS:
+                    added = added + ((sums[i][0] + ga * a * r, sums[i][1] + gb * b * r),)
+                else:
+                    sums = ((sums[0][0] + ga * a * r, sums[0][1] + gb * b * r),)
+            ga, gb = r * ua - pull * a, r * ub - pull * b
+        store_pairs(dx_ptr, ga, gb, DIM, 1, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED)
+    return added if ACROSS else sums
+
+
+@triton.jit
+def backward_rows(
+    first, dy_ptr, x_ptr, dx_ptr, weight_ptr, partial_ptr, t_ptr, h_ptr, w_ptr,
+    rows, tokens, t_extent, h_extent, w_extent, before, programs,
+    dy_batch, dy_token, dy_head, dy_feature, x_batch, x_token, x_head, x_feature, eps,
+    HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr,
+    T_PAIRS: tl.constexpr, H_PAIRS: tl.constexpr, W_PAIRS: tl.constexpr,
+    ACROSS: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Store dx of the rows first, first + programs, ... and their sum of dweight as row ``first`` of the partials."""
+    CHUNKS: tl.constexpr = (HEADS + CHUNK - 1) // CHUNK
+    NORM: tl.constexpr = weight_ptr is not None
+    SUM: tl.constexpr = partial_ptr is not None
+    w, sums = (), ()
+    if NORM:
+        w = load_weight(weight_ptr, HEADS, DIM, HALF, CHUNK, CHUNKS, ACROSS, INTERLEAVED)
+    if SUM:
+        for _ in tl.static_range(CHUNKS if ACROSS else 1):
+            sums = sums + ((tl.zeros((CHUNK, HALF), tl.float32), tl.zeros((CHUNK, HALF), tl.float32)),)
+    for i in range(tl.cdiv(rows - first, programs)):
+        sums = backward_row(
+            first + i * programs, dy_ptr, x_ptr, dx_ptr, w, sums, t_ptr, h_ptr, w_ptr,
+            tokens, t_extent, h_extent, w_extent, before,
+            dy_batch, dy_token, dy_head, dy_feature, x_batch, x_token, x_head, x_feature, eps,
+            HEADS, DIM, HALF, CHUNK, CHUNKS, T_PAIRS, H_PAIRS, W_PAIRS, NORM, ACROSS, INTERLEAVED, SUM,
+        )  # fmt: skip
+    if SUM:
+        if ACROSS:
+            partial_ptr += first.to(tl.int64) * (HEADS * DIM)
+            for i in tl.static_range(CHUNKS):
+                store_pairs(
+                    partial_ptr, sums[i][0], sums[i][1], DIM, 1, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED
+                )
+        else:
+            a, b = tl.sum(sums[0][0], axis=0, keep_dims=True), tl.sum(sums[0][1], axis=0, keep_dims=True)
+            store_pairs(partial_ptr + first * DIM, a, b, DIM, 1, 0, 1, DIM, HALF, 1, INTERLEAVED)
+
+
+@triton.jit(do_not_specialize=(*UNSPECIALIZED, "q_programs", "k_programs"))
+def qk_norm_rope_backward(
+    dq_out, dk_out, q_ptr, k_ptr, dq, dk, q_weight, k_weight, q_partial, k_partial, q_t, q_h, q_w, k_t, k_h, k_w,
+    q_rows, q_tokens, q_t_extent, q_h_extent, q_w_extent, q_before,
+    k_rows, k_tokens, k_t_extent, k_h_extent, k_w_extent, k_before, q_programs, k_programs,
+    dq_batch, dq_token, dq_head, dq_feature, dk_batch, dk_token, dk_head, dk_feature,
+    q_batch, q_token, q_head, q_feature, k_batch, k_token, k_head, k_feature, eps,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    Q_CHUNK: tl.constexpr, K_CHUNK: tl.constexpr,
+    T_PAIRS: tl.constexpr, H_PAIRS: tl.constexpr, W_PAIRS: tl.constexpr,
+    ACROSS: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of q and k, and partial sums of those of their weights."""
+    pid = tl.program_id(0)
+    if pid < q_programs:
+        backward_rows(
+            pid, dq_out, q_ptr, dq, q_weight, q_partial, q_t, q_h, q_w,
+            q_rows, q_tokens, q_t_extent, q_h_extent, q_w_extent, q_before, q_programs,
+            dq_batch, dq_token, dq_head, dq_feature, q_batch, q_token, q_head, q_feature, eps,
+            Q_HEADS, DIM, HALF, Q_CHUNK, T_PAIRS, H_PAIRS, W_PAIRS, ACROSS, INTERLEAVED,
+        )  # fmt: skip
+    else:
+        backward_rows(
+            pid - q_programs, dk_out, k_ptr, dk, k_weight, k_partial, k_t, k_h, k_w,
+            k_rows, k_tokens, k_t_extent, k_h_extent, k_w_extent, k_before, k_programs,
+            dk_batch, dk_token, dk_head, dk_feature, k_batch, k_token, k_head, k_feature, eps,
+            K_HEADS, DIM, HALF, K_CHUNK, T_PAIRS, H_PAIRS, W_PAIRS, ACROSS, INTERLEAVED,
+        )  # fmt: skip
+
+
+@triton.jit
+def add_partials(partial_ptr, out_ptr, first, programs, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum COLUMNS columns of partial sums [programs, length], each column in a fixed order."""
+    column = first + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, programs, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        at = partial_ptr + row.to(tl.int64) * length + column[None, :]
+        total += tl.load(at, mask=(row < programs) & (column < length)[None, :], other=0.0)
+    tl.store(out_ptr + column, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=column < length)
+
+
+@triton.jit(do_not_specialize=("q_programs", "k_programs"))
+def qk_norm_rope_weight_gradient(
+    q_partial, k_partial, q_out, k_out, q_programs, k_programs, q_length, k_length,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sum the partial sums of the weights' gradients; a weight without a gradient has length 0."""
+    first = tl.program_id(0) * COLUMNS
+    q_columns = tl.cdiv(q_length, COLUMNS) * COLUMNS
+    if first < q_columns:
+        add_partials(q_partial, q_out, first, q_programs, q_length, ROWS, COLUMNS)
+    else:
+        add_partials(k_partial, k_out, first - q_columns, k_programs, k_length, ROWS, COLUMNS)
+
+
+# --- launchers -------------------------------------------------------------------------------------------------------
+
+PARTIAL_TILE = {"ROWS": 64, "COLUMNS": 32}
+
+
+class Angles(NamedTuple):
+    """Axis tables [2, extent, pairs] of cosines and sines, and the number of global tokens before the video."""
+
+    t: Tensor
+    h: Tensor
+    w: Tensor
+    before: int
+
+
+def _shapes(heads: int, dim: int, size: int, interleaved: bool, elements: int) -> tuple[int, int]:
+    """Return the warps of a program that holds a row in ``elements`` elements a thread, and the heads of a chunk.
+
+    size: bytes of a feature. A thread owns 16 bytes of a chunk, of each half of a head if pairs lie half a head apart;
+    or 8, where that leaves fewer threads idle in the last chunk.
+    """
+    half = triton.next_power_of_2(dim // 2)
+    warps = min(max(triton.next_power_of_2(triton.cdiv(heads * 2 * half, 32 * elements)), 1), MOST_WARPS)
+    width = 2 * half if interleaved else half
+    chunk = min(max(warps * 32 * 16 // (size * width), 1), triton.next_power_of_2(heads))
+    if chunk > 1 and triton.cdiv(heads, chunk // 2) % 2:
+        chunk //= 2
+    return warps, chunk
+
+
+def _most_registers(size: int, warps: int, config: Config) -> int | None:
+    """Return the cap on a backward thread's registers: two programs of 8 warps fit an SM, at 128 registers each."""
+    if size != 2:
+        return None
+    return config.back_registers if warps >= 8 else config.back_registers + 32
+
+
+def _constants(
+    q_heads: int, k_heads: int, dim: int, size: int, pairs: tuple[int, int, int], across: bool, interleaved: bool,
+    elements: int,
+) -> tuple[int, dict[str, Any]]:  # fmt: skip
+    """Return the warps and the constexprs that forward and backward share."""
+    warps, q_chunk = _shapes(max(q_heads, k_heads), dim, size, interleaved, elements)
+    return warps, {
+        "Q_HEADS": q_heads,
+        "K_HEADS": k_heads,
+        "DIM": dim,
+        "HALF": triton.next_power_of_2(dim // 2),
+        "Q_CHUNK": min(q_chunk, triton.next_power_of_2(q_heads)),
+        "K_CHUNK": min(q_chunk, triton.next_power_of_2(k_heads)),
+        "T_PAIRS": pairs[0],
+        "H_PAIRS": pairs[1],
+        "W_PAIRS": pairs[2],
+        "ACROSS": across,
+        "INTERLEAVED": interleaved,
+    }
+
+
+def _tables(angles: Angles | None) -> tuple[Any, ...]:
+    """Return the contiguous tables and their extents; the tables are tiny, so a view of them is copied."""
+    if angles is None:
+        return (None, None, None), (1, 1, 1, 0)
+    tables = tuple(each.contiguous() for each in angles[:3])
+    return tables, (*(each.shape[1] for each in tables), angles.before)
+
+
+def _device(x: Tensor) -> Any:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_angles: Angles | None,
+    k_angles: Angles | None,
+    across: bool,
+    eps: float,
+    interleaved: bool,
+    config: Config = CONFIGS[0],
+) -> None:
+    """Write the normalised and rotated q and k [B, N, heads, D] to q_out and k_out, which may be q and k themselves."""
+    if q.numel() + k.numel() == 0:
+        return
+    pairs = (0, 0, 0) if q_angles is None else tuple(each.shape[2] for each in q_angles[:3])
+    warps, constants = _constants(
+        q.shape[2], k.shape[2], q.shape[3], q.element_size(), pairs, across, interleaved, config.elements
+    )
+    (q_tables, q_extents), (k_tables, k_extents) = _tables(q_angles), _tables(k_angles)
+    q_rows, k_rows = (0 if x.numel() == 0 else x.shape[0] * x.shape[1] for x in (q, k))
+    programs = triton.cdiv(q_rows, config.rows) + triton.cdiv(k_rows, config.rows)
+    weights = (None if each is None else each.contiguous() for each in (q_weight, k_weight))
+    with _device(q):
+        qk_norm_rope_forward[(programs,)](
+            q, k, q_out, k_out, *weights, *q_tables, *k_tables,
+            q_rows, q.shape[1], *q_extents, k_rows, k.shape[1], *k_extents,
+            *q.stride(), *k.stride(), *q_out.stride(), *k_out.stride(), eps,
+            **constants, ROWS=config.rows, num_warps=warps,
+        )  # fmt: skip
+
+
+def backward(
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_angles: Angles | None,
+    k_angles: Angles | None,
+    across: bool,
+    eps: float,
+    interleaved: bool,
+    q_sums: bool,
+    k_sums: bool,
+    config: Config = CONFIGS[0],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return the contiguous gradients of q and k and, where asked for by q_sums and k_sums, those of the weights."""
+    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    rows = [0 if x.numel() == 0 else x.shape[0] * x.shape[1] for x in (q, k)]
+    programs = [min(config.programs, each) for each in rows]
+    grads: list[Tensor | None] = [None, None]
+    partials: list[Tensor | None] = [None, None]
+    for i, (weight, wanted) in enumerate(((q_weight, q_sums), (k_weight, k_sums))):
+        if weight is not None and wanted:
+            grads[i] = torch.empty(weight.shape, dtype=weight.dtype, device=q.device)
+            partials[i] = torch.empty((programs[i], len(weight)), dtype=torch.float32, device=q.device)
+            if rows[i] == 0:
+                partials[i] = None
+                grads[i].zero_()
+    if sum(rows) == 0:
+        return dq, dk, *grads
+    pairs = (0, 0, 0) if q_angles is None else tuple(each.shape[2] for each in q_angles[:3])
+    warps, constants = _constants(
+        q.shape[2], k.shape[2], q.shape[3], q.element_size(), pairs, across, interleaved, config.back_elements
+    )
+    (q_tables, q_extents), (k_tables, k_extents) = _tables(q_angles), _tables(k_angles)
+    weights = (None if each is None else each.contiguous() for each in (q_weight, k_weight))
+    with _device(q):
+        qk_norm_rope_backward[(sum(programs),)](
+            dq_out, dk_out, q, k, dq, dk, *weights, *partials, *q_tables, *k_tables,
+            rows[0], q.shape[1], *q_extents, rows[1], k.shape[1], *k_extents, *programs,
+            *dq_out.stride(), *dk_out.stride(), *q.stride(), *k.stride(), eps,
+            **constants, num_warps=warps, maxnreg=_most_registers(q.element_size(), warps, config),
+        )  # fmt: skip
+        lengths = [0 if each is None else each.shape[1] for each in partials]
+        if sum(lengths):
+            grid = (sum(triton.cdiv(each, PARTIAL_TILE["COLUMNS"]) for each in lengths),)
+            given = [partials[0] if each is None else each for each in partials]
+            given = [partials[1] if each is None else each for each in given]
+            outs = [grads[1] if grads[0] is None else grads[0], grads[0] if grads[1] is None else grads[1]]
+            qk_norm_rope_weight_gradient[grid](*given, *outs, *programs, *lengths, **PARTIAL_TILE, num_warps=4)
+    return dq, dk, *grads
+
+
+# --- compiled ahead of time ------------------------------------------------------------------------------------------
+
+
+def specializations() -> Iterator[Specialization]:
+    """List the kernels of the models that are measured: every CONFIG for Wan-14B, the default for the others."""
+    models = {  # q heads, k heads, head dim, pairs, across heads, interleaved, type
+        "wan-14b": (40, 40, 128, (22, 21, 21), True, True, "bf16"),
+        "wan-1.3b": (12, 12, 128, (22, 21, 21), True, True, "bf16"),
+        "wan-1.3b-fp32": (12, 12, 128, (22, 21, 21), True, True, "fp32"),
+        "hunyuanvideo": (24, 24, 128, (8, 28, 28), False, True, "bf16"),
+        "half-gqa": (16, 8, 128, (22, 21, 21), False, False, "bf16"),
+    }
+    for model, shape in models.items():
+        for number, config in enumerate(CONFIGS):
+            if number == 0 or model == "wan-14b":
+                yield _specialize(f"forward/{model}/{number}", qk_norm_rope_forward, shape, config)
+                yield _specialize(f"backward/{model}/{number}", qk_norm_rope_backward, shape, config)
+    types = {"q_partial": "*fp32", "k_partial": "*fp32", "q_out": "*bf16", "k_out": "*bf16", "q_programs": "i32"}
+    types |= {"k_programs": "i32", "q_length": "i32", "k_length": "i32"}
+    yield Specialization(
+        "weight_gradient", qk_norm_rope_weight_gradient, types, PARTIAL_TILE, {"num_warps": 4}, ("q_programs",)
+    )
+
+
+def _specialize(name: str, kernel: Any, shape: tuple[Any, ...], config: Config) -> Specialization:
+    q_heads, k_heads, dim, pairs, across, interleaved, kind = shape
+    back = kernel is qk_norm_rope_backward
+    elements = config.back_elements if back else config.elements
+    size = 4 if kind == "fp32" else 2
+    warps, constants = _constants(q_heads, k_heads, dim, size, pairs, across, interleaved, elements)
+    constants |= {} if back else {"ROWS": config.rows}
+    constants |= {arg: 1 for arg in kernel.arg_names if arg.endswith("_feature")}
+    strides = ("_batch", "_token", "_head", "_feature")
+    types = {}
+    for arg in kernel.arg_names:
+        number = arg in (*UNSPECIALIZED, "q_programs", "k_programs") or arg.endswith(strides)
+        single = arg in ("q_t", "q_h", "q_w", "k_t", "k_h", "k_w") or arg.endswith("_partial")
+        types[arg] = "fp32" if arg == "eps" else "i32" if number else "*fp32" if single else f"*{kind}"
+    most = _most_registers(size, warps, config) if back else None
+    options = {"num_warps": warps} | ({} if most is None else {"maxnreg": most})
+    return Specialization(name, kernel, types, constants, options, (*UNSPECIALIZED, "q_programs", "k_programs"))
