@@ -35,7 +35,7 @@ T = TypeVar("T")
 MAX_PIECES = 16
 FIELD_BITS = 30
 EXISTS = 1 << FIELD_BITS  # the guard of a field without bits: columns behind the end of a box have it set
-HEADER = 32  # integers before the products of a walk
+HEADER = 36  # integers before the products of a walk
 AXES = (0, 1, 2)
 
 
@@ -195,6 +195,25 @@ def _keys(laid: Geometry, frames: bool) -> Region:
     if not frames:
         return laid.k_box
     return Region(_with(laid.k_box.origin, {0: 0}), _with(laid.k_box.extent, {0: laid.shape[0]}))
+
+
+def lists(mask: Mask | None, grid: Grid, tiles: tuple[Triple, Triple], columns: int, by_key: bool) -> Walk:
+    """Lay out the tiles of block lists. tiles: of rows and of columns. mask: what partial entries allow.
+
+    There are no intervals, since the lists say what is visited; the bounds are those of ``mask``.
+    """
+    everything = Region((0, 0, 0), grid.shape)
+    rules = () if mask is None else mask.products(grid)
+    if by_key:
+        exact = [piece for product in rules for piece in itertools.product(*map(_intervals_by_key, product))]
+        rules = tuple((_transpose(t), _transpose(h), _transpose(w)) for t, h, w in exact)
+    tile, other = tiles
+    counts = [_tiles(n, e, 1) for n, e in zip(grid.shape, tile, strict=True)]
+    none = [Interval(*np.zeros((4, count), np.int32)) for count in counts]
+    whole_tile = [Interval(*np.array([[0], [min(e, n)], [0], [0]])) for e, n in zip(other, grid.shape, strict=True)]
+    box = _box(((whole_tile[0], whole_tile[1], whole_tile[2]),), columns, False)
+    visits = tuple((none[0], none[1], none[2]) for _ in rules)
+    return Walk(everything, everything, rules, tile, (1, 1, 1), _triple(counts), visits, box, False)
 
 
 class _Rows:
@@ -366,7 +385,8 @@ def encode(walks: Sequence[Walk], heads: Sequence[int]) -> np.ndarray:
     First the offset of each head's walk, then the walks. A walk: HEADER integers, in threes by axis: the extents of
     rows and of tiles, steps, tiles, the extents of columns and of boxes, the lengths of the bound tables (1 when all
     rows share one entry), the factor of a column's coordinate in its field (0 for an axis without one); the guard bits
-    (24), the number of products (25) and of integers a product (26). A product: the steps of its three axes, one
+    (24), the number of products (25) and of integers a product (26); by axis, the first row less the first column (27
+    to 29) and the bits of its field (30 to 32). A product: the steps of its three axes, one
     unused, then for each axis [tiles, 4] integers of its ``Interval``, then the packed bounds of rows: lo axis after
     axis, and hi with the guards.
 
@@ -412,6 +432,8 @@ def _encode(walk: Walk) -> np.ndarray:
         [rows.extent, walk.tile, walk.steps, walk.tiles, columns.extent, walk.box, lengths, factors]
     )
     header[24:27] = [sum(guards) + EXISTS, len(records), len(records[0]) if records else 0]
+    header[27:30] = np.subtract(rows.origin, columns.origin)
+    header[30:33] = np.subtract(guards, factors)
     return np.concatenate([header, *records])
 
 

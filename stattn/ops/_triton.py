@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 
-
-@torch.compiler.assume_constant_result
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace how Triton reads its knob
 def _interpreted() -> bool:
-    # Kernels are made for the interpreter, or for a GPU, once, when their file is imported.
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
+    # As Triton reads it. Kernels are made for the interpreter, or for a GPU, once, when their file is imported.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def why_not(device: str, *dtypes: torch.dtype) -> str | None:
@@ -26,7 +21,7 @@ def why_not(device: str, *dtypes: torch.dtype) -> str | None:
     On a CPU kernels run under Triton's interpreter (TRITON_INTERPRET=1), for tests: slowly, and not in bfloat16, whose
     arithmetic it gets wrong. ``auto`` never takes them there.
     """
-    if not _installed():
+    if not _INSTALLED:
         return "Triton is not installed"
     if any(dtype == torch.float64 for dtype in dtypes):
         return "has no float64 kernel"

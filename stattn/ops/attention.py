@@ -12,7 +12,7 @@ from stattn import masks as _masks
 from stattn.blocks import BlockList
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import Mask
-from stattn.ops import _cuda, _dense
+from stattn.ops import _cuda, _dense, _triton
 from stattn.ops._attention_check import check as _check
 from stattn.ops._dispatch import Implementation, Operation
 from stattn.problem import Extras, Problem
@@ -240,6 +240,28 @@ def _no_masks(call: AttentionCall) -> str | None:
     return None if call.dense is None else f"serves dense attention only, the call has {call.dense}"
 
 
+def _triton_why_not(call: AttentionCall) -> str | None:
+    if call.head_dim % 8 or not 16 <= call.head_dim <= 256:
+        return f"head dimension {call.head_dim} must be a multiple of 8 from 16 to 256"
+    if call.device == "cuda" and call.capability < (8, 0):
+        return f"needs compute capability 8.0, this device has {call.capability[0]}.{call.capability[1]}"
+    return _triton.why_not(call.device, call.dtype)
+
+
+def _triton_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from stattn.kernels import attention as kernels
+
+    return kernels.attention(q, k, v, problem, extras)
+
+
+def _triton_backward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from stattn.kernels import attention_bwd as kernels
+
+    return kernels.attention_backward(*arguments)
+
+
 OPERATION = Operation(
     "attention",
     tuple(
@@ -247,9 +269,10 @@ OPERATION = Operation(
             "cuda": Implementation("cuda", _cuda.why_not, _cuda.run),
             "flash": Implementation("flash", lambda call: _no_masks(call) or _dense.flash_why_not(call), _dense.flash),
             "sdpa": Implementation("sdpa", lambda call: _no_masks(call) or _dense.sdpa_why_not(call), _dense.sdpa),
+            "triton": Implementation("triton", _triton_why_not, _triton_forward),
             "reference": Implementation("reference", _reference_why_not, _reference_forward),
         }[name]
-        for name in ("cuda", *_dense.order(), "reference")
+        for name in ("cuda", *_dense.order(), "triton", "reference")
     ),
 )
 
@@ -338,7 +361,8 @@ def _backward(
     *arguments, _, impl = rest
     problem, extras = _problem(*arguments[:7]), Extras(*arguments[7:])
     chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, grad=True))
-    run = {"sdpa": _dense.sdpa_backward, "reference": _reference_backward}[chosen.name]
+    backward = {"sdpa": _dense.sdpa_backward, "triton": _triton_backward, "reference": _reference_backward}
+    run = backward[chosen.name]
     return run(dout, dlse, q, k, v, out, lse, problem, extras)
 
 

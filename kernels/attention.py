@@ -1,0 +1,319 @@
+"""Attention over a video grid, forward.
+
+For a tile of queries, boxes of keys are visited one after the other; per row the running maximum m of the scores, the
+sum l of exp(S - m) and the unnormalised output are kept in fp32 (online softmax, arXiv:1805.02867; arXiv:2205.14135)::
+
+    S = q . k        P = exp2(scale log2(e) (S - m))        out = sum P v / l        LSE = scale m + ln l
+
+bf16 and fp16 inputs are multiplied as they are and summed in fp32, P is rounded to their dtype; fp32 inputs are
+multiplied in three TF32 products each. out is rounded once. Boxes that a tile sees wholly carry no element mask, boxes
+that it does not see are not visited. A row's result depends on its own list of boxes alone. Bound by the tensor cores.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from stattn import plan
+from stattn.grid import Triple
+from stattn.kernels import _walk as walking
+from stattn.kernels._compile import Specialization
+from stattn.problem import Extras, Problem
+
+LOG2E = tl.constexpr(1.4426950408889634)
+PRECISION = tl.constexpr("tf32x3")  # of fp32 products; 16-bit ones have but one
+# Integers that kernels are not compiled for: what they count differs from call to call.
+COUNTS = (
+    "group", "before", "after", "q_first", "q_video", "k_video", "tiles", "global_tiles", "slots", "list_samples",
+    "list_heads", "list_rows", "list_most", "list_programs", "list_t", "list_h", "list_w",
+)  # fmt: skip
+
+
+class Context(NamedTuple):
+    """What a program's boxes have in common."""
+
+    queries: Any  # [ROWS, WIDTH]
+    k: Any
+    v: Any
+    k_token: Any
+    v_token: Any
+    exponent: Any
+
+
+class Config(NamedTuple):
+    """A launch: tiles of rows, boxes of columns, warps, stages; the head dimensions and bytes an element it serves.
+
+    rate: pairs of a row and a column a second, relative to the best, by which a config is chosen for a mask.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    widths: tuple[int, ...]
+    bytes: int
+    rate: float
+
+
+CONFIGS = (
+    Config(128, 64, 8, 3, (128,), 2, 1.0),
+    Config(128, 128, 8, 3, (16, 32, 64), 2, 1.0),
+    Config(128, 64, 8, 2, (256,), 2, 1.0),
+    Config(64, 64, 4, 3, (16, 32, 64, 128), 2, 0.75),
+    Config(64, 32, 4, 2, (256,), 2, 0.7),
+    Config(16, 16, 1, 2, (16, 32, 64, 128), 2, 0.15),
+    Config(16, 16, 2, 2, (256,), 2, 0.15),
+    Config(64, 32, 4, 2, (16, 32, 64, 128), 4, 1.0),
+    Config(32, 32, 4, 2, (256,), 4, 1.0),
+    Config(16, 16, 2, 2, (16, 32, 64, 128, 256), 4, 0.4),
+)
+
+
+@triton.jit
+def _score(context, row, near, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    keys = walking.load_rows(context.k, row, context.k_token, near, DIM, WIDTH)
+    return tl.dot(context.queries, tl.trans(keys), input_precision=PRECISION), keys
+
+
+@triton.jit
+def _take(context, state, scores, row, near, keys, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    output, most, total = state
+    now = tl.maximum(most, tl.max(scores, 1))
+    shift = tl.where(now == -float("inf"), 0.0, now) * context.exponent
+    p = tl.exp2(scores * context.exponent - shift[:, None])
+    alpha = tl.exp2(most * context.exponent - shift)
+    values = walking.load_rows(context.v, row, context.v_token, near, DIM, WIDTH)
+    output = tl.dot(p.to(values.dtype), values, output * alpha[:, None], input_precision=PRECISION)
+    return output, now, total * alpha + tl.sum(p, 1)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def attention_forward(
+    q, k, v, out, lse, walks, frames, valid, count, index, partial,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    q_tokens, heads, group, before, after, q_first, q_video, k_video, tiles, global_tiles, slots,
+    list_samples, list_heads, list_rows, list_most, list_programs, list_t, list_h, list_w,
+    scale,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIGN: tl.constexpr,
+    GLOBALS: tl.constexpr, SEE_ALL: tl.constexpr, OVERLAP: tl.constexpr, INT64: tl.constexpr,
+):  # fmt: skip
+    # Global queries first: their rows are the longest.
+    tile = tl.program_id(0) % (tiles + global_tiles)
+    head = tl.program_id(0) // (tiles + global_tiles) % heads
+    batch = (tl.program_id(0) // (tiles + global_tiles) // heads).to(tl.int64)
+    walk = walks + tl.load(walks + head)
+    q += batch * q_batch + head.to(tl.int64) * q_head
+    k += batch * k_batch + (head // group).to(tl.int64) * k_head
+    v += batch * v_batch + (head // group).to(tl.int64) * v_head
+    if valid is not None:
+        valid += batch * (before + after)
+
+    is_global = tile < global_tiles
+    entry_from, entries = 0, 0
+    if index is None:
+        rows, exists, place = walking.tile_rows(walk, tl.maximum(tile - global_tiles, 0), tl.load(walk), ROWS)
+    else:
+        rows, exists, place = walking.list_rows(walk, tl.maximum(tile - global_tiles, 0), list_programs, ROWS)
+        list_row = ((batch % list_samples) * list_heads + head % list_heads) * list_rows + place[0]
+        entry_from, entries = list_row * list_most, tl.load(count + list_row)
+    row = q_first + (rows[0] * tl.load(walk + 1) + rows[1]) * tl.load(walk + 2) + rows[2]
+    real = exists
+    if GLOBALS:
+        row, exists, real = walking.global_rows(row, exists, tile, is_global, before, after, q_video, valid, ROWS)
+    queries = walking.load_rows(q, row.to(tl.int64), q_token, real, DIM, WIDTH)
+    if SIGN != 1:
+        queries = queries * SIGN
+
+    context = Context(queries, k, v, k_token, v_token, scale * LOG2E)
+    nothing = tl.zeros([ROWS], tl.float32)
+    state = tl.zeros([ROWS, WIDTH], tl.float32), nothing - float("inf"), nothing
+    output, most, total = walking.visit(
+        _score, _take, context, state, walk, rows, exists, is_global, place,
+        before, before, after, k_video, 0 if GLOBALS else 2, SEE_ALL,
+        frames, slots, valid, index, partial, entry_from, entries, (list_t, list_h, list_w),
+        COLUMNS, DIM, WIDTH, OVERLAP, INT64,
+    )  # fmt: skip
+    # A query that sees nothing, and one that is not real, is 0.
+    some = real & (total > 0)
+    total = tl.where(some, total, 1.0)
+    output = output * tl.where(some, 1.0 / total, 0.0)[:, None]
+    out += (batch * q_tokens * heads + head) * DIM
+    walking.store_rows(out, row.to(tl.int64), heads * DIM, output, exists, DIM, WIDTH)
+    value = tl.where(some, most * scale + tl.log(total), -float("inf"))
+    tl.store(lse + (batch * heads + head) * q_tokens + row, value, mask=exists)
+
+
+class Plan(NamedTuple):
+    """What a launch needs to know of a problem: a config, the walks of all heads on the device, and tiles a head.
+
+    programs: those that share a tile of block lists. overlap: whether some product excludes what earlier ones allow.
+    """
+
+    config: Config
+    walks: torch.Tensor
+    tiles: int
+    programs: int
+    overlap: bool
+
+
+@functools.lru_cache(maxsize=512)
+def make_plan(
+    problem: Problem, heads: int, head_dim: int, size: int, frames: bool, by_key: bool, configs: tuple[Config, ...],
+    device: torch.device,
+) -> Plan:  # fmt: skip
+    """Choose the config that costs least for a problem, and lay its walks out. size: bytes an element."""
+    width = max(16, triton.next_power_of_2(head_dim))
+    able = [config for config in configs if width in config.widths and size == config.bytes]
+    walks: list[plan.Walk] = []
+    member = [0] * heads
+    programs = 1
+    if problem.q_tile is not None and problem.k_tile is not None:
+        mask = problem.masks[0] if problem.masks else None
+        tiles = (problem.k_tile, problem.q_tile) if by_key else (problem.q_tile, problem.k_tile)
+        row_tile, column_tile = (math.prod(tile) for tile in tiles)
+
+        def pairs(config: Config) -> float:  # tiles that do not divide are padded
+            padded = (math.ceil(row_tile / config.rows), math.ceil(column_tile / config.columns))
+            return padded[0] * config.rows * padded[1] * config.columns / config.rate
+
+        config = min(able, key=pairs)
+        walks.append(plan.lists(mask, problem.grid, tiles, config.columns, by_key))
+        programs = math.ceil(row_tile / config.rows)
+    else:
+        make = plan.by_key if by_key else plan.by_query
+        distinct = list(dict.fromkeys(problem.masks))
+        member = [distinct.index(mask) for mask in problem.masks] if len(problem.masks) > 1 else member
+        grid = plan.Grid(*problem.grid.shape)
+
+        def lay(config: Config) -> list[plan.Walk]:
+            boxes = (problem.q_box, problem.k_box)
+            return [make(mask, grid, *boxes, config.rows, config.columns, frames) for mask in distinct]
+
+        def cost(config: Config) -> float:
+            per_box = config.rows * config.columns / config.rate
+            return sum((walk.visited + 2 * math.prod(walk.tiles)) * per_box for walk in lay(config))
+
+        config = min(able, key=cost)
+        walks = lay(config)
+    table = torch.from_numpy(plan.encode(walks, member)).to(device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams read the table later
+    tiles_per_head = max(math.prod(walk.tiles) for walk in walks) * programs
+    return Plan(config, table, tiles_per_head, programs, any(walk.overlap for walk in walks))
+
+
+def wide(*tensors: torch.Tensor) -> bool:
+    """Say whether offsets within one head of x [B, N, heads, D] need 64 bits."""
+    return any(x.shape[1] * x.stride(1) + x.shape[3] >= 2**31 for x in tensors)
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Make the device of a tensor the current one, on which Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def strides(**tensors: torch.Tensor) -> dict[str, int]:
+    """Name the strides of [B, N, heads, D] tensors as kernels do."""
+    names = ("batch", "token", "head")
+    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(names)}
+
+
+def shared_arguments(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) -> dict[str, Any]:
+    """Give the arguments of all attention kernels that a problem decides."""
+    grid = problem.grid
+    return {
+        "frames": extras.k_frames,
+        "valid": None if extras.valid is None else extras.valid.contiguous().view(torch.uint8),
+        "q_tokens": q.shape[1], "heads": q.shape[2], "group": q.shape[2] // k.shape[2],
+        "before": grid.before, "after": grid.after, "q_first": grid.before if problem.q_globals else 0,
+        "q_video": problem.q_box.video, "k_video": problem.k_box.video,
+        "slots": 1 if extras.k_frames is None else extras.k_frames.shape[0],
+        "scale": abs(problem.scale) or 1.0,
+        "SIGN": int(np.sign(problem.scale)),
+        "DIM": q.shape[3],
+        "WIDTH": max(16, triton.next_power_of_2(q.shape[3])),
+        "GLOBALS": grid.globals > 0,
+        "SEE_ALL": problem.globals_see == "all",
+    }  # fmt: skip
+
+
+def plan_arguments(made: Plan) -> dict[str, Any]:
+    """Give the arguments that a plan decides."""
+    config = made.config
+    return {
+        "walks": made.walks, "tiles": made.tiles, "ROWS": config.rows, "COLUMNS": config.columns,
+        "OVERLAP": made.overlap, "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
+
+
+def list_arguments(extras: Extras, column_tile: Triple | None, made: Plan) -> dict[str, Any]:
+    """Give the arguments of block lists, as the forward pass reads them. column_tile: extents of the key tiles."""
+    count, index, partial = extras.block_count, extras.block_index, extras.block_partial
+    tile = column_tile or (1, 1, 1)
+    return {
+        "count": None if count is None else count.contiguous(),
+        "index": None if index is None else index.contiguous(),
+        "partial": None if partial is None else partial.contiguous().view(torch.uint8),
+        "list_samples": 1 if count is None else count.shape[0], "list_heads": 1 if count is None else count.shape[1],
+        "list_rows": 0 if count is None else count.shape[2], "list_most": 0 if index is None else index.shape[3],
+        "list_programs": made.programs, "list_t": tile[0], "list_h": tile[1], "list_w": tile[2],
+    }  # fmt: skip
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the output [B, Nq, heads, D] and the LSE [B, heads, Nq] (natural log, fp32)."""
+    batch, tokens, heads, dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    made = make_plan(problem, heads, dim, q.element_size(), extras.k_frames is not None, False, CONFIGS, q.device)
+    global_tiles = triton.cdiv(problem.grid.globals, made.config.rows) if problem.q_globals else 0
+    with on_device(q):
+        attention_forward[(batch * heads * (made.tiles + global_tiles),)](
+            q, k, v, out, lse, global_tiles=global_tiles, INT64=wide(k, v), **strides(q=q, k=k, v=v),
+            **shared_arguments(q, k, problem, extras), **plan_arguments(made),
+            **list_arguments(extras, problem.k_tile, made),
+        )  # fmt: skip
+    return out, lse
+
+
+def specializations_of(name: str, fn: Any, configs: tuple[Config, ...]) -> Iterator[Specialization]:
+    """List what a launcher compiles of an attention kernel: plain masks; all that a call may have; block lists."""
+    optional = {"frames": "*i32", "valid": "*u8", "partial": "*u8", "count": "*i32", "offset": "*i32", "index": "*i32"}
+    optional = {each: kind for each, kind in optional.items() if each in fn.arg_names}
+    lists = {each for each in optional if each in ("count", "offset", "index", "partial", "valid")}
+    kinds = {"plain": set(), "everything": {"frames", "valid"}, "lists": lists}
+    for config, (kind, present) in itertools.product(configs, kinds.items()):
+        for dtype, width in itertools.product(("bf16",) if config.bytes == 2 else ("fp32",), config.widths):
+            constants = {
+                "DIM": width, "WIDTH": width, "ROWS": config.rows, "COLUMNS": config.columns, "SIGN": 1,
+                "GLOBALS": kind != "plain", "Q_GLOBALS": kind != "plain", "SEE_ALL": True,
+                "OVERLAP": kind == "everything", "INT64": kind == "everything",
+            }  # fmt: skip
+            constants = {each: value for each, value in constants.items() if each in fn.arg_names}
+            constants |= {each: None for each in optional if each not in present}
+            types = {each: optional[each] for each in present} | {"walks": "*i32", "scale": "fp32"}
+            types |= dict.fromkeys(("lse", "delta"), "*fp32")
+            types |= dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), f"*{dtype}")
+            types |= {each: "i32" for each in fn.arg_names if each not in types and each not in constants}
+            options = {"num_warps": config.warps, "num_stages": config.stages}
+            label = f"{name}-{dtype}-{width}-{config.rows}x{config.columns}-{kind}"
+            yield Specialization(label, fn, types, constants, options, tuple(set(COUNTS) & set(fn.arg_names)))
+
+
+def specializations() -> Iterator[Specialization]:
+    """List what ``attention`` compiles."""
+    yield from specializations_of("forward", attention_forward, CONFIGS)
