@@ -417,7 +417,9 @@ def moments(x: Tensor, norm: str, keep: bool) -> tuple[Tensor, Tensor]:
 
 def gradient(vector: Tensor | None, wanted: bool) -> Tensor | None:
     """Make room for a vector's gradient, contiguous; None when it is absent or not wanted."""
-    return None if vector is None or not wanted else torch.empty_like(vector, memory_format=torch.contiguous_format)
+    if vector is None or not wanted:
+        return None
+    return torch.empty(tuple(vector.shape), dtype=vector.dtype, device=vector.device)
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

@@ -228,7 +228,7 @@ def sums_by_columns(
     blocks = triton.cdiv(channels, COLUMN_WIDTH)
     tiles = triton.cdiv(groups.rows, COLUMN_ROWS)
     programs = programs_for(groups.per_sample * blocks, tiles, COLUMN_PROGRAMS)
-    sums = x.new_empty((groups.total * programs, slots.total, channels), dtype=torch.float32)
+    sums = torch.empty((groups.total * programs, slots.total, channels), dtype=torch.float32, device=x.device)
     per_token = scale.kind == TOKEN.value
     sum_columns[(groups.total * programs * blocks,)](
         dy, x, scale.tensor if per_token else None, mean, rstd, sums, tokens, groups.rows, programs,

@@ -220,7 +220,7 @@ def forward(
     vector, elements, _, _, _ = config or CONFIGS[0]
     batch, tokens, channels = x.shape
     residual = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
-    out = torch.empty_like(residual)
+    out = torch.empty((batch, tokens, channels), dtype=x.dtype, device=x.device)
     mean, rstd = moments(x, norm, keep)
     if x.numel() == 0:
         return residual, out, mean, rstd
