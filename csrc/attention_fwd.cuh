@@ -45,8 +45,11 @@ struct Shape {
     static constexpr uint32_t K_AT = Q_AT + WARPGROUPS * SLAB;
     static constexpr uint32_t V_AT = K_AT + STAGES * BOX;
     static constexpr uint32_t BARRIERS_AT = V_AT + STAGES * BOX;
-    static constexpr uint32_t SHARED = BARRIERS_AT + 8 * (4 * STAGES + 2 * WARPGROUPS);
-    static constexpr uint32_t LAUNCHED = SHARED + 1024;  // room to align the start
+    // Behind the barriers: where rows lie in a slab, and which global keys are real.
+    static constexpr uint32_t PLACES = 8 * (4 * STAGES + 2 * WARPGROUPS);
+    static constexpr uint32_t VALID = PLACES + (PLANNED ? ROWS * 4 : 0);
+    static constexpr uint32_t SHARED = BARRIERS_AT + VALID;
+    static constexpr uint32_t LAUNCHED = SHARED + 1024;  // room to align the start; without what depends on the call
     // setmaxnreg shares out what the launch allocated: more would wait for ever.
     static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 240 : 160;
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 24 : 32;
@@ -80,18 +83,27 @@ struct Tile {
     int batch, head;  // of the queries
     int boxes, masked;  // the first `masked` have masks
     int first_box, first_mask;
+    int kind;
 };
+
+__device__ __forceinline__ int4 record_at(const Parameters& p, int number) {
+    return __ldg(reinterpret_cast<const int4*>(p.plan) + number);
+}
 
 template <typename S>
 __device__ __forceinline__ Tile tile_at(const Parameters& p, int index) {
     Tile tile{};
-    const int number = index % p.tiles_per_head;
-    tile.head = index / p.tiles_per_head % p.heads;
-    tile.batch = index / p.tiles_per_head / p.heads;
+    const int in_lines = S::PLANNED ? p.tiles - p.heads * p.batch * p.tiles_per_head : 0;
+    const bool line = index < in_lines;
+    const int per_head = line ? p.line_tiles : p.tiles_per_head;
+    if (!line) index -= in_lines;
+    const int number = index % per_head;
+    tile.head = index / per_head % p.heads;
+    tile.batch = index / per_head / p.heads;
     if constexpr (S::PLANNED) {
-        const int4* record = reinterpret_cast<const int4*>(p.plan) + __ldg(p.plan + tile.head) + 2 * number;
-        const int4 place = __ldg(record), list = __ldg(record + 1);
-        tile.t = place.x, tile.h = place.y, tile.w = place.z;
+        const int first = line ? p.line_record : __ldg(p.plan + tile.head);
+        const int4 place = record_at(p, first + 2 * number), list = record_at(p, first + 2 * number + 1);
+        tile.t = place.x, tile.h = place.y, tile.w = place.z, tile.kind = place.w;
         tile.first_box = list.x, tile.boxes = list.y, tile.first_mask = list.z, tile.masked = list.w;
     } else {
         tile.w = number * S::WARPGROUPS * ROWS;
@@ -100,21 +112,30 @@ __device__ __forceinline__ Tile tile_at(const Parameters& p, int index) {
     return tile;
 }
 
-// Where a thread's two rows lie in its warpgroup's slab, a byte for each axis.
-struct RowPlaces {
-    uint32_t packed[2];
-    __device__ __forceinline__ int at(int half, int axis) const { return packed[half] >> 8 * axis & 0xFF; }
+// Tiles of a plan are not all alike: there is a block for each, which keeps every multiprocessor busy to the end.
+template <typename S>
+__device__ __forceinline__ int next_tile(const Parameters& p, int index) {
+    return S::PLANNED ? INT32_MAX : index + gridDim.x;
+}
+
+// The first row of a warpgroup's part of a tile.
+struct Corner {
+    int t, h, w;
 };
 
-__device__ __forceinline__ RowPlaces row_places(const Parameters& p) {
-    RowPlaces rows;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4 + 8 * half;
-        rows.packed[half] = row / (p.slab[1] * p.slab[2]) | row / p.slab[2] % p.slab[1] << 8 | row % p.slab[2] << 16;
-    }
-    return rows;
+template <typename S>
+__device__ __forceinline__ Corner corner_of(const Parameters& p, const Tile& tile, int group) {
+    if (S::PLANNED && tile.kind != VIDEO) return {0, 0, tile.w + group * ROWS};
+    return {tile.t + group * p.slab_step[0], tile.h + group * p.slab_step[1], tile.w + group * p.slab_step[2]};
 }
+
+// Where a row of a slab lies in it, a byte for each axis. A row behind the last borrows a place.
+__device__ __forceinline__ uint32_t place_of(const Parameters& p, int row) {
+    return min(row / (p.slab[1] * p.slab[2]), p.slab[0] - 1) | row / p.slab[2] % p.slab[1] << 8 | row % p.slab[2] << 16;
+}
+
+// The first of a thread's two rows in its warpgroup; the other is eight behind.
+__device__ __forceinline__ int first_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
 // --- masks of a plan --------------------------------------------------------------------------------------------------
 
@@ -125,15 +146,16 @@ struct BoxMask {
     static constexpr int STORED = WORDS <= 2 ? 2 : 4;  // words
     uint32_t words[2][WORDS];
 
-    // `groups` gives for each axis the masks of the slab's coordinates, `rows` which of them are the thread's.
-    __device__ __forceinline__ void load(const Parameters& p, int4 groups, RowPlaces rows) {
+    // `groups` gives for each axis the masks of the slab's coordinates, `places` which of them are a row's.
+    __device__ __forceinline__ void load(const Parameters& p, int4 groups, uint32_t places) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            // Unpacked at every use, where registers are short.
-            if constexpr (S::D > 64) asm volatile("" : "+r"(rows.packed[half]));
+            // Read again for every box: registers are short.
+            uint32_t place;
+            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(place) : "r"(places + (first_row() + 8 * half) * 4));
 #pragma unroll
             for (int axis = 0; axis < 3; ++axis) {
-                const int entry = (axis == 0 ? groups.x : axis == 1 ? groups.y : groups.z) + rows.at(half, axis);
+                const int entry = (axis == 0 ? groups.x : axis == 1 ? groups.y : groups.z) + (place >> 8 * axis & 0xFF);
                 uint32_t mine[STORED];
                 if constexpr (STORED == 2) {
                     const int2 found = __ldg(reinterpret_cast<const int2*>(p.plan) + entry);
@@ -146,6 +168,17 @@ struct BoxMask {
                 for (int word = 0; word < WORDS; ++word)
                     words[half][word] = axis == 0 ? mine[word] : words[half][word] & mine[word];
             }
+        }
+    }
+
+    // Takes out global keys that are not real. number: that of their box.
+    __device__ __forceinline__ void exclude(uint32_t valid, int number) {
+#pragma unroll
+        for (int word = 0; word < WORDS; ++word) {
+            uint32_t real;
+            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(real) : "r"(valid + (number * WORDS + word) * 4));
+            words[0][word] &= real;
+            words[1][word] &= real;
         }
     }
 
@@ -189,7 +222,7 @@ struct KeyLoader {
     uint32_t shared, barriers;
     Turn k_turn, v_turn;
     int k_x, v_x;          // of the tile's head
-    int t, h, w;           // of the box whose values are still to come
+    int t, h, w, line;     // of the box whose values are still to come
     bool waiting = false;  // whether there is one
 
     __device__ __forceinline__ void start(const Tile& tile) {
@@ -198,19 +231,22 @@ struct KeyLoader {
         v_x = tile.batch * p.v_x.batch + head * p.v_x.head;
     }
 
-    __device__ __forceinline__ void visit(int box_t, int box_h, int box_w) {
+    // in_line: the box is one of the line of all tokens.
+    __device__ __forceinline__ void visit(int box_t, int box_h, int box_w, int in_line) {
         barrier_wait(S::empty_k(barriers, k_turn.stage), k_turn.parity ^ 1);
-        load_box<S>(shared + S::K_AT + k_turn.stage * S::BOX, &p.k_map, S::full_k(barriers, k_turn.stage), p.box_bytes,
+        const CUtensorMap* map = S::PLANNED && in_line ? &p.k_line : &p.k_map;
+        load_box<S>(shared + S::K_AT + k_turn.stage * S::BOX, map, S::full_k(barriers, k_turn.stage), p.box_bytes,
                     box_t, box_h, box_w, k_x);
         k_turn.advance();
         finish();
-        t = box_t, h = box_h, w = box_w, waiting = true;
+        t = box_t, h = box_h, w = box_w, line = in_line, waiting = true;
     }
 
     __device__ __forceinline__ void finish() {
         if (!waiting) return;
         barrier_wait(S::empty_v(barriers, v_turn.stage), v_turn.parity ^ 1);
-        load_box<S>(shared + S::V_AT + v_turn.stage * S::BOX, &p.v_map, S::full_v(barriers, v_turn.stage), p.box_bytes, t,
+        const CUtensorMap* map = S::PLANNED && line ? &p.v_line : &p.v_map;
+        load_box<S>(shared + S::V_AT + v_turn.stage * S::BOX, map, S::full_v(barriers, v_turn.stage), p.box_bytes, t,
                     h, w, v_x);
         v_turn.advance();
         waiting = false;
@@ -220,19 +256,18 @@ struct KeyLoader {
 template <typename S>
 __device__ __forceinline__ void produce_keys(const Parameters& p, uint32_t shared, uint32_t barriers) {
     KeyLoader<S> loader{p, shared, barriers};
-    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+    for (int index = blockIdx.x; index < p.tiles; index = next_tile<S>(p, index)) {
         const Tile tile = tile_at<S>(p, index);
         loader.start(tile);
         if constexpr (S::PLANNED) {
-            const int4* list = reinterpret_cast<const int4*>(p.plan) + tile.first_box;
             for (int number = 0; number < tile.boxes; ++number) {
-                const int4 box = __ldg(list + number);
-                loader.visit(box.x, box.y, box.z);
+                const int4 box = record_at(p, tile.first_box + number);
+                loader.visit(box.x, box.y, box.z, box.w);
             }
         } else {
             const bool ragged = p.keys % S::BN != 0;
             for (int number = 0; number < tile.boxes; ++number)
-                loader.visit(0, 0, line_start<S::BN>(number, tile.boxes, ragged));
+                loader.visit(0, 0, line_start<S::BN>(number, tile.boxes, ragged), 0);
         }
         loader.finish();
     }
@@ -242,17 +277,19 @@ __device__ __forceinline__ void produce_keys(const Parameters& p, uint32_t share
 template <typename S>
 __device__ __forceinline__ void produce_queries(const Parameters& p, uint32_t shared, uint32_t barriers) {
     uint32_t parity = 0;
-    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+    for (int index = blockIdx.x; index < p.tiles; index = next_tile<S>(p, index)) {
         const Tile tile = tile_at<S>(p, index);
         const int x = tile.batch * p.q_x.batch + tile.head * p.q_x.head;
+        const bool line = S::PLANNED && tile.kind != VIDEO;
+        const CUtensorMap* map = line ? &p.q_line[tile.kind - BEFORE] : &p.q_map;
         for (int group = 0; group < S::WARPGROUPS; ++group) {
             barrier_wait(S::empty_q(barriers, group), parity ^ 1);
-            barrier_expect(S::full_q(barriers, group), p.slab_bytes);
+            barrier_expect(S::full_q(barriers, group), line ? S::SLAB : p.slab_bytes);
+            const Corner corner = corner_of<S>(p, tile, group);
 #pragma unroll
             for (int chunk = 0; chunk < S::CHUNKS; ++chunk)
-                copy_in(shared + S::Q_AT + group * S::SLAB + chunk * S::SLAB_CHUNK, &p.q_map,
-                        S::full_q(barriers, group), EVICT_FIRST, 64 * chunk, tile.w + group * p.slab_step[2],
-                        tile.h + group * p.slab_step[1], tile.t + group * p.slab_step[0], x);
+                copy_in(shared + S::Q_AT + group * S::SLAB + chunk * S::SLAB_CHUNK, map, S::full_q(barriers, group),
+                        EVICT_FIRST, 64 * chunk, corner.w, corner.h, corner.t, x);
         }
         parity ^= 1;
     }
@@ -355,12 +392,30 @@ __device__ __forceinline__ void store(const Parameters& p, const Tile& tile, flo
                                       uint32_t slab, uint32_t empty_q, int group) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32 % 4;
+    const bool line = S::PLANNED && tile.kind != VIDEO;
+    const Corner corner = corner_of<S>(p, tile, group);
     float inverse[2], lse[2];
+    int64_t token[2];  // of the LSE's line; -1 for a row that is none
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+        const int row = first_row() + 8 * half;
         float sum = rows.sum[half];
         sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
         sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
+        if (line) {
+            const int number = corner.w + row;
+            const int before = tile.kind == BEFORE ? 0 : p.before;
+            const bool real = number < (tile.kind == BEFORE ? p.before : p.after);
+            token[half] = !real ? -1 : tile.kind == BEFORE ? number : p.queries - p.after + number;
+            // A global token that is not real sees nothing.
+            if (real && p.valid && !__ldg(p.valid + int64_t{tile.batch} * p.globals + before + number)) sum = 0.0f;
+        } else {
+            const uint32_t place = S::PLANNED ? place_of(p, row) : row << 16;
+            const int t = corner.t + (place & 0xFF) * p.steps[0], h = corner.h + (place >> 8 & 0xFF) * p.steps[1];
+            const int w = corner.w + (place >> 16) * p.steps[2];
+            const bool real = row < p.slab_rows && t < p.q_shape[0] && h < p.q_shape[1] && w < p.q_shape[2];
+            token[half] = real ? p.q_first + (t * p.q_shape[1] + h) * p.q_shape[2] + w : -1;
+        }
         inverse[half] = sum > 0.0f ? 1.0f / sum : 0.0f;
         lse[half] = sum > 0.0f ? (rows.top[half] + log2f(sum)) * 0.6931471805599453f : -INFINITY;
     }
@@ -380,28 +435,22 @@ __device__ __forceinline__ void store(const Parameters& p, const Tile& tile, flo
     }
     proxy_fence();
     named_sync(store_barrier(group), 128);
-    const int t = tile.t + group * p.slab_step[0], h = tile.h + group * p.slab_step[1];
-    const int w = tile.w + group * p.slab_step[2];
     if (threadIdx.x % 128 == 0) {
         const int x = tile.batch * p.o_x.batch + tile.head * p.o_x.head;
+        const CUtensorMap* map = line ? &p.o_line[tile.kind - BEFORE] : &p.o_map;
 #pragma unroll
         for (int chunk = 0; chunk < S::CHUNKS; ++chunk)
-            copy_out(&p.o_map, slab + chunk * S::SLAB_CHUNK, EVICT_FIRST, 64 * chunk, w, h, t, x);
+            copy_out(map, slab + chunk * S::SLAB_CHUNK, EVICT_FIRST, 64 * chunk, corner.w, corner.h, corner.t, x);
         copy_out_commit();
         copy_out_wait_read();
         barrier_arrive(empty_q);
     }
 
     if (lane % 4 == 0) {
-        const RowPlaces places = row_places(p);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int rt = t + places.at(half, 0), rh = h + places.at(half, 1), rw = w + places.at(half, 2);
-            if (places.at(half, 0) < p.slab[0] && rt < p.q_shape[0] && rh < p.q_shape[1] && rw < p.q_shape[2]) {
-                const int64_t line = int64_t{tile.batch} * p.heads + tile.head;
-                p.lse[line * p.queries + (rt * p.q_shape[1] + rh) * p.q_shape[2] + rw] = lse[half];
-            }
-        }
+        for (int half = 0; half < 2; ++half)
+            if (token[half] >= 0)
+                p.lse[(int64_t{tile.batch} * p.heads + tile.head) * p.queries + token[half]] = lse[half];
     }
 }
 
@@ -420,7 +469,7 @@ struct Operands {
 template <typename S, bool MASKED>
 __device__ __forceinline__ void step(const Parameters& p, const Operands& at, Turn& turn, float (&scores)[S::BN / 2],
                                      float (&out)[S::D / 2], uint32_t (&weights)[S::BN / 16][4], Rows& rows,
-                                     const RowPlaces& places, int4 groups) {
+                                     int4 groups) {
     const Turn v_turn = turn;
     turn.advance();
     barrier_wait(S::full_k(at.barriers, turn.stage), turn.parity);
@@ -430,7 +479,10 @@ __device__ __forceinline__ void step(const Parameters& p, const Operands& at, Tu
     issue_output<S>(out, weights, at.v + v_turn.stage * (S::BOX / 16));
     named_arrive(turn_barrier(at.group == S::WARPGROUPS - 1 ? 0 : at.group + 1), 256);
     BoxMask<S> mask;
-    if constexpr (MASKED) mask.load(p, groups, places);
+    if constexpr (MASKED) {
+        mask.load(p, groups, at.barriers + S::PLACES);
+        if (groups.w && p.valid) mask.exclude(at.barriers + S::VALID, groups.w - 1);
+    }
     mma_wait<1>();
     pin(scores);
     if (at.elected) barrier_arrive(S::empty_k(at.barriers, turn.stage));
@@ -467,24 +519,21 @@ __device__ __forceinline__ void consume(const Parameters& p, uint32_t shared, ui
     at.q = operand(slab, 16);
     at.k = operand(shared + S::K_AT, 16);
     at.v = operand(shared + S::V_AT, S::BOX_CHUNK);
-    RowPlaces places{};
-    if constexpr (S::PLANNED) places = row_places(p);
 
     Turn turn;
     uint32_t q_parity = 0;
     if (at.group == S::WARPGROUPS - 1) named_arrive(turn_barrier(0), 256);
-    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+    for (int index = blockIdx.x; index < p.tiles; index = next_tile<S>(p, index)) {
         float scores[S::BN / 2];
         float out[S::D / 2];
         uint32_t weights[S::BN / 16][4];
         Rows rows = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-        int boxes = p.boxes, masked = 0;
-        const int4* masks = nullptr;
+        int boxes = p.boxes, masked = 0, first_mask = 0;
         if constexpr (S::PLANNED) {
             const Tile tile = tile_at<S>(p, index);
             boxes = tile.boxes, masked = tile.masked;
             // Each warpgroup has masks of its own for a box.
-            masks = reinterpret_cast<const int4*>(p.plan) + tile.first_mask + at.group * masked;
+            first_mask = tile.first_mask + at.group * masked;
         }
 #pragma unroll
         for (int i = 0; i < S::D / 2; ++i) out[i] = 0.0f;
@@ -500,7 +549,9 @@ __device__ __forceinline__ void consume(const Parameters& p, uint32_t shared, ui
             if constexpr (S::PLANNED) {
                 if (masked > 0) {
                     BoxMask<S> mask;
-                    mask.load(p, __ldg(masks), places);
+                    const int4 groups = record_at(p, first_mask);
+                    mask.load(p, groups, barriers + S::PLACES);
+                    if (groups.w && p.valid) mask.exclude(barriers + S::VALID, groups.w - 1);
                     mask.apply(scores);
                 }
             } else {
@@ -516,10 +567,10 @@ __device__ __forceinline__ void consume(const Parameters& p, uint32_t shared, ui
             if constexpr (S::PLANNED) {
 #pragma unroll 1
                 for (; number < masked; ++number)
-                    step<S, true>(p, at, turn, scores, out, weights, rows, places, __ldg(masks + number));
+                    step<S, true>(p, at, turn, scores, out, weights, rows, record_at(p, first_mask + number));
             }
 #pragma unroll 1
-            for (; number < boxes; ++number) step<S, false>(p, at, turn, scores, out, weights, rows, places, {});
+            for (; number < boxes; ++number) step<S, false>(p, at, turn, scores, out, weights, rows, {});
 
             barrier_wait(S::full_v(barriers, turn.stage), turn.parity);
             issue_output<S>(out, weights, at.v + turn.stage * (S::BOX / 16));
@@ -545,6 +596,20 @@ __device__ __forceinline__ void clear_behind_boxes(const Parameters& p, uint32_t
     proxy_fence();
 }
 
+// Writes down, a bit for a key of each box of global keys, which of them are real.
+template <typename S>
+__device__ __forceinline__ void note_valid(const Parameters& p, uint32_t to) {
+    const uint8_t* valid = p.valid + int64_t{tile_at<S>(p, blockIdx.x).batch} * p.globals;
+    constexpr int WORDS = BoxMask<S>::WORDS;
+    for (int i = threadIdx.x / 32; i < p.global_boxes * WORDS; i += S::THREADS / 32) {
+        const int box = i / WORDS, column = i % WORDS * 32 + threadIdx.x % 32;
+        const int key = (box < p.boxes_before ? box * p.box_rows : p.keys_before + (box - p.boxes_before) * p.box_rows) +
+                        column;
+        const uint32_t real = __ballot_sync(0xFFFFFFFF, column < p.box_rows && key < p.globals && __ldg(valid + key));
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + i * 4), "r"(real) : "memory");
+    }
+}
+
 template <typename S>
 __global__ void __launch_bounds__(S::THREADS, 1) attention_forward(const __grid_constant__ Parameters p) {
     extern __shared__ uint8_t memory[];
@@ -565,6 +630,10 @@ __global__ void __launch_bounds__(S::THREADS, 1) attention_forward(const __grid_
         barrier_init_fence();
     }
     if (S::PLANNED && p.box_rows < S::BN) clear_behind_boxes<S>(p, shared);
+    if (S::PLANNED && threadIdx.x < ROWS)
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(barriers + S::PLACES + threadIdx.x * 4), "r"(place_of(p, threadIdx.x))
+                     : "memory");
+    if (S::PLANNED && p.valid) note_valid<S>(p, barriers + S::VALID);
     __syncthreads();
 
     if (threadIdx.x < 128) {

@@ -14,15 +14,27 @@ struct Heads {
 
 struct Parameters {
     CUtensorMap q_map, k_map, v_map, o_map;
+    // Global tokens: keys and values as one line of all tokens, queries and output before and after the video.
+    CUtensorMap k_line, v_line, q_line[2], o_line[2];
     Heads q_x, k_x, v_x, o_x;
     float* lse;         // [B, heads, queries]
     float scale_log2;   // of the scores, times log2(e)
-    int heads;          // of the queries
+    int batch, heads;   // of the queries
     int queries_per_key;  // heads that share one head of the keys
     int tiles;          // query tiles of all heads and batches
-    int tiles_per_head;
+    int tiles_per_head;  // of the video
+    int line_tiles;      // of global queries, of each head; they come before all others
+    int line_record;     // where their records begin in the plan
+    int q_first;         // rows of q before those of the video
+    int before, after;   // global queries; 0 if q has none
+    int globals;         // global keys
+    int keys_before;     // of them before the video
+    int global_boxes, boxes_before;  // key boxes of them
+    const uint8_t* valid;  // [B, globals], which of them are real; or null
+    int slab_rows;      // tokens of a slab
     int slab[3];        // extents of a warpgroup's part of a tile, at most 64 rows
     int slab_step[3];   // from one warpgroup's part to the next
+    int steps[3];       // from one row of a part to the next, on each axis
     int q_shape[3];     // (T, H, W) of the queries
     int64_t queries;    // T * H * W
     int keys, boxes;    // without a plan: the keys, and the key boxes of every tile
@@ -31,11 +43,15 @@ struct Parameters {
     const int* plan;    // or null
 };
 
+// A tile's kind: what its rows are.
+enum Kind { VIDEO, BEFORE, AFTER };
+
 // A plan is one array of int32 that is read in records of four (8- or 16-byte masks in records of their size). First, for
-// each head, the record at which its tiles begin. A tile has two records: its first row (t, h, w), and the record of its
-// first box, the number of boxes, the record of its first mask record, the number of boxes with masks. A box is a record:
-// its first key (t, h, w). A mask record belongs to a box of a warpgroup (all boxes of the first warpgroup, then those of
-// the next): for each axis the number of the mask of the slab's first coordinate; those of the others follow it. A mask
-// has a bit for each key of a box, in 8 bytes if it has at most 64 keys, else in 16.
+// each head, the record at which its tiles begin. A tile has two records: its first row (t, h, w) and its kind, and the
+// record of its first box, the number of boxes, the record of its first mask record, the number of boxes with masks. A box
+// is a record: its first key (t, h, w) in the video and 0, or 0, 0, its first token in the line and 1. A mask record belongs to a box of a warpgroup
+// (all boxes of the first warpgroup, then those of the next): for each axis the number of the mask of the slab's first
+// coordinate, those of the others following it; then 0, or for global keys 1 + the number of their box (those before the
+// video first). A mask has a bit for each key of a box, in 8 bytes if boxes have at most 64 keys, else in 16.
 
 }  // namespace stattn::attention_fwd

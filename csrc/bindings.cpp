@@ -86,11 +86,11 @@ stattn::Strided strided(const Tensor& x, const Tensor& q, const char* name) {
 
 // layout: the integers of an AttentionPlan, in its order.
 stattn::AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const Tensor& k,
-                                     const std::vector<int64_t>& layout) {
+                                     const std::vector<int64_t>& layout, const std::optional<Tensor>& valid) {
     STD_TORCH_CHECK(data.is_cuda() && data.get_device_index() == q.get_device_index() && data.is_contiguous() &&
                         data.scalar_type() == ScalarType::Int,
                     "stattn::attention_forward: plan must be a contiguous int32 tensor on the device of q");
-    STD_TORCH_CHECK(layout.size() == 14, "stattn::attention_forward: layout has ", layout.size(), " integers, not 14");
+    STD_TORCH_CHECK(layout.size() == 22, "stattn::attention_forward: layout has ", layout.size(), " integers, not 22");
     for (const int64_t each : layout)
         STD_TORCH_CHECK(0 <= each && each < INT32_MAX, "stattn::attention_forward: layout has ", each);
     stattn::AttentionPlan plan{};
@@ -101,11 +101,27 @@ stattn::AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const 
         plan.k_shape[axis] = static_cast<int>(layout[3 + axis]);
         plan.slab[axis] = static_cast<int>(layout[6 + axis]);
         plan.box[axis] = static_cast<int>(layout[9 + axis]);
+        plan.steps[axis] = static_cast<int>(layout[12 + axis]);
         queries *= layout[axis], keys *= layout[3 + axis], rows *= layout[6 + axis];
-        STD_TORCH_CHECK(layout[6 + axis] > 0 && layout[9 + axis] > 0, "stattn::attention_forward: an empty tile");
+        STD_TORCH_CHECK(layout[6 + axis] > 0 && layout[9 + axis] > 0 && layout[12 + axis] > 0,
+                        "stattn::attention_forward: an empty tile");
     }
-    plan.stacked = static_cast<int>(layout[12]);
-    plan.tiles = static_cast<int>(layout[13]);
+    plan.stacked = static_cast<int>(layout[15]);
+    plan.tiles = static_cast<int>(layout[16]);
+    plan.before = static_cast<int>(layout[17]);
+    plan.after = static_cast<int>(layout[18]);
+    plan.q_globals = static_cast<int>(layout[19]);
+    plan.line_tiles = static_cast<int>(layout[20]);
+    plan.line_record = static_cast<int>(layout[21]);
+    keys += layout[17] + layout[18];
+    if (plan.q_globals) queries += layout[17] + layout[18];
+    if (valid) {
+        STD_TORCH_CHECK(valid->is_cuda() && valid->get_device_index() == q.get_device_index() && valid->is_contiguous() &&
+                            valid->scalar_type() == ScalarType::Bool && valid->dim() == 2 &&
+                            valid->size(0) == q.size(0) && valid->size(1) == layout[17] + layout[18],
+                        "stattn::attention_forward: valid must be contiguous booleans [B, before + after]");
+        plan.valid = static_cast<const uint8_t*>(valid->const_data_ptr());
+    }
     STD_TORCH_CHECK(queries == q.size(1) && keys == k.size(1), "stattn::attention_forward: the plan is for ", queries,
                     " queries and ", keys, " keys");
     STD_TORCH_CHECK(rows <= 64 && plan.stacked < 3,
@@ -114,7 +130,7 @@ stattn::AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const 
 }
 
 void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, int64_t config,
-                            std::optional<Tensor> plan, std::vector<int64_t> layout) {
+                            std::optional<Tensor> plan, std::vector<int64_t> layout, std::optional<Tensor> valid) {
     stattn::AttentionForward call{};
     STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half,
                     "stattn::attention_forward: q must be bfloat16 or float16");
@@ -149,7 +165,7 @@ void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse
     call.config = static_cast<int>(config);
     stattn::AttentionPlan planned{};
     if (plan) {
-        planned = attention_plan(*plan, q, k, layout);
+        planned = attention_plan(*plan, q, k, layout, valid);
         call.plan = &planned;
     }
     const int32_t device = q.get_device_index();
@@ -163,7 +179,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
     m.def("copy_bytes(Tensor src, Tensor(a!) dst) -> ()");
     m.def(
         "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, int config, "
-        "Tensor? plan, int[] layout) -> ()");
+        "Tensor? plan, int[] layout, Tensor? valid) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stattn, CPU, m) {

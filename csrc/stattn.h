@@ -23,11 +23,15 @@ struct Strided {
 // strides are multiples of 16 bytes, scale is positive, there is at least one key. config: an entry of the file's list.
 //
 // Without a plan every query sees every key. With one (csrc/attention_fwd.h), tokens are those of boxes (t, h, w), and a
-// tile of queries is one slab of at most 64 tokens for each warpgroup, side by side on the axis `stacked`.
+// tile of queries is one slab of at most 64 tokens for each warpgroup, side by side on the axis `stacked`. The tokens of
+// slabs and key boxes lie `steps` apart on each axis, at most 8 where there is more than one.
 struct AttentionPlan {
     const int32_t* data;
-    int q_shape[3], k_shape[3], slab[3], box[3];
+    int q_shape[3], k_shape[3], slab[3], box[3], steps[3];
     int stacked, tiles;  // tiles: of each head
+    // Global tokens before and after the video, whether q holds them too, and its tiles of them.
+    int before, after, q_globals, line_tiles, line_record;
+    const uint8_t* valid;  // [B, before + after], which of them are real; or null
 };
 struct AttentionForward {
     Strided q, k, v, out;

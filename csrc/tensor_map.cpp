@@ -22,9 +22,9 @@ Encode find_encode() {
 struct Key {
     const void* data;
     int64_t batch_stride, token_stride, head_stride;
-    int32_t bf16, batch, heads, head_dim, shape[3], box[3];
+    int32_t bf16, batch, heads, head_dim, shape[3], box[3], steps[3], unused;
 };
-static_assert(sizeof(Key) == 4 * 8 + 10 * 4);
+static_assert(sizeof(Key) == 4 * 8 + 14 * 4);
 
 uint64_t hash(const Key& key) {
     uint64_t words[sizeof(Key) / 8];
@@ -57,12 +57,16 @@ cudaError_t encode(const Key& key, TensorMap* result) {
     const cuuint64_t strides[4] = {static_cast<cuuint64_t>(token), static_cast<cuuint64_t>(h > 1 ? token * w : token),
                                    static_cast<cuuint64_t>(t > 1 ? token * w * h : token),
                                    static_cast<cuuint64_t>(step * ELEMENT)};
-    const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(key.box[2]), static_cast<cuuint32_t>(key.box[1]),
-                               static_cast<cuuint32_t>(key.box[0]), 1};
-    const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
+    // The extent of a box is that of what it steps over.
+    cuuint32_t box[5] = {64, 1, 1, 1, 1}, every[5] = {1, 1, 1, 1, 1};
+    for (int axis = 0; axis < 3; ++axis) {
+        if (key.box[axis] == 1) continue;
+        box[3 - axis] = static_cast<cuuint32_t>(key.box[axis] * key.steps[axis]);
+        every[3 - axis] = static_cast<cuuint32_t>(key.steps[axis]);
+    }
     const CUresult status = encoder(
         &result->map, key.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5,
-        const_cast<void*>(key.data), sizes, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        const_cast<void*>(key.data), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -70,16 +74,17 @@ cudaError_t encode(const Key& key, TensorMap* result) {
 }  // namespace
 
 cudaError_t tensor_map(const Strided& tensor, bool bf16, int batch, int heads, int head_dim, const int (&shape)[3],
-                       const int (&box)[3], TensorMap* result) {
+                       const int (&box)[3], const int (&steps)[3], TensorMap* result) {
     constexpr int KEPT = 256;  // a power of two
     struct Entry {
         Key key;
         TensorMap map;
     };
     alignas(64) thread_local Entry kept[KEPT];  // zeros at first: no key is zero
-    Key key{tensor.data, tensor.batch, tensor.token, tensor.head, bf16, batch, heads, head_dim, {}, {}};
+    Key key{tensor.data, tensor.batch, tensor.token, tensor.head, bf16, batch, heads, head_dim, {}, {}, {}, 0};
     std::copy_n(shape, 3, key.shape);
     std::copy_n(box, 3, key.box);
+    std::copy_n(steps, 3, key.steps);
     Entry& entry = kept[hash(key) % KEPT];
     if (std::memcmp(&entry.key, &key, sizeof key) != 0) {
         const cudaError_t error = encode(key, &entry.map);

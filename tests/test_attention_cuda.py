@@ -90,26 +90,21 @@ def test_views_and_transposes_are_no_obstacle() -> None:
         ({"k": half(2, 24, 4, 66)[..., :64]}, r"k has strides \(6336, 264, 66, 1\): all but"),
         ({"v": half(2, 1, 4, 64).expand(2, 24, 4, 64)}, r"v has strides \(256, 0, 64, 1\)"),
         ({"extras": Extras(k_frames=torch.arange(2))}, "does not serve k_frames yet"),
-        ({"problem": problem((2, 3, 4), masks.window(1, 1, 2, dilation=2))}, r"mask window\(.*\) is dilated"),
+        (
+            {"problem": problem((2, 3, 4), masks.window(1, 1, 2), masks.window(1, 1, 2, dilation=(1, 1, 2)))},
+            r"mask window\(.*\) and others are dilated in several ways on one axis",
+        ),
     ],
 )
 def test_what_stands_against_the_kernels_is_named(changes: dict[str, Any], words: str) -> None:
     assert re.match(words, obstacle(**changes) or "")
 
 
-def test_global_tokens_beside_a_mask_block_lists_and_negative_scales_are_refused_so_far() -> None:
-    grid, region = Grid(2, 3, 4, 0, 5), Region((0, 0, 0), (2, 3, 4))
-    beside = Problem(grid, (masks.spatial(),), region, region, True, "all", 0.1)
-    assert obstacle(problem=beside) == "does not serve 5 global tokens beside mask spatial() yet"
-    dense = Problem(grid, (masks.full(),), region, region, True, "all", 0.1)
-    assert obstacle(problem=dense) is None
-    only = Problem(grid, (masks.full(),), region, region, True, "globals", 0.1)
-    assert obstacle(problem=only) == "does not serve globals_see='globals' yet"
-    real = Extras(valid=torch.ones(2, 5, dtype=torch.bool))
-    assert obstacle(problem=dense, extras=real) == "does not serve valid yet"
+def test_block_lists_and_negative_scales_are_refused() -> None:
     lists = lower(masks.spatial(), (2, 3, 4), (1, 3, 4), (1, 3, 4))
     assert obstacle(extras=Extras(None, None, lists.count, lists.index)) == "does not serve block lists yet"
-    negative = Problem(Grid(2, 3, 4), (masks.full(),), region, region, True, "all", -0.5)
+    everything = Region((0, 0, 0), (2, 3, 4))
+    negative = Problem(Grid(2, 3, 4), (masks.full(),), everything, everything, True, "all", -0.5)
     assert obstacle(problem=negative) == "scale=-0.5 must not be negative"
 
 
@@ -122,41 +117,68 @@ def test_an_explicit_request_on_a_cpu_is_refused() -> None:
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
-def read_plan(given: Problem, heads: int, head_dim: int) -> list[np.ndarray]:
+def read_plan(given: Problem, heads: int, head_dim: int, valid: np.ndarray | None = None) -> list[np.ndarray]:
     """Count, as the kernel walks a plan, how often each query of each head takes part with each key."""
-    number, integers, array = _cuda_plan.layout(given, heads, head_dim)
-    q_shape, k_shape, slab, box = (np.array(integers[i : i + 3]) for i in (0, 3, 6, 9))
-    stacked, tiles = integers[12:]
+    number, integers, array = _cuda_plan.layout(given, heads, head_dim, valid is not None)
+    q_shape, k_shape, slab, box, steps = (np.array(integers[i : i + 3]) for i in (0, 3, 6, 9, 12))
+    stacked, tiles, before, after, q_globals, line_tiles, line_record = integers[15:]
+    for extents in (slab, box):
+        assert ((steps <= 8) | (extents == 1)).all()  # as far as a tensor copy steps
     columns = next(each.box for each in _cuda_plan.CONFIGS[head_dim] if each.number == number)
     width = 64 if columns <= 64 else 128
     records = array.reshape(-1, 4)
     bits = np.unpackbits(array.view(np.uint8), bitorder="little").reshape(-1, width).astype(bool)
     rows, keys = (np.stack(np.unravel_index(np.arange(e.prod()), tuple(e)), 1) for e in (slab, box))
+    queries = q_shape.prod() + q_globals * (before + after)
+    total = k_shape.prod() + before + after
+    global_keys = np.r_[0:before, total - after : total]
+    boxes_before = -(-before // len(keys))
     found = []
     for head in range(heads):
-        seen = np.zeros((q_shape.prod(), k_shape.prod()), np.int64)
-        written = np.zeros(q_shape.prod(), np.int64)
-        for tile in range(tiles):
-            corner = records[array[head] + 2 * tile][:3]
-            first_box, boxes, first_mask, masked = records[array[head] + 2 * tile + 1]
+        seen, written = np.zeros((queries, total), np.int64), np.zeros(queries, np.int64)
+        listed = [array[head] + 2 * tile for tile in range(tiles)]
+        for record in (*(line_record + 2 * tile for tile in range(line_tiles)), *listed):
+            *corner, kind = records[record]
+            first_box, boxes, first_mask, masked = records[record + 1]
             assert len(keys) == columns or masked == boxes
             for group in range(3):
-                place = corner + rows + group * slab * (np.arange(3) == stacked)
-                real = (place < q_shape).all(1)
-                query = np.ravel_multi_index(tuple(place[real].T), tuple(q_shape))
-                written[query] += 1
+                if kind:  # rows of 64 global queries
+                    tokens = corner[2] + group * 64 + np.arange(64)
+                    query = np.where(tokens < (before, after)[kind - 1], tokens + (kind - 1) * (queries - after), -1)
+                    row = np.array([rows[min(i, len(rows) - 1)] for i in range(64)])
+                else:
+                    place = np.array(corner) + steps * (rows + group * slab * (np.arange(3) == stacked))
+                    inside = (place < q_shape).all(1)
+                    query = np.ravel_multi_index(tuple(np.minimum(place, q_shape - 1).T), tuple(q_shape))
+                    query = np.where(inside, query + q_globals * before, -1)
+                    row = rows
+                real = query >= 0
+                written[query[real]] += 1
                 for number in range(boxes):
-                    key_place = records[first_box + number][:3] + keys
-                    allowed = np.ones((len(rows), width), bool)
+                    *first, line = records[first_box + number]
+                    if line:
+                        key = first[2] + np.arange(len(keys))
+                        inside = key < total
+                    else:
+                        place = np.array(first) + steps * keys
+                        inside = (place < k_shape).all(1)
+                        key = before + np.ravel_multi_index(tuple(np.minimum(place, k_shape - 1).T), tuple(k_shape))
+                    allowed = np.ones((len(row), width), bool)
                     if number < masked:
-                        start = records[first_mask + group * masked + number][:3]
+                        *start, mark = records[first_mask + group * masked + number]
                         for axis in range(3):
-                            allowed &= bits[start[axis] + rows[:, axis]]
+                            allowed &= bits[start[axis] + row[:, axis]]
                         assert not allowed[:, len(keys) :].any()
-                    inside = (key_place < k_shape).all(1)
+                        if mark:
+                            assert valid is not None
+                            end = before if mark - 1 < boxes_before else before + after
+                            index = mark - 1 if mark - 1 < boxes_before else mark - 1 - boxes_before
+                            base = index * len(keys) + (0 if mark - 1 < boxes_before else before)
+                            noted = np.array([base + c < end and valid[base + c] for c in range(len(keys))])
+                            assert (global_keys[base] == key[0]).all()
+                            allowed[:, : len(keys)] &= noted
                     assert not allowed[real][:, : len(keys)][:, ~inside].any()
-                    key = np.ravel_multi_index(tuple(key_place[inside].T), tuple(k_shape))
-                    seen[query[:, None], key] += allowed[real][:, : len(keys)][:, inside]
+                    seen[query[real][:, None], key[inside]] += allowed[real][:, : len(keys)][:, inside]
         assert (written == 1).all()
         found.append(seen)
     return found
@@ -172,11 +194,44 @@ def test_a_plan_visits_each_allowed_pair_once_and_no_other(shape: Triple, head_d
         assert (seen == mask.allowed(shape).numpy()).all(), f"{mask}"
 
 
+@pytest.mark.parametrize("before, after", [(5, 0), (0, 70), (3, 200)])
+@pytest.mark.parametrize("q_globals", [True, False])
+def test_global_tokens_are_planned_beside_the_video(before: int, after: int, q_globals: bool) -> None:
+    grid, everything = Grid(3, 4, 6, before, after), Region((0, 0, 0), (3, 4, 6))
+    video = np.arange(before, before + 72)
+    for mask in (masks.full(), masks.window(3, 3, 3), masks.spatial()):
+        for see in ("all", "globals"):
+            for valid in (None, np.arange(before + after) % 3 > 0):
+                given = Problem(grid, (mask,), everything, everything, q_globals, see, 0.1)
+                (seen,) = read_plan(given, 1, 128, valid)
+                told = None if valid is None else torch.from_numpy(valid)
+                want = mask.allowed(grid, globals_see=see, valid=told).numpy()
+                # Rows of global tokens that are not real are left to the end of the kernel.
+                real = np.ones(grid.tokens, bool)
+                if valid is not None:
+                    real[np.r_[0:before, before + 72 : grid.tokens]] = valid
+                rows = real.nonzero()[0] if q_globals else video
+                assert (seen[rows if q_globals else slice(None)] == want[rows]).all(), f"{mask} {see}"
+
+
 def test_heads_with_masks_of_their_own_read_plans_of_their_own() -> None:
     shape = (4, 6, 6)
     each = (masks.window(3, 3, 3), masks.spatial(), masks.window(3, 3, 3), masks.frame_causal(2))
     for mask, seen in zip(each, read_plan(problem(shape, *each), 4, 128), strict=True):
         assert (seen == mask.allowed(shape).numpy()).all(), f"{mask}"
+
+
+@pytest.mark.parametrize("dilation", [(1, 2, 3), (2, 1, 9), (3, 9, 1)])
+def test_dilated_windows_are_walked_by_residue_class(dilation: Triple) -> None:
+    shape = (6, 18, 27)
+    for size in ((2, 2, 3), (1, 2, 1)):
+        mask = masks.window(*size, dilation=dilation)
+        part = Region((1, 2, 5), (4, 13, 17))
+        everything = np.arange(6 * 18 * 27).reshape(shape)
+        for q_box, k_box in ((None, None), (part, None), (None, part)):
+            (seen,) = read_plan(problem(shape, mask, q_box=q_box, k_box=k_box), 1, 128)
+            q, k = (everything[:, 2:15, 5:22][1:5] if box else everything for box in (q_box, k_box))
+            assert (seen == mask.allowed(shape).numpy()[np.ix_(q.reshape(-1), k.reshape(-1))]).all(), f"{mask}"
 
 
 def test_parts_of_a_grid_are_planned_as_parts() -> None:
@@ -194,7 +249,7 @@ def test_parts_of_a_grid_are_planned_as_parts() -> None:
 def test_sliding_tiles_that_boxes_divide_need_no_masks() -> None:
     shape, mask = (30, 48, 80), masks.sliding_tile((6, 8, 8), (3, 3, 3))
     number, integers, array = _cuda_plan.layout(problem(shape, mask), 1, 128)
-    records = array.reshape(-1, 4)[array[0] :][: 2 * integers[13]].reshape(-1, 2, 4)
+    records = array.reshape(-1, 4)[array[0] :][: 2 * integers[16]].reshape(-1, 2, 4)
     assert records[:, 1, 3].sum() == 0
     pairs = records[:, 1, 1].sum() * _cuda_plan.CONFIGS[128][number].box * 192
     assert pairs == 30 * 48 * 80 * 18 * 24 * 24
@@ -203,20 +258,27 @@ def test_sliding_tiles_that_boxes_divide_need_no_masks() -> None:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def assert_right(qkv: tuple[torch.Tensor, ...], grid: Grid, mask: Any = None, **options: Any) -> None:
+def assert_right(
+    qkv: tuple[torch.Tensor, ...], grid: Grid, mask: Any = None, valid: torch.Tensor | None = None, **options: Any
+) -> None:
     """Compare with float64 attention over the table of allowed pairs, within twice the error of eager's rounding."""
     mask = masks.full() if mask is None else mask
     q, k, v = qkv
-    out, lse = stattn.attention(q, k, v, grid, mask, return_lse=True, impl="cuda", **options)
+    out, lse = stattn.attention(q, k, v, grid, mask, valid=valid, return_lse=True, impl="cuda", **options)
+    see = options.get("globals_see", "all")
+    video = torch.arange(grid.before, grid.before + grid.video)
     each = mask if isinstance(mask, tuple) else (mask,) * q.shape[2]
     scale = options.get("scale", 1 / math.sqrt(q.shape[3]))
     group = q.shape[2] // k.shape[2]
     eps = torch.finfo(q.dtype).eps
     for head in range(q.shape[2]):
         qh, kh, vh = (x[:, :, i].double() for x, i in ((q, head), (k, head // group), (v, head // group)))
-        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
-        if each[head] != masks.full():
-            seen = each[head].allowed(grid).to(q.device)
+        seen = torch.ones(q.shape[0], q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+        if each[head] != masks.full() or see != "all" or valid is not None:
+            rows = None if q.shape[1] == grid.tokens else video
+            for sample in range(q.shape[0]):
+                real = None if valid is None else valid[sample]
+                seen[sample] = each[head].allowed(grid, rows, globals_see=see, valid=real).to(q.device)
         scores = (qh @ kh.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
         want_lse = scores.logsumexp(-1)
         weights = torch.exp(scores - want_lse.masked_fill(want_lse == -torch.inf, 0)[..., None])
@@ -280,6 +342,26 @@ class TestOnHopper:
         qkv = tensors(grid.tokens, grid.tokens, 2, 1, dim, torch.bfloat16, batch=2)
         for mask in planned_masks(shape):
             assert_right(qkv, grid, mask)
+
+    @pytest.mark.parametrize("dim", [64, 128])
+    def test_global_tokens_are_right_beside_every_kind_of_mask(self, dim: int) -> None:
+        for before, after in ((0, 77), (5, 0), (70, 200)):
+            grid = Grid(3, 5, 7, before, after)
+            qkv = tensors(grid.tokens, grid.tokens, 2, 1, dim, torch.bfloat16, batch=2)
+            valid = torch.rand(2, before + after, device="cuda") < 0.7
+            dilated = masks.window(1, 2, 3, dilation=(3, 2, 2))
+            for mask in (masks.full(), masks.window(3, 3, 3), masks.spatial(), dilated):
+                for see in ("all", "globals"):
+                    for real in (None, valid):
+                        assert_right(qkv, grid, mask, real, globals_see=see)
+                video = qkv[0][:, : grid.video].contiguous()
+                assert_right((video, *qkv[1:]), grid, mask, valid)
+
+    def test_dilated_windows_are_right(self) -> None:
+        grid = Grid(6, 18, 27)
+        qkv = tensors(grid.tokens, grid.tokens, 2, 2, 128, torch.bfloat16)
+        for dilation in ((1, 2, 3), (2, 1, 9), (3, 9, 1), (1, 3, 8)):
+            assert_right(qkv, grid, masks.window(2, 2, 3, dilation=dilation))
 
     def test_heads_may_have_masks_of_their_own(self) -> None:
         grid = Grid(4, 6, 6)

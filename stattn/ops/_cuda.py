@@ -53,19 +53,16 @@ def _mask_obstacle(problem: Problem, extras: Extras) -> str | None:
         return "does not serve block lists yet"
     if extras.k_frames is not None:
         return "does not serve k_frames yet"
-    if problem.grid.globals and extras.valid is not None:
-        return "does not serve valid yet"
-    if problem.grid.globals and problem.q_globals and problem.globals_see != "all":
-        return f"does not serve globals_see={problem.globals_see!r} yet"
-    if _is_dense(problem):
-        return None
-    if problem.grid.globals:
-        return f"does not serve {problem.grid.globals} global tokens beside mask {problem.masks[0]} yet"
-    return _cuda_plan.why_not(problem)
+    return None if _is_dense(problem, extras) else _cuda_plan.why_not(problem)
 
 
-def _is_dense(problem: Problem) -> bool:
-    return all(mask == _FULL for mask in problem.masks)
+def _is_dense(problem: Problem, extras: Extras) -> bool:
+    """Say whether every query sees every key."""
+    if any(mask != _FULL for mask in problem.masks):
+        return False
+    if problem.grid.globals == 0:
+        return True
+    return extras.valid is None and (problem.globals_see == "all" or not problem.q_globals)
 
 
 def why_not(call: Any) -> str | None:
@@ -95,7 +92,12 @@ def run(
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     if k.shape[1] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    config, layout, plan = (0, [], None) if _is_dense(problem) else on_device(problem, heads, dim, q.device)
+    valid = extras.valid if problem.grid.globals else None
     scale = max(problem.scale, LEAST_SCALE)
-    torch.ops.stattn.attention_forward(q, k, v, out, lse, scale, config, plan, layout)
+    if _is_dense(problem, extras):
+        torch.ops.stattn.attention_forward(q, k, v, out, lse, scale, 0, None, [], None)
+        return out, lse
+    config, layout, plan = on_device(problem, heads, dim, valid is not None, q.device)
+    valid = valid if valid is None else valid.contiguous()
+    torch.ops.stattn.attention_forward(q, k, v, out, lse, scale, config, plan, layout, valid)
     return out, lse

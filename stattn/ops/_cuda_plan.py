@@ -6,7 +6,7 @@ A plan is made once per problem, on the host, from the tables of its masks. Its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ from stattn import plan
 from stattn.grid import Region, Triple
 from stattn.masks import Mask
 from stattn.problem import Problem
-from stattn.tables import Product, Rule
+from stattn.tables import Product, Rule, whole
 
 AXES = (0, 1, 2)
+BEFORE, AFTER = 1, 2  # kinds of tiles
 ROWS = 64  # of a warpgroup's slab
 WARPGROUPS = 3
 
@@ -39,10 +40,15 @@ CANDIDATES = 12  # of tile extents, the best of which are tried with every exten
 
 
 class Tiling(NamedTuple):
-    """How a problem is cut. slab: a warpgroup's part of a query tile. stacked: the axis on which slabs lie in a row."""
+    """How a problem is cut.
+
+    steps: an axis with a step is cut within its residue classes, of which extents count the members. slab: a
+    warpgroup's part of a query tile. stacked: the axis on which slabs lie in a row.
+    """
 
     q_box: Region
     k_box: Region
+    steps: Triple
     slab: Triple
     stacked: int
     box: Triple
@@ -54,8 +60,38 @@ class Tiling(NamedTuple):
         return t, h, w
 
 
+class Line(NamedTuple):
+    """The line of all tokens, where global ones lie before and after the video.
+
+    video: keys of the video. queries: whether q holds global tokens. see: what these see, "all" or "globals". valid:
+    whether a call says which of them are real.
+    """
+
+    before: int
+    after: int
+    video: int
+    queries: bool
+    see: str
+    valid: bool
+
+
+class Rows(NamedTuple):
+    """The rows of the tiles of one axis under a rule; keys are counted within the rows' residue class.
+
+    corner, key: int64 [tiles], the first row and the first key of the class, in tokens of the axis. lo, hi: int64
+    [tiles, extent], the first and the last key that a row sees, hi < lo where there is none. real: bool [tiles,
+    extent], whether a row exists.
+    """
+
+    corner: np.ndarray
+    key: np.ndarray
+    lo: np.ndarray
+    hi: np.ndarray
+    real: np.ndarray
+
+
 class Visits(NamedTuple):
-    """What the tiles of an axis visit under a rule, in keys from the key box's first: int64 [tiles] each.
+    """What the tiles of an axis visit under a rule: int64 [tiles] each.
 
     first, length: the keys visited. whole_from, whole_to: those, counted from the first, that all rows of a tile see.
     """
@@ -77,32 +113,39 @@ class Boxes(NamedTuple):
 @lru_cache(maxsize=512)
 def why_not(problem: Problem) -> str | None:
     """Say what in the masks of a problem cannot be planned, or None."""
-    for mask in problem.masks:
-        laid = plan.geometry(mask, problem.grid, problem.q_box, problem.k_box)
-        if laid.overlap:
+    masks = tuple(dict.fromkeys(problem.masks))
+    for mask in masks:
+        if plan.geometry(mask, problem.grid, problem.q_box, problem.k_box).overlap:
             return f"mask {mask} is a union whose parts overlap on several axes"
-        if any(rule.step > 1 for product in laid.products for rule in product):
-            return f"mask {mask} is dilated"
+    _, _, products = _geometry(problem, masks)
+    if _steps(products) is None:
+        return f"mask {masks[0]}{' and others are' if len(masks) > 1 else ' is'} dilated in several ways on one axis"
     return None
 
 
 @lru_cache(maxsize=128)
-def layout(problem: Problem, heads: int, head_dim: int) -> tuple[int, list[int], np.ndarray]:
-    """Plan a problem: the kernel's configuration, its integers (AttentionPlan in csrc/stattn.h), the plan's array."""
+def layout(problem: Problem, heads: int, head_dim: int, valid: bool = False) -> tuple[int, list[int], np.ndarray]:
+    """Plan a problem: the kernel's configuration, its integers (AttentionPlan in csrc/stattn.h), the plan's array.
+
+    valid: whether the call says which global tokens are real.
+    """
     masks = tuple(dict.fromkeys(problem.masks))
     of_head = [masks.index(mask) for mask in problem.masks] if len(problem.masks) > 1 else [0] * heads
     q_box, k_box, products = _geometry(problem, masks)
     tiling = choose(q_box, k_box, products, head_dim)
-    array = encode(tiling, products, of_head)
-    tiles = _prod(_tiles(tiling))
-    integers = [*q_box.extent, *k_box.extent, *tiling.slab, *tiling.box, tiling.stacked, tiles]
+    line = Line(problem.grid.before, problem.grid.after, k_box.video, problem.q_globals, problem.globals_see, valid)
+    array, line_tiles, line_record = encode(tiling, products, of_head, line)
+    integers = [*q_box.extent, *k_box.extent, *tiling.slab, *tiling.box, *tiling.steps, tiling.stacked]
+    integers += [_tile_count(tiling), line.before, line.after, int(line.queries), line_tiles, line_record]
     return tiling.config.number, integers, array
 
 
 @lru_cache(maxsize=128)
-def on_device(problem: Problem, heads: int, head_dim: int, device: torch.device) -> tuple[int, list[int], torch.Tensor]:
+def on_device(
+    problem: Problem, heads: int, head_dim: int, valid: bool, device: torch.device
+) -> tuple[int, list[int], torch.Tensor]:
     """Give the plan of a problem with its array on a device, copied there once."""
-    number, integers, array = layout(problem, heads, head_dim)
+    number, integers, array = layout(problem, heads, head_dim, valid)
     return number, integers, torch.from_numpy(array).to(device)
 
 
@@ -114,44 +157,60 @@ def _geometry(problem: Problem, masks: Sequence[Mask]) -> tuple[Region, Region, 
     return problem.q_box, problem.k_box, [plan.disjoint(mask.products(problem.grid))[0] for mask in masks]
 
 
+def _steps(products: Sequence[Sequence[Product]]) -> Triple | None:
+    """Find the step of each axis, which all products must share: None if they do not."""
+    steps = [1, 1, 1]
+    for axis in AXES:
+        rules = [product[axis] for each in products for product in each]
+        step = steps[axis] = max((rule.step for rule in rules), default=1)
+        for rule in rules:
+            # A rule of single keys has no step of its own; its keys may lie in the classes of the others.
+            x = np.arange(len(rule.lo))
+            single = bool(((rule.lo >= rule.hi) & ((rule.lo > rule.hi) | ((rule.lo - x) % step == 0))).all())
+            if rule.step != step and not single:
+                return None
+    return steps[0], steps[1], steps[2]
+
+
 # --- the choice of tiles ----------------------------------------------------------------------------------------------
 
 
 def choose(q_box: Region, k_box: Region, products: Sequence[Sequence[Product]], head_dim: int) -> Tiling:
     """Choose the extents of tiles and boxes: the least time by a count of boxes, of those with masks, and of tiles."""
     flat = [product for each in products for product in each]
-    visits = _Memo(partial(visit, q_box, k_box))
-
-    def keys(number: int, axis: int, extent: int) -> float:
-        return float(visits(flat[number][axis], axis, extent).length.sum())
-
+    steps = _steps(products)
+    assert steps is not None
+    visits = _Memo(partial(_visits, q_box, k_box, steps))
+    # A copy takes every eighth token at the least, of 256; rows further apart are copied one at a time.
+    q_shape, k_shape = (
+        _triple(1 if step > 8 else min(-(-n // step), 256 // step) for n, step in zip(box.extent, steps, strict=True))
+        for box in (q_box, k_box)
+    )
     candidates = []
-    for slab in _extents(q_box.extent, ROWS):
+    for slab in _extents(q_shape, ROWS):
         for stacked in AXES:
-            if stacked < 2 and q_box.extent[stacked] <= slab[stacked] < max(q_box.extent):
-                continue  # nothing is left to stack on this axis
             tile = _times(slab, stacked)
-            visited = sum(np.prod([keys(number, axis, tile[axis]) for axis in AXES]) for number in range(len(flat)))
-            tiles = _prod([-(-n // extent) for n, extent in zip(q_box.extent, tile, strict=True)])
-            candidates.append((visited / ROWS + TILE * tiles * len(products), slab[0], slab[1], stacked, slab))
+            visited = sum(_prod([float(visits(p[a], a, tile[a]).length.sum()) for a in AXES]) for p in flat)
+            tiles = _prod(_tiles(q_box, steps, tile)) * len(products)
+            candidates.append((visited / ROWS + TILE * tiles, slab[0], slab[1], stacked, slab))
     best: tuple[float, Tiling] | None = None
     for _, _, _, stacked, slab in sorted(candidates)[:CANDIDATES]:
         tile = _times(slab, stacked)
-        tiles = _prod([-(-n // extent) for n, extent in zip(q_box.extent, tile, strict=True)])
+        tiles = _prod(_tiles(q_box, steps, tile)) * len(products)
         counts = _Memo(partial(_count, visits, tile))
         for config in CONFIGS[head_dim]:
-            for box in _extents(k_box.extent, config.box):
-                if 2 * _prod(box) <= config.box < _prod(k_box.extent):
+            for box in _extents(k_shape, config.box):
+                if 2 * _prod(box) <= config.box < _prod(k_shape):
                     continue
-                boxes = whole = 0
+                boxes = inside = 0
                 for product in flat:
                     each = [counts(product[axis], axis, box[axis]) for axis in AXES]
                     boxes += _prod([count for count, _ in each])
-                    whole += _prod([inside for _, inside in each])
-                masked = boxes if _prod(box) < config.box else boxes - whole
-                cost = config.cost * (boxes + MASKED * masked) + TILE * tiles * len(products)
+                    inside += _prod([full for _, full in each])
+                masked = boxes if _prod(box) < config.box else boxes - inside
+                cost = config.cost * (boxes + MASKED * masked) + TILE * tiles
                 if best is None or (cost, -box[2], -box[1]) < (best[0], -best[1].box[2], -best[1].box[1]):
-                    best = cost, Tiling(q_box, k_box, slab, stacked, box, config)
+                    best = cost, Tiling(q_box, k_box, steps, slab, stacked, box, config)
     assert best is not None
     return best[1]
 
@@ -188,41 +247,66 @@ def _times(slab: Triple, stacked: int) -> Triple:
     return t, h, w
 
 
-def _prod(values: Sequence[int]) -> int:
+def _prod(values: Sequence[Any]) -> Any:
     return math.prod(values)
 
 
-def _tiles(tiling: Tiling) -> Triple:
-    t, h, w = (-(-n // extent) for n, extent in zip(tiling.q_box.extent, tiling.tile, strict=True))
+def _triple(values: Iterable[int]) -> Triple:
+    t, h, w = values
     return t, h, w
 
 
-def bounds(rule: Rule, q_box: Region, k_box: Region, axis: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Give the first and the last key that each of ``rows`` rows sees, counted from the key box's first.
-
-    Rows that see nothing, and those behind the end of the query box, have a last key before the first.
-    """
-    start, stop = q_box.origin[axis], q_box.origin[axis] + q_box.extent[axis]
-    origin, extent = k_box.origin[axis], k_box.extent[axis]
-    lo = np.maximum(rule.lo[start:stop].astype(np.int64) - origin, 0)
-    hi = np.minimum(rule.hi[start:stop].astype(np.int64) - origin, extent - 1)
-    none = lo > hi
-    lo, hi = np.where(none, extent, lo), np.where(none, -1, hi)
-    behind = rows - len(lo)
-    return np.pad(lo, (0, behind), constant_values=extent), np.pad(hi, (0, behind), constant_values=-1)
+def _tiles(q_box: Region, steps: Triple, tile: Triple) -> Triple:
+    """Count the tiles of each axis."""
+    return _triple(
+        sum(-(-size // extent) for size in _class_sizes(n, step))
+        for n, step, extent in zip(q_box.extent, steps, tile, strict=True)
+    )
 
 
-def visit(q_box: Region, k_box: Region, rule: Rule, axis: int, extent: int) -> Visits:
-    """Find what the tiles of an axis visit when they have this extent."""
-    count = -(-q_box.extent[axis] // extent)
-    lo, hi = (x.reshape(count, extent) for x in bounds(rule, q_box, k_box, axis, count * extent))
-    first, last = lo.min(1), hi.max(1)
-    length = np.maximum(last - first + 1, 0)
-    # Rows behind the end see what the last one sees: nothing of theirs is stored.
-    behind = np.arange(count * extent).reshape(count, extent) >= q_box.extent[axis]
-    most_lo, least_hi = np.where(behind, -1, lo).max(1), np.where(behind, k_box.extent[axis], hi).min(1)
+def _tile_count(tiling: Tiling) -> int:
+    return math.prod(_tiles(tiling.q_box, tiling.steps, tiling.tile))
+
+
+def _class_sizes(length: int, step: int) -> list[int]:
+    """Count the members of each residue class of an axis."""
+    return [-(-(length - first) // step) for first in range(min(step, length))]
+
+
+def rows_of(q_box: Region, k_box: Region, steps: Triple, rule: Rule, axis: int, extent: int) -> Rows:
+    """Cut an axis into tiles of ``extent`` rows, residue class after residue class."""
+    step, origin, keys = steps[axis], k_box.origin[axis], k_box.extent[axis]
+    corners, first_keys, los, his, reals = [], [], [], [], []
+    for first, size in enumerate(_class_sizes(q_box.extent[axis], step)):
+        tiles = -(-size // extent)
+        x = q_box.origin[axis] + first + step * np.arange(size)
+        key = (q_box.origin[axis] + first - origin) % step
+        last = (keys - 1 - key) // step  # -1 if the class has no key
+        lo = np.maximum(-((origin + key - rule.lo[x].astype(np.int64)) // step), 0)
+        hi = np.minimum((rule.hi[x].astype(np.int64) - origin - key) // step, last)
+        none = (lo > hi) | (rule.lo[x] > rule.hi[x])
+        behind = (0, tiles * extent - size)
+        corners.append(first + step * extent * np.arange(tiles))
+        first_keys.append(np.full(tiles, key))
+        los.append(np.pad(np.where(none, keys, lo), behind, constant_values=keys).reshape(tiles, extent))
+        his.append(np.pad(np.where(none, -1, hi), behind, constant_values=-1).reshape(tiles, extent))
+        reals.append((np.arange(tiles * extent) < size).reshape(tiles, extent))
+    return Rows(*(np.concatenate(each) for each in (corners, first_keys, los, his, reals)))
+
+
+def visit(rows: Rows) -> Visits:
+    """Find what tiles visit."""
+    first = rows.lo.min(1)
+    length = np.maximum(rows.hi.max(1) - first + 1, 0)
+    # Rows behind the end see what the others see: nothing of theirs is stored.
+    most_lo = np.where(rows.real, rows.lo, -1).max(1)
+    least_hi = np.where(rows.real, rows.hi, np.iinfo(np.int64).max // 2).min(1)
     whole_from = np.clip(most_lo - first, 0, length)
     return Visits(np.where(length > 0, first, 0), length, whole_from, np.clip(least_hi + 1 - first, whole_from, length))
+
+
+def _visits(q_box: Region, k_box: Region, steps: Triple, rule: Rule, axis: int, extent: int) -> Visits:
+    return visit(rows_of(q_box, k_box, steps, rule, axis, extent))
 
 
 def in_boxes(visits: Visits, extent: int) -> Boxes:
@@ -235,10 +319,16 @@ def in_boxes(visits: Visits, extent: int) -> Boxes:
 # --- the plan's array -------------------------------------------------------------------------------------------------
 
 
-def encode(tiling: Tiling, products: Sequence[Sequence[Product]], of_head: Sequence[int]) -> np.ndarray:
-    """Lay a plan out as int32. products: of each mask. of_head: the mask of each head."""
+def encode(
+    tiling: Tiling, products: Sequence[Sequence[Product]], of_head: Sequence[int], line: Line
+) -> tuple[np.ndarray, int, int]:
+    """Lay a plan out as int32. products: of each mask. of_head: the mask of each head.
+
+    Returns the array, the number of tiles of global queries and the record at which they begin.
+    """
     table = _MaskTable(tiling)
-    lists = [_List(tiling, each, table) for each in products]
+    lists = [_video_list(tiling, each, table, line) for each in products]
+    lists.append(_line_list(tiling, table, line))
     masks = table.array()  # [masks, words]
     per_record = 4 // masks.shape[1]
     records = np.concatenate([masks.reshape(-1), np.zeros(-masks.size % 4, np.int32)]).reshape(-1, 4)
@@ -255,14 +345,19 @@ def encode(tiling: Tiling, products: Sequence[Sequence[Product]], of_head: Seque
         raise ValueError(f"a plan of {start} records of 16 bytes is too large")
     array = np.concatenate(parts).astype(np.int32).reshape(-1)
     array[: len(of_head)] = np.array(offsets, np.int32)[list(of_head)]
-    return array
+    return array, len(lists[-1].corners), offsets[-1]
+
+
+def _stops(box: Region) -> Triple:
+    """Give the ends of a box, where tables end that are just long enough for it."""
+    return _triple(o + n for o, n in zip(box.origin, box.extent, strict=True))
 
 
 class _MaskTable:
     """The masks of an axis for a slab's coordinates, equal ones kept once."""
 
     def __init__(self, tiling: Tiling) -> None:
-        self._tiling = tiling
+        self._width = 64 if tiling.config.box <= 64 else 128
         self._known: dict[tuple[int, bytes], int] = {}
         self._masks: list[np.ndarray] = []
         self._length = 0
@@ -280,111 +375,170 @@ class _MaskTable:
         numbers = np.array([self._add(axis, each.reshape(-1, 2)) for each in different], np.int64)
         return numbers[inverse.reshape(-1)]
 
+    def line(self, axis: int, slab: int, count: int) -> int:
+        """Give the number of the first mask of a group by which all rows see the first ``count`` keys of a box."""
+        key = (axis, f"line of {count}".encode())
+        if key not in self._known:
+            self._known[key] = self._append(np.broadcast_to(np.arange(self._width) < count, (slab, self._width)))
+        return self._known[key]
+
     def _add(self, axis: int, spans: np.ndarray) -> int:
         key = (axis, spans.astype(np.int64).tobytes())
         if key not in self._known:
             place = self._place[axis]
             bits = (spans[:, :1] <= place) & (place < spans[:, 1:]) & self._real
-            width = 64 if self._tiling.config.box <= 64 else 128
-            bits = np.pad(bits, ((0, 0), (0, width - bits.shape[1])))
-            self._masks.append(np.packbits(bits, axis=1, bitorder="little").view(np.int32))
-            self._known[key] = self._length
-            self._length += len(spans)
+            self._known[key] = self._append(np.pad(bits, ((0, 0), (0, self._width - bits.shape[1]))))
         return self._known[key]
+
+    def _append(self, bits: np.ndarray) -> int:
+        first = self._length
+        self._masks.append(np.packbits(bits, axis=1, bitorder="little").view(np.int32))
+        self._length += len(bits)
+        return first
 
     def array(self) -> np.ndarray:
         """Lay all masks out, [masks, words]."""
-        words = 2 if self._tiling.config.box <= 64 else 4
-        return np.concatenate([np.zeros((0, words), np.int32), *self._masks])
+        return np.concatenate([np.zeros((0, self._width // 32), np.int32), *self._masks])
+
+
+class _Entries(NamedTuple):
+    """Boxes of tiles.
+
+    tile: [boxes]. masked: whether rows have masks, [boxes]. box: its record, [boxes, 4]. masks: the records of its masks,
+    [boxes, warpgroups, 4], in which masks are counted from the table's first.
+    """
+
+    tile: np.ndarray
+    masked: np.ndarray
+    box: np.ndarray
+    masks: np.ndarray
+
+
+def _video_list(tiling: Tiling, products: Sequence[Product], table: _MaskTable, line: Line) -> _List:
+    """List the tiles of the video under one mask: the boxes of its products, and those of the global keys."""
+    places = np.indices(_tiles(tiling.q_box, tiling.steps, tiling.tile)).reshape(3, -1)  # of tiles, in tiles
+    corners = [
+        rows_of(tiling.q_box, tiling.k_box, tiling.steps, whole(stop), axis, tiling.tile[axis]).corner[places[axis]]
+        for axis, stop in enumerate(_stops(tiling.q_box))
+    ]
+    entries = [_product_boxes(tiling, product, table, places) for product in products]
+    entries.append(_line_boxes(tiling, table, line, places.shape[1], with_video=False))
+    return _List(np.stack([*corners, 0 * corners[0]], 1), entries)
+
+
+def _line_list(tiling: Tiling, table: _MaskTable, line: Line) -> _List:
+    """List the tiles of the global queries."""
+    step = ROWS * WARPGROUPS
+    sides = ((BEFORE, line.before), (AFTER, line.after)) if line.queries else ()
+    corners = [(0, 0, first, kind) for kind, tokens in sides for first in range(0, tokens, step)]
+    entries = [_line_boxes(tiling, table, line, len(corners), with_video=line.see == "all")]
+    return _List(np.array(corners, np.int64).reshape(-1, 4), entries)
+
+
+def _line_boxes(tiling: Tiling, table: _MaskTable, line: Line, tiles: int, with_video: bool) -> _Entries:
+    """Cut the line's keys into boxes, the same for each of ``tiles`` tiles."""
+    rows = _prod(tiling.box)
+    parts = [(0, line.before, True), (line.before, line.video if with_video else 0, False)]
+    parts.append((line.before + line.video, line.after, True))
+    boxes, masked, masks, number = [], [], [], 0
+    for start, length, is_global in parts:
+        for first in range(0, length, rows):
+            count = min(rows, length - first)
+            number += is_global
+            boxes.append((0, 0, start + first, 1))
+            masked.append(count < tiling.config.box or (is_global and line.valid))
+            sees = [table.line(axis, tiling.slab[axis], count) for axis in AXES]
+            masks.append([(*sees, number if is_global and line.valid else 0)] * WARPGROUPS)
+    return _Entries(
+        np.repeat(np.arange(tiles), len(boxes)),
+        np.tile(np.array(masked, bool), tiles),
+        np.tile(np.array(boxes, np.int64).reshape(-1, 4), (tiles, 1)),
+        np.tile(np.array(masks, np.int64).reshape(-1, WARPGROUPS, 4), (tiles, 1, 1)),
+    )
+
+
+def _product_boxes(tiling: Tiling, product: Product, table: _MaskTable, places: np.ndarray) -> _Entries:
+    """Cut what the tiles at ``places`` visit of a product into boxes."""
+    rows = [rows_of(tiling.q_box, tiling.k_box, tiling.steps, product[a], a, tiling.tile[a]) for a in AXES]
+    visits = [visit(each) for each in rows]
+    boxes = [in_boxes(each, extent) for each, extent in zip(visits, tiling.box, strict=True)]
+    counts = [each.number[place] for each, place in zip(boxes, places, strict=True)]
+    total = counts[0] * counts[1] * counts[2]
+    tile = np.repeat(np.arange(len(total)), total)
+    rest = np.arange(len(tile)) - np.repeat(np.cumsum(total) - total, total)
+    _, h, w = (count[tile] for count in counts)
+    number = [rest // (h * w), rest // w % h, rest % w]
+    inner = np.ones(len(tile), bool)
+    first, masks = [], []
+    for axis in AXES:
+        place, at = places[axis][tile], number[axis]
+        inner &= (boxes[axis].whole_from[place] <= at) & (at < boxes[axis].whole_to[place])
+        key = visits[axis].first[place] + at * tiling.box[axis]  # in its class
+        first.append(rows[axis].key[place] + tiling.steps[axis] * key)
+        masks.append(_axis_masks(tiling, axis, rows[axis], visits[axis], boxes[axis], table, place, at))
+    # A box with columns that no key fills has masks always.
+    masked = ~inner if _prod(tiling.box) == tiling.config.box else np.ones(len(tile), bool)
+    return _Entries(
+        tile, masked, np.stack([*first, 0 * tile], 1), np.stack([*masks, np.zeros((len(tile), WARPGROUPS), int)], 2)
+    )
+
+
+def _axis_masks(
+    tiling: Tiling,
+    axis: int,
+    rows: Rows,
+    visits: Visits,
+    boxes: Boxes,
+    table: _MaskTable,
+    place: np.ndarray,
+    at: np.ndarray,
+) -> np.ndarray:
+    """Number the masks of an axis for boxes ``at`` of tiles ``place``: [boxes, warpgroups]."""
+    slab, extent = tiling.slab[axis], tiling.box[axis]
+    groups = WARPGROUPS if axis == tiling.stacked else 1
+    count = len(boxes.number)
+    lo, hi = (x.reshape(count, groups, slab) for x in (rows.lo, rows.hi))
+    # Every box of every tile of the axis, those seen whole as one.
+    everything = np.broadcast_to(np.array([0, extent]), (1, slab, 2))
+    numbers = np.full((count, int(boxes.number.max(initial=0)), groups), int(table.find(axis, everything)[0]))
+    i, b = np.nonzero(np.arange(numbers.shape[1]) < boxes.number[:, None])
+    part = (b < boxes.whole_from[i]) | (boxes.whole_to[i] <= b)
+    i, b = i[part], b[part]
+    start = (visits.first[i] + b * extent)[:, None, None]
+    spans = np.stack([np.clip(lo[i] - start, 0, extent), np.clip(hi[i] + 1 - start, 0, extent)], 3)
+    spans[spans[..., 0] >= spans[..., 1]] = 0
+    numbers[i, b] = table.find(axis, spans.reshape(-1, slab, 2)).reshape(-1, groups)
+    return np.broadcast_to(numbers[place, at], (len(at), WARPGROUPS)) if groups == 1 else numbers[place, at]
 
 
 class _List:
-    """The tiles of one mask, their boxes and the masks of these."""
+    """Tiles, their boxes and the masks of these. corners: the first record of each tile, [tiles, 4]."""
 
-    def __init__(self, tiling: Tiling, products: Sequence[Product], table: _MaskTable) -> None:
-        shape = _tiles(tiling)
-        self._places = np.indices(shape).reshape(3, -1)  # of the tiles, in tiles
-        self._tile = tiling.tile
-        always = _prod(tiling.box) < tiling.config.box  # then every box has columns that no key fills
-        found = [self._product(tiling, product, table, always) for product in products]
-        none = np.zeros(0, np.int64)
-        found.append((none, none > 0, np.zeros((0, 3), np.int64), np.zeros((0, WARPGROUPS, 3), np.int64)))
-        tile, masked, boxes, groups = (np.concatenate([each[part] for each in found]) for part in range(4))
-        count = self._places.shape[1]
-        self._count = np.bincount(tile, minlength=count)
-        self._masked = np.bincount(tile[masked], minlength=count)
+    def __init__(self, corners: np.ndarray, entries: Sequence[_Entries]) -> None:
+        self.corners = corners
+        tile, masked, box, masks = (np.concatenate(each) for each in zip(*entries, strict=True))
+        self._count = np.bincount(tile, minlength=len(corners))
+        self._masked = np.bincount(tile[masked], minlength=len(corners))
         order = np.lexsort((~masked, tile))  # stable: in a tile by products and row-major, those with masks first
-        self._boxes = boxes[order]
+        self._boxes = box[order]
         self._tile_of_mask = tile[order][masked[order]]
-        self._groups = groups[order][masked[order]]
-
-    def _product(
-        self, tiling: Tiling, product: Product, table: _MaskTable, always: bool
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Give of each box of each tile its tile, whether it has masks, its first key, and its masks by warpgroup."""
-        visits = [visit(tiling.q_box, tiling.k_box, product[a], a, tiling.tile[a]) for a in AXES]
-        boxes = [in_boxes(each, extent) for each, extent in zip(visits, tiling.box, strict=True)]
-        counts = [each.number[place] for each, place in zip(boxes, self._places, strict=True)]
-        total = counts[0] * counts[1] * counts[2]
-        tile = np.repeat(np.arange(len(total)), total)
-        rest = np.arange(len(tile)) - np.repeat(np.cumsum(total) - total, total)
-        _, h, w = (count[tile] for count in counts)
-        number = [rest // (h * w), rest // w % h, rest % w]
-        whole = np.ones(len(tile), bool)
-        first, groups = [], []
-        for axis in AXES:
-            place, at = self._places[axis][tile], number[axis]
-            inside = (boxes[axis].whole_from[place] <= at) & (at < boxes[axis].whole_to[place])
-            whole &= inside
-            first.append(visits[axis].first[place] + at * tiling.box[axis])
-            groups.append(self._axis_masks(tiling, product[axis], axis, visits[axis], boxes[axis], table, place, at))
-        masked = np.full(len(tile), True) if always else ~whole
-        return tile, masked, np.stack(first, 1), np.stack(groups, 2)
-
-    def _axis_masks(
-        self,
-        tiling: Tiling,
-        rule: Rule,
-        axis: int,
-        visits: Visits,
-        boxes: Boxes,
-        table: _MaskTable,
-        place: np.ndarray,
-        at: np.ndarray,
-    ) -> np.ndarray:
-        """Number the masks of an axis for boxes ``at`` of tiles ``place``: [boxes, warpgroups]."""
-        slab, extent = tiling.slab[axis], tiling.box[axis]
-        groups = WARPGROUPS if axis == tiling.stacked else 1
-        count = len(boxes.number)
-        lo, hi = bounds(rule, tiling.q_box, tiling.k_box, axis, count * groups * slab)
-        lo, hi = lo.reshape(count, groups, slab), hi.reshape(count, groups, slab)
-        # Every box of every tile of the axis, those seen whole as one.
-        whole = np.broadcast_to(np.array([0, extent]), (1, slab, 2))
-        numbers = np.full((count, int(boxes.number.max(initial=0)), groups), int(table.find(axis, whole)[0]))
-        i, b = np.nonzero(np.arange(numbers.shape[1]) < boxes.number[:, None])
-        part = (b < boxes.whole_from[i]) | (boxes.whole_to[i] <= b)
-        i, b = i[part], b[part]
-        start = (visits.first[i] + b * extent)[:, None, None]
-        spans = np.stack([np.clip(lo[i] - start, 0, extent), np.clip(hi[i] + 1 - start, 0, extent)], 3)
-        spans[spans[..., 0] >= spans[..., 1]] = 0
-        numbers[i, b] = table.find(axis, spans.reshape(-1, slab, 2)).reshape(-1, groups)
-        return np.broadcast_to(numbers[place, at], (len(at), WARPGROUPS)) if groups == 1 else numbers[place, at]
+        self._masks = masks[order][masked[order]]
 
     def records(self, start: int, first_mask: int) -> np.ndarray:
         """Lay the list out in records of four, from record ``start`` on. first_mask: the number of the first mask."""
-        tiles = self._places.shape[1]
+        tiles = len(self.corners)
         first_box = start + 2 * tiles + np.cumsum(self._count) - self._count
         masks = WARPGROUPS * self._masked
         first_mask_record = start + 2 * tiles + len(self._boxes) + np.cumsum(masks) - masks
-        place = self._places * np.array(self._tile)[:, None]
-        header = np.stack([*place, 0 * self._count, first_box, self._count, first_mask_record, self._masked], 1)
-        if self._count.max(initial=0) > 1.25 * self._count.mean():  # the longest first, or they end last
+        lists = np.stack([first_box, self._count, first_mask_record, self._masked], 1)
+        header = np.concatenate([self.corners, lists], 1)
+        if self._count.max(initial=0) * len(self._count) > 1.25 * self._count.sum():  # the longest first
             header = header[np.argsort(-self._count, kind="stable")]
-        # [boxes with masks, warpgroups, 3] -> all boxes of a tile's first warpgroup, then of its next.
-        inside = np.arange(len(self._groups)) - (np.cumsum(self._masked) - self._masked)[self._tile_of_mask]
-        groups = np.zeros((int(masks.sum()), 4), np.int64)
+        # All boxes of a tile's first warpgroup, then those of its next.
+        of_tile = self._masked[self._tile_of_mask]
+        inside = np.arange(len(self._masks)) - (np.cumsum(self._masked) - self._masked)[self._tile_of_mask]
+        at = (np.cumsum(masks) - masks)[self._tile_of_mask] + inside
+        found = np.zeros((int(masks.sum()), 4), np.int64)
         for group in range(WARPGROUPS):
-            at = first_mask_record[self._tile_of_mask] - first_mask_record[0] if tiles else 0
-            groups[at + group * self._masked[self._tile_of_mask] + inside, :3] = self._groups[:, group] + first_mask
-        boxes = np.pad(self._boxes, ((0, 0), (0, 1)))
-        return np.concatenate([header.reshape(-1, 4), boxes, groups])
+            found[at + group * of_tile] = self._masks[:, group] + np.array([first_mask, first_mask, first_mask, 0])
+        return np.concatenate([header.reshape(-1, 4), self._boxes, found])
