@@ -173,6 +173,12 @@ def store_modulated(
 
 
 @triton.jit
+def divide(total, C: tl.constexpr):
+    """Divide by the number of channels as IEEE does: the mean of equal values is that value."""
+    return tl.div_rn(total, tl.full([], C, tl.float32))
+
+
+@triton.jit
 def normalise(row, eps, LAYER: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """Normalise rows. Returns them with their mean (0 for "rms") and 1 / sqrt(variance + eps).
 
@@ -183,7 +189,7 @@ def normalise(row, eps, LAYER: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexp
         total = row[0]
         for i in tl.static_range(1, CHUNKS):
             total += row[i]
-        mean = sum_row(total) / C
+        mean = divide(sum_row(total), C)
         centred = ()
         for i in tl.static_range(CHUNKS):
             chunk = row[i] - mean
@@ -194,7 +200,7 @@ def normalise(row, eps, LAYER: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexp
     square = row[0] * row[0]
     for i in tl.static_range(1, CHUNKS):
         square += row[i] * row[i]
-    rstd = tl.rsqrt(sum_row(square) / C + eps)
+    rstd = tl.rsqrt(divide(sum_row(square), C) + eps)
     unit = ()
     for i in tl.static_range(CHUNKS):
         unit = append(unit, row[i] * rstd)

@@ -202,9 +202,9 @@ def test_every_config_is_right(device, monkeypatch):
                 patched.setattr(module, name, (config,))
                 got = run(operation, case, inputs, douts, "triton")
                 for each, tensor in got.items():
-                    torch.testing.assert_close(
-                        tensor, want[operation][each], rtol=4e-3, atol=4e-3, msg=lambda text: f"{config} {each}: {text}"
-                    )
+                    exact = want[operation][each]
+                    # Two roundings to fp16 apart, and a sum over 4,200 tokens in another order.
+                    assert (tensor - exact).abs().max() <= 4e-3 * exact.abs().max(), (config, each)
                 for _ in range(0 if device == "cpu" else 50):
                     again = run(operation, case, inputs, douts, "triton")
                     assert all(torch.equal(again[each], tensor) for each, tensor in got.items()), config
@@ -233,7 +233,8 @@ def test_a_constant_token_is_finite_forward_and_backward(device):
 def test_rows_too_long_for_sums_beside_them_are_right(device, monkeypatch):
     monkeypatch.setattr(modulate_kernels, "MAX_FUSED_CHANNELS", 16)
     monkeypatch.setattr(gate_modulate, "MAX_FUSED_CHANNELS", 16)
-    for label in ("per sample", "per frame, affine, rms", "per token, affine", "frames and samples", "other kinds differ"):
+    labels = "per sample", "per frame, affine, rms", "per token, affine", "frames and samples", "other kinds differ"
+    for label in labels:
         case = SMALL[label]
         inputs = draw(case, torch.float32, device)
         douts = tuple(torch.randn(2, *inputs.x.shape, device=device))
