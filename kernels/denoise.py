@@ -75,10 +75,10 @@ def sine_and_cosine(angle):
     turns = tl.floor(angle * PER_QUARTER + 0.5)
     x = (angle - turns * QUARTER) - turns * QUARTER_REST
     y = x * x
-    s, c = y * SINE[0], y * COSINE[0]
-    for i in tl.static_range(1, 9):
-        s, c = (s + SINE[i]) * y, (c + COSINE[i]) * y
-    s, c = s * x + x, c + 1.0
+    s, c = y * SINE[0] + SINE[1], y * COSINE[0] + COSINE[1]
+    for i in tl.static_range(2, 9):
+        s, c = s * y + SINE[i], c * y + COSINE[i]
+    s, c = s * y * x + x, c * y + 1.0
     quarter = turns.to(tl.int32)
     odd = (quarter & 1) == 1
     sine, cosine = tl.where(odd, c, s), tl.where(odd, s, c)
@@ -453,9 +453,9 @@ def advance(
     for each in (noise, known, generated):
         others += [each, *_strides(each, size)]
     given = [sample, *_strides(sample, size), *outputs, *past, *others]
-    flat = [n for i in range(0, len(given), 6) if given[i] is not None and given[i + 3] is None for n in given[i + 1 : i + 3]]
+    flat = [i for i in range(0, len(given), 6) if given[i] is not None and given[i + 3] is None]
     shared = {
-        "ALIGN": math.gcd(16, places, *(flat if patch is None else flat[:2] + flat[6:])),
+        "ALIGN": math.gcd(16, places, *(stride for i in flat for stride in given[i + 1 : i + 3])),
         "LONG": max(places * channels, *(_reach(each) for each in given[::6] if each is not None)) >= 2**31,
         "PARTIALS": parts,
         "PT": pt,

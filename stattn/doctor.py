@@ -98,7 +98,7 @@ def tables(device: str) -> Iterator[str]:
         (GATE_RESIDUAL_MODULATE, GateCall(device, (dtype, torch.float32), channels, "layer")),
         (QK_NORM_ROPE, QKNormRopeCall(device, dtype, heads, head_dim, True, True, (dtype, dtype))),
         (QK_NORM_ROPE_IN_PLACE, QKNormRopeCall(device, dtype, heads, head_dim, True, True, (dtype, dtype))),
-        (DENOISE_STEP, DenoiseCall(device, torch.float32, dtype, patch, False)),
+        (DENOISE_STEP, DenoiseCall(device, torch.float32, dtype, patch, False, ())),
         (PHILOX_NORMAL, NormalCall(device)),
     ]
     for operation, call in calls:

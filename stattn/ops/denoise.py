@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stattn.grid import is_int
-from stattn.ops import _validate
+from stattn.ops import _triton, _validate
 from stattn.ops._dispatch import Implementation, Operation
 from stattn.reference._philox import philox_normal as reference_normal
 from stattn.reference.denoise import KINDS, conversion
@@ -23,7 +23,7 @@ class DenoiseCall(NamedTuple):
     """What the choice of an implementation depends on.
 
     dtype: of the state; output: of the model's output; patch: the patch of an output in tokens, None for latents;
-    reduces: a sum over each sample is needed first (rescale, zero_star).
+    reduces: a sum over each sample is needed first (rescale, zero_star). others: the dtypes of the other tensors.
     """
 
     device: str
@@ -31,16 +31,13 @@ class DenoiseCall(NamedTuple):
     output: torch.dtype
     patch: tuple[int, int, int] | None
     reduces: bool
+    others: tuple[torch.dtype, ...]
 
 
 class NormalCall(NamedTuple):
     """What the choice of an implementation depends on."""
 
     device: str
-
-
-DENOISE_STEP = Operation("denoise_step", (Implementation("reference", lambda call: None, reference),))
-PHILOX_NORMAL = Operation("philox_normal", (Implementation("reference", lambda call: None, reference_normal),))
 
 
 def denoise_step(
@@ -136,7 +133,8 @@ def denoise_step(
         _validate.one_device("sample", sample, **{name: other})
     for i, each in enumerate(history):
         _validate.one_device("sample", sample, **{f"history[{i}]": each})
-    call = DenoiseCall(sample.device.type, sample.dtype, output.dtype, patch, zero_star or rescale != 0)
+    others = tuple(each.dtype for each in (*history, noise, known, generated) if each is not None)
+    call = DenoiseCall(sample.device.type, sample.dtype, output.dtype, patch, zero_star or rescale != 0, others)
     return DENOISE_STEP.choose(impl, call).run(
         sample,
         output,
@@ -296,3 +294,186 @@ def _check_known(
             f"generated of shape {tuple(generated.shape)} must broadcast against sample, {tuple(sample.shape)}"
         )
     return alpha, sigma
+
+
+# --- choice of implementation ----------------------------------------------------------------------------------------
+
+
+def _reference_why_not(call: DenoiseCall | NormalCall) -> str | None:
+    return None
+
+
+def _triton_why_not(call: DenoiseCall) -> str | None:
+    return _triton.why_not(call.device, call.dtype, call.output, *call.others)
+
+
+def _triton_normal_why_not(call: NormalCall) -> str | None:
+    return _triton.why_not(call.device)
+
+
+def _triton_run(
+    sample: Tensor,
+    output: Tensor,
+    uncond: Tensor | None,
+    guidance: float,
+    rescale: float,
+    zero_star: bool,
+    convert: tuple[float, float],
+    weights: tuple[float, ...],
+    history: tuple[Tensor, ...],
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    offset: int,
+    noise_weight: float,
+    known: Tensor | None,
+    generated: Tensor | None,
+    known_weights: tuple[float, float],
+    patch: tuple[int, int, int] | None,
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.stattn.denoise_step(
+        sample, output, uncond, noise, known, generated, list(history), seeds, offset, guidance, rescale, zero_star,
+        list(convert), list(weights), noise_weight, list(known_weights), list(patch or ()),
+    )  # fmt: skip
+
+
+def _triton_normal(seeds: Tensor, offset: int, size: torch.Size) -> Tensor:
+    return torch.ops.stattn.philox_normal(seeds, offset, size)
+
+
+DENOISE_STEP = Operation(
+    "denoise_step",
+    (
+        Implementation("triton", _triton_why_not, _triton_run),
+        Implementation("reference", _reference_why_not, reference),
+    ),
+)
+PHILOX_NORMAL = Operation(
+    "philox_normal",
+    (
+        Implementation("triton", _triton_normal_why_not, _triton_normal),
+        Implementation("reference", _reference_why_not, reference_normal),
+    ),
+)
+
+
+# --- torch.library: the Triton kernels; the reference is differentiable PyTorch, called directly ----------------------
+
+_LIBRARY = torch.library.Library("stattn", "FRAGMENT")
+_TENSORS = (
+    "Tensor sample, Tensor output, Tensor? uncond, Tensor? noise, Tensor? known, Tensor? generated, Tensor[] history"
+)
+_NUMBERS = (
+    "Tensor? seeds, int offset, float guidance, float rescale, bool zero_star, float[] convert, float[] weights, "
+    "float noise_weight, float[] known_weights, int[] patch"
+)
+_LIBRARY.define(f"denoise_step({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"denoise_step_backward(Tensor dfollowing, Tensor dtarget, {_TENSORS}, {_NUMBERS}, bool[] needed) -> Tensor[]"
+)
+_LIBRARY.define("philox_normal(Tensor seeds, int offset, SymInt[] size) -> Tensor")
+
+
+def _in_order(tensors: Sequence[Any], numbers: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the arguments of an operation in the order in which the implementations take them."""
+    sample, output, uncond, noise, known, generated, history = tensors
+    seeds, offset, guidance, rescale, zero_star, convert, weights, noise_weight, known_weights, patch = numbers
+    return (
+        sample, output, uncond, guidance, rescale, zero_star, tuple(convert), tuple(weights), tuple(history), noise,
+        seeds, offset, noise_weight, known, generated, tuple(known_weights), tuple(patch) or None,
+    )  # fmt: skip
+
+
+# Kernel files are imported when one runs: `import stattn` must work without Triton.
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from stattn.kernels import denoise
+
+    return denoise.advance(*_in_order(arguments[:7], arguments[7:]))
+
+
+def _backward(dfollowing: Tensor, dtarget: Tensor, *arguments: Any) -> list[Tensor]:
+    """Take the reference's gradients: a step is differentiated too rarely for a kernel of its own."""
+    *single, history = arguments[:7]
+    numbers, needed = arguments[7:17], arguments[17]
+    tensors = [x for x in (*single, *history) if x is not None]
+    leaves = [x.detach().requires_grad_(need) for x, need in zip(tensors, needed, strict=True)]
+    rest = iter(leaves)
+    copies = [None if x is None else next(rest) for x in single]
+    with torch.enable_grad():
+        outs = reference(*_in_order((*copies, list(rest)), numbers))
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    reached = [(out, dout) for out, dout in zip(outs, (dfollowing, dtarget), strict=True) if out.requires_grad]
+    if not reached:
+        return [torch.zeros_like(leaf) for leaf in wanted]
+    grads = torch.autograd.grad([out for out, _ in reached], wanted, [dout for _, dout in reached], allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, grads, strict=True)]
+
+
+def _normal(seeds: Tensor, offset: int, size: Sequence[int]) -> Tensor:
+    from stattn.kernels import denoise
+
+    return denoise.philox_normal(seeds, offset, torch.Size(size))
+
+
+class _DenoiseStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, numbers: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Take the history's tensors one by one: autograd does not look into a list."""
+        ctx.save_for_backward(*tensors, numbers[0])
+        ctx.numbers = numbers[1:]
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.stattn.denoise_step(*tensors[:6], tensors[6:], *numbers)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dfollowing: Tensor, dtarget: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, seeds = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        needed = [need for need, each in zip(needs, tensors, strict=True) if each is not None]
+        grads = torch.ops.stattn.denoise_step_backward(
+            dfollowing, dtarget, *tensors[:6], tensors[6:], seeds, *ctx.numbers, needed
+        )
+        rest = iter(grads)
+        return None, *(next(rest) if need else None for need in needs)
+
+
+def _autograd(
+    sample: Tensor,
+    output: Tensor,
+    uncond: Tensor | None,
+    noise: Tensor | None,
+    known: Tensor | None,
+    generated: Tensor | None,
+    history: Sequence[Tensor],
+    *numbers: Any,
+) -> tuple[Tensor, Tensor]:
+    tensors = (sample, output, uncond, noise, known, generated, *history)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _DenoiseStep.apply(numbers, *tensors)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.stattn.denoise_step(*tensors[:6], history, *numbers)
+
+
+def _fake(sample: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return sample.new_empty(sample.shape), sample.new_empty(sample.shape)
+
+
+def _fake_backward(dfollowing: Tensor, dtarget: Tensor, *arguments: Any) -> list[Tensor]:
+    *single, history = arguments[:7]
+    tensors = [x for x in (*single, *history) if x is not None]
+    return [x.new_empty(x.shape) for x, need in zip(tensors, arguments[17], strict=True) if need]
+
+
+def _fake_normal(seeds: Tensor, offset: int, size: Sequence[int]) -> Tensor:
+    return seeds.new_empty(size, dtype=torch.float32)
+
+
+for _name, _run, _fake_run in (
+    ("denoise_step", _forward, _fake),
+    ("denoise_step_backward", _backward, _fake_backward),
+    ("philox_normal", _normal, _fake_normal),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"stattn::{_name}", _fake_run, lib=_LIBRARY)
+_LIBRARY.impl("denoise_step", _autograd, "Autograd")
