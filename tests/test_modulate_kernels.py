@@ -62,7 +62,6 @@ REAL = {
     "wan 14b": Case(1, 7200, 5120, frames=2),
     "wan 1.3b": Case(2, 7800, 1536, frames=5),
     "wan 1.3b per frame": Case(1, 7800, 1536, "frame", "frame", "frame", frames=5),
-    "hunyuanvideo": Case(1, 6000, 3072, vectors=None),
     "cogvideox": Case(2, 3000, 3072, affine=True, vectors=None),
     "per token": Case(1, 3000, 1536, "token", "token", "token", affine=True),
     "wan's cross-attention norm": Case(1, 6000, 5120, None, None, None, affine=True),
@@ -73,8 +72,13 @@ REAL = {
 }
 
 
-def cases(device: str) -> dict[str, Case]:
-    return SMALL if device == "cpu" else {**SMALL, **REAL}
+def cases(device: str, dtype: torch.dtype) -> dict[str, Case]:
+    """Every small case under the interpreter; on a GPU, where each compiles several kernels, all in one dtype only."""
+    if device == "cpu":
+        return SMALL
+    if dtype == torch.bfloat16:
+        return {**REAL, **{label: SMALL[label] for label in ("kinds differ", "one token, one channel")}}
+    return {"rms, an odd width": REAL["rms, an odd width"], "samples and frames": SMALL["samples and frames"]}
 
 
 class Inputs(NamedTuple):
@@ -168,7 +172,7 @@ def assert_no_worse(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> Non
 @pytest.mark.parametrize(("device", "dtype"), DTYPES)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_results_and_gradients_err_no_more_than_eager_pytorch(device, dtype, operation, nan_memory):
-    for label, case in cases(device).items():
+    for label, case in cases(device, dtype).items():
         inputs = draw(case, dtype, device)
         douts = tuple(torch.randn(2, *inputs.x.shape, device=device).to(dtype))
         exact = run(operation, case, double(inputs), tuple(each.double() for each in douts), "reference")
@@ -179,7 +183,7 @@ def test_results_and_gradients_err_no_more_than_eager_pytorch(device, dtype, ope
 
 @pytest.mark.parametrize(("device", "dtype"), DTYPES)
 def test_the_sum_is_that_of_eager_pytorch_bit_by_bit_in_both_kernels(device, dtype):
-    for label, case in cases(device).items():
+    for label, case in cases(device, dtype).items():
         inputs = draw(case, dtype, device)
         want = call("gate_residual", case, inputs, "reference")[0]
         assert torch.equal(call("gate_residual", case, inputs, "triton")[0], want), label
@@ -337,7 +341,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_tensors_of_any_strides_give_the_same_bits(device, layout, operation):
-    for label in ("kinds differ", "samples and frames"):
+    if device == "cuda" and layout in ("channels first", "every other channel"):
+        pytest.skip("copied before a kernel sees it, which the CPU's run shows")
+    for label in ("kinds differ", "samples and frames") if device == "cpu" else ("kinds differ",):
         case = SMALL[label]
         inputs = draw(case, torch.float16, device)
         douts = tuple(torch.randn(2, *inputs.x.shape, device=device).half())
@@ -470,25 +476,24 @@ def test_250_runs_beside_another_stream_give_the_same_bits(operation):
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_operations_pass_opcheck(device):
     ops = torch.ops.stattn
-    for label in ("kinds differ",) if device == "cpu" else SMALL:
-        case = SMALL[label]
-        inputs = draw(case, torch.float32, device)
-        (x, y, gate, scale, shift, weight, bias), _ = leaves("gate_residual_modulate", inputs)
-        norm = (case.norm, weight, bias)
-        torch.library.opcheck(ops.modulate.default, (x, scale, shift, *norm, 1e-6))
-        torch.library.opcheck(ops.gate_residual.default, (x, y, gate))
-        torch.library.opcheck(ops.gate_residual_modulate.default, (x, y, gate, scale, shift, *norm, 1e-6))
-        x, y, gate, scale, shift, weight, bias = inputs
-        norm = (case.norm, weight, bias)
-        torch.library.opcheck(ops.modulate_forward.default, (x, scale, shift, *norm, 1e-6))
-        torch.library.opcheck(ops.gate_residual_modulate_forward.default, (x, y, gate, scale, shift, *norm, 1e-6))
-        moments = ops.modulate_forward(x, scale, shift, *norm, 1e-6)[1:]
-        wanted = [True] * 5
-        torch.library.opcheck(ops.gate_residual_backward.default, (x, y, gate, True))
-        torch.library.opcheck(ops.modulate_backward.default, (y, x, scale, shift, *norm, *moments, wanted[1:]))
-        torch.library.opcheck(
-            ops.gate_residual_modulate_backward.default, (None, y, x, y, gate, scale, shift, *norm, *moments, wanted)
-        )
+    case = SMALL["kinds differ"]
+    inputs = draw(case, torch.float32, device)
+    (x, y, gate, scale, shift, weight, bias), _ = leaves("gate_residual_modulate", inputs)
+    norm = (case.norm, weight, bias)
+    torch.library.opcheck(ops.modulate.default, (x, scale, shift, *norm, 1e-6))
+    torch.library.opcheck(ops.gate_residual.default, (x, y, gate))
+    torch.library.opcheck(ops.gate_residual_modulate.default, (x, y, gate, scale, shift, *norm, 1e-6))
+    x, y, gate, scale, shift, weight, bias = inputs
+    norm = (case.norm, weight, bias)
+    torch.library.opcheck(ops.modulate_forward.default, (x, scale, shift, *norm, 1e-6))
+    torch.library.opcheck(ops.gate_residual_modulate_forward.default, (x, y, gate, scale, shift, *norm, 1e-6))
+    moments = ops.modulate_forward(x, scale, shift, *norm, 1e-6)[1:]
+    wanted = [True] * 5
+    torch.library.opcheck(ops.gate_residual_backward.default, (x, y, gate, True))
+    torch.library.opcheck(ops.modulate_backward.default, (y, x, scale, shift, *norm, *moments, wanted[1:]))
+    torch.library.opcheck(
+        ops.gate_residual_modulate_backward.default, (None, y, x, y, gate, scale, shift, *norm, *moments, wanted)
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
