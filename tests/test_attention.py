@@ -74,7 +74,8 @@ def results(
     """Output, LSE and gradients: by an implementation, or by the formula when impl is None."""
     q, k, v = (x.detach().clone().requires_grad_() for x in tensors)
     if impl is None:
-        out, lse = dense(q, k, v, case.truth().to(q.device), 1 / math.sqrt(q.shape[3]))
+        scale = case.options.get("scale", 1 / math.sqrt(q.shape[3]))
+        out, lse = dense(q, k, v, case.truth().to(q.device), scale)
     else:
         out, lse = case.call(q, k, v, impl)
     finite = torch.where(torch.isneginf(lse), 0.0, lse)
@@ -140,23 +141,30 @@ def test_whole_numbers_are_summed_exactly(impl: str) -> None:
     assert torch.equal(out * grid.tokens, v.sum(1, keepdim=True).expand_as(v))
 
 
-@pytest.mark.parametrize("shift", [-1e5, -5e4, -120.0, -88.8, 0.0, 120.0, 1e4])
-@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 128])
-def test_a_shift_of_all_scores_changes_nothing(shift: float, tokens: int) -> None:
+SHIFTS = [-1e5, -5e4, -120.0, -88.8, 0.0, 120.0, 1e4]
+
+
+def check_shift(shift: float, tokens: int, impl: str, device: str = "cpu", dim: int = 16) -> None:
     grid = Grid(1, 1, tokens)
     for mask in (masks.full(), masks.window(1, 1, min(tokens, 33))):
-        q, k, v = draw(1, tokens, 1, 16, dtype=torch.float32)
+        q, k, v = draw(1, tokens, 1, dim, dtype=torch.float32, device=device)
         q[..., 0], k[..., 0] = 0.0, 1.0
-        plain, plain_lse = stattn.attention(q, k, v, grid, mask, scale=1.0, return_lse=True, impl="reference")
+        plain, plain_lse = stattn.attention(q, k, v, grid, mask, scale=1.0, return_lse=True, impl=impl)
         q[..., 0] = shift
-        q.requires_grad_()
-        out, lse = stattn.attention(q, k, v, grid, mask, scale=1.0, return_lse=True, impl="reference")
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        out, lse = stattn.attention(q, k, v, grid, mask, scale=1.0, return_lse=True, impl=impl)
         out.sum().backward()
         # Scores of size |c| are rounded to ulp(c): so much of each exponent is lost.
         slack = 4 * torch.finfo(torch.float32).eps * abs(shift)
         assert (out - plain).abs().max() <= 2 * slack * plain.abs().max() + 1e-5
         assert (lse - plain_lse - shift).abs().max() <= slack + 1e-4
-        assert torch.isfinite(q.grad).all()
+        assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 128])
+def test_a_shift_of_all_scores_changes_nothing(shift: float, tokens: int) -> None:
+    check_shift(shift, tokens, "reference")
 
 
 @pytest.mark.parametrize("size", [1.0, 3.0, 30.0])
@@ -327,15 +335,21 @@ def test_a_second_derivative_is_refused() -> None:
 # --- choice of implementation ----------------------------------------------------------------------------------------
 
 
-def test_explain_says_who_serves_and_why_others_do_not() -> None:
+def test_explain_says_who_serves_and_why_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = draw(1, 24, 2, 64)
     table = stattn.explain(q, k, v, GRID, masks.window(1, 3, 3))
     assert "auto takes reference" in table
     assert "serves dense attention only, the call has mask window(1, 3, 3)" in table
     assert "auto takes sdpa" in stattn.explain(q, k, v, GRID)
-    on_gpu = stattn.explain(*(x.to("meta") for x in (q, k, v)), GRID, masks.window(1, 3, 3), device="cuda")
-    assert "auto takes nothing" in on_gpu
-    assert "auto takes the reference on CPU tensors only" in on_gpu
+    assert "auto takes Triton on CUDA tensors only" in table or "runs on CUDA" in table
+    meta = [x.to("meta") for x in (q, k, v)]
+    for capability, served in (((9, 0), "triton"), ((8, 0), "triton"), ((7, 5), "nothing")):
+        # Not by its dotted name, which is that of the function.
+        monkeypatch.setitem(stattn.explain.__globals__, "_capability", lambda device, found=capability: found)
+        on_gpu = stattn.explain(*meta, GRID, masks.window(1, 3, 3), device="cuda")
+        assert f"auto takes {served}" in on_gpu
+        assert "auto takes the reference on CPU tensors only" in on_gpu
+    assert "needs compute capability 8.0, this device has 7.5" in on_gpu
 
 
 def test_every_reason_against_dense_attention_is_named() -> None:
@@ -353,20 +367,20 @@ def test_every_reason_against_dense_attention_is_named() -> None:
 # --- torch.library, compile ------------------------------------------------------------------------------------------
 
 
-def operator_arguments(grad: bool) -> tuple[Any, ...]:
+def operator_arguments(grad: bool, impl: str = "reference", device: str = "cpu") -> tuple[Any, ...]:
     from stattn.ops.attention import _check, _flatten
 
     grid = Grid(2, 3, 4, 0, 3)
-    q, k, v = (x.requires_grad_(grad) for x in draw(2, grid.tokens, 2, 16))
-    options = (None, None, None, torch.tensor([3, 1]), "all", None)
+    q, k, v = (x.requires_grad_(grad) for x in draw(2, grid.tokens, 2, 16, device=device))
+    options = (None, None, None, torch.tensor([3, 1], device=device), "all", None)
     problem, extras = _check(q, k, v, grid, masks.window(2, 3, 3), *options)
-    return (q, k, v, *_flatten(problem), *extras, False, "reference")
+    return (q, k, v, *_flatten(problem), *extras, False, impl)
 
 
-def test_the_operations_pass_opcheck() -> None:
-    arguments = operator_arguments(grad=True)
+def check_operations(impl: str, device: str) -> None:
+    arguments = operator_arguments(True, impl, device)
     torch.library.opcheck(torch.ops.stattn.attention.default, arguments)
-    plain = operator_arguments(grad=False)
+    plain = operator_arguments(False, impl, device)
     out, lse = torch.ops.stattn.attention(*plain)
     torch.library.opcheck(
         torch.ops.stattn.attention_backward.default,
@@ -374,23 +388,33 @@ def test_the_operations_pass_opcheck() -> None:
     )
 
 
-def test_a_compiled_call_equals_an_eager_one_and_follows_the_grid() -> None:
+def test_the_operations_pass_opcheck() -> None:
+    check_operations("reference", "cpu")
+
+
+def check_compiled(impl: str, device: str = "cpu", backend: str = "aot_eager", dim: int = 16) -> None:
+    """The first call, compiled, and others on grids of other sizes equal eager calls, without a recompilation."""
     mask = masks.window(2, 3, 3)
 
-    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    @torch.compile(fullgraph=True, backend=backend, dynamic=True)
     def compiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-        return stattn.attention(q, k, v, Grid(*shape, 0, 3), mask)
+        return stattn.attention(q, k, v, Grid(*shape, 0, 3), mask, impl=impl)
 
     torch._dynamo.reset()
     shapes = [(2, 3, 4), (3, 5, 6), (4, 4, 7)]
     for number, shape in enumerate(shapes):
-        q, k, v = (x.requires_grad_() for x in draw(2, Grid(*shape, 0, 3).tokens, 2, 16))
+        tensors = draw(2, Grid(*shape, 0, 3).tokens, 2, dim, device=device)
+        q, k, v = (x.requires_grad_() for x in tensors)
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
             got = compiled(q, k, v, shape)
-        want = stattn.attention(q, k, v, Grid(*shape, 0, 3), mask)
+        want = stattn.attention(q, k, v, Grid(*shape, 0, 3), mask, impl=impl)
         assert torch.equal(got, want)
         grads = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (got, want)]
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_compiled_call_equals_an_eager_one_and_follows_the_grid() -> None:
+    check_compiled("auto")
 
 
 def test_a_warm_call_costs_little_python() -> None:
