@@ -10,6 +10,16 @@ from stattn.ops.denoise import denoise_step
 
 diffusers = pytest.importorskip("diffusers.schedulers")
 
+# How many steps, and by what: the kernels run in Triton's interpreter on a CPU, slowly.
+RUNS = [
+    (5, "reference", "cpu"),
+    (20, "reference", "cpu"),
+    (50, "reference", "cpu"),
+    (5, "triton", "cpu"),
+    *(pytest.param(steps, "triton", "cuda", marks=pytest.mark.gpu) for steps in (5, 20, 50)),
+]
+every_run = pytest.mark.parametrize(("steps", "impl", "device"), RUNS)
+
 
 def latents(count):
     generator = torch.Generator().manual_seed(0)
@@ -84,27 +94,30 @@ def preserving_levels(sigmas):
     return [(1 / math.sqrt(1 + float(s) ** 2), float(s) / math.sqrt(1 + float(s) ** 2)) for s in sigmas]
 
 
-def follow(scheduler, outputs, x, step):
+def follow(scheduler, outputs, x, step, device):
     """Walk a scheduler and ``step(i, x, output, history) -> (x', x0)`` side by side, with the same model outputs."""
     theirs = ours = x
-    history = [torch.zeros_like(x)] * 2
+    history = [torch.zeros_like(x).to(device)] * 2
     for i, (t, output) in enumerate(zip(scheduler.timesteps, outputs, strict=True)):
         theirs = scheduler.step(output, t, theirs, return_dict=False)[0]
-        ours, clean = step(i, ours, output, history)
+        ours, clean = step(i, ours.to(device), output.to(device), history)
         history = [clean, history[0]]
         # The terms of a step are as large as the largest element, so that is what its rounding is relative to.
-        error = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)
+        error = (ours.cpu() - theirs).abs().max() / theirs.abs().max().clamp(min=1)
         assert error < 1e-5, f"step {i}: {error}"
 
 
-def test_euler_flow_matching_equals_the_scheduler_of_diffusers():
+@every_run
+def test_euler_flow_matching_equals_the_scheduler_of_diffusers(steps, impl, device):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
-    scheduler.set_timesteps(8)
+    scheduler.set_timesteps(steps)
     sigmas = [float(each) for each in scheduler.sigmas]
-    x, *outputs = latents(9)
-    follow(
-        scheduler, outputs, x, lambda i, x, out, _: denoise_step(x, out, sigma=sigmas[i], **euler_weights(sigmas, i))
-    )
+    x, *outputs = latents(steps + 1)
+
+    def step(i, x, out, _):
+        return denoise_step(x, out, sigma=sigmas[i], impl=impl, **euler_weights(sigmas, i))
+
+    follow(scheduler, outputs, x, step, device)
 
 
 @pytest.mark.parametrize(
@@ -117,20 +130,22 @@ def test_euler_flow_matching_equals_the_scheduler_of_diffusers():
         ("v_prediction", "v", True),
     ],
 )
-def test_ddim_equals_the_scheduler_of_diffusers(theirs, ours, zero_snr):
+@every_run
+def test_ddim_equals_the_scheduler_of_diffusers(theirs, ours, zero_snr, steps, impl, device):
     scheduler = diffusers.DDIMScheduler(
         prediction_type=theirs, clip_sample=False, rescale_betas_zero_snr=zero_snr, timestep_spacing="trailing"
     )
-    scheduler.set_timesteps(8)
+    scheduler.set_timesteps(steps)
     products = [float(scheduler.alphas_cumprod[t]) for t in scheduler.timesteps]
     levels = [(math.sqrt(p), math.sqrt(1 - p)) for p in [*products, float(scheduler.final_alpha_cumprod)]]
-    x, *outputs = latents(9)
+    x, *outputs = latents(steps + 1)
 
     def step(i, x, out, _):
         (alpha, sigma), then = levels[i : i + 2]
-        return denoise_step(x, out, alpha=alpha, sigma=sigma, prediction=ours, **ddim_weights(levels[i], then))
+        options = {"prediction": ours, **ddim_weights(levels[i], then)}
+        return denoise_step(x, out, alpha=alpha, sigma=sigma, impl=impl, **options)
 
-    follow(scheduler, outputs, x, step)
+    follow(scheduler, outputs, x, step, device)
 
 
 def test_ddim_with_fresh_noise_equals_the_scheduler_of_diffusers():
@@ -148,38 +163,38 @@ def test_ddim_with_fresh_noise_equals_the_scheduler_of_diffusers():
 
 
 @pytest.mark.parametrize("flow", [True, False])
-def test_dpm_solver_2m_equals_the_scheduler_of_diffusers(flow):
+@every_run
+def test_dpm_solver_2m_equals_the_scheduler_of_diffusers(flow, steps, impl, device):
     kind = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     scheduler = diffusers.DPMSolverMultistepScheduler(**(kind if flow else {"prediction_type": "v_prediction"}))
-    scheduler.set_timesteps(8)
+    scheduler.set_timesteps(steps)
     levels = (flow_levels if flow else preserving_levels)(scheduler.sigmas)
-    x, *outputs = latents(9)
+    x, *outputs = latents(steps + 1)
 
     def step(i, x, out, history):
-        weights = dpm_weights(levels, i, first_order=i in (0, 7))
+        weights = dpm_weights(levels, i, first_order=i in (0, steps - 1))
         alpha, sigma = levels[i]
-        prediction = "velocity" if flow else "v"
-        return denoise_step(
-            x, out, alpha=alpha, sigma=sigma, prediction=prediction, weights=weights, history=history[:1]
-        )
+        options = {"prediction": "velocity" if flow else "v", "weights": weights, "history": history[:1]}
+        return denoise_step(x, out, alpha=alpha, sigma=sigma, impl=impl, **options)
 
-    follow(scheduler, outputs, x, step)
+    follow(scheduler, outputs, x, step, device)
 
 
 @pytest.mark.parametrize("flow", [True, False])
-def test_unipc_with_its_corrector_is_one_step_and_equals_the_scheduler_of_diffusers(flow):
+@every_run
+def test_unipc_with_its_corrector_is_one_step_and_equals_the_scheduler_of_diffusers(flow, steps, impl, device):
     kind = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     scheduler = diffusers.UniPCMultistepScheduler(**(kind if flow else {"prediction_type": "v_prediction"}))
-    scheduler.set_timesteps(8)
+    scheduler.set_timesteps(steps)
     levels = (flow_levels if flow else preserving_levels)(scheduler.sigmas)
-    x, *outputs = latents(9)
+    x, *outputs = latents(steps + 1)
 
     def step(i, x, out, history):
-        order = 1 if i in (0, 7) else 2
+        order = 1 if i in (0, steps - 1) else 2
         corrects = 0 if i == 0 else 1 if i == 1 else 2
         alpha, sigma = levels[i]
         weights = unipc_weights(levels, i, order, corrects)
-        prediction = "velocity" if flow else "v"
-        return denoise_step(x, out, alpha=alpha, sigma=sigma, prediction=prediction, weights=weights, history=history)
+        options = {"prediction": "velocity" if flow else "v", "weights": weights, "history": history}
+        return denoise_step(x, out, alpha=alpha, sigma=sigma, impl=impl, **options)
 
-    follow(scheduler, outputs, x, step)
+    follow(scheduler, outputs, x, step, device)

@@ -15,6 +15,7 @@ from stattn.ops._dispatch import Implementation, Operation
 from stattn.reference._philox import philox_normal as reference_normal
 from stattn.reference.denoise import KINDS, conversion
 from stattn.reference.denoise import denoise_step as reference
+from stattn.reference.denoise_backward import denoise_step_backward as reference_backward
 
 MOST_TENSORS = 5
 
@@ -393,21 +394,13 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(dfollowing: Tensor, dtarget: Tensor, *arguments: Any) -> list[Tensor]:
-    """Take the reference's gradients: a step is differentiated too rarely for a kernel of its own."""
+    """Return the gradients that are needed, by PyTorch: a step is differentiated too rarely for a kernel of its own."""
     *single, history = arguments[:7]
-    numbers, needed = arguments[7:17], arguments[17]
-    tensors = [x for x in (*single, *history) if x is not None]
-    leaves = [x.detach().requires_grad_(need) for x, need in zip(tensors, needed, strict=True)]
-    rest = iter(leaves)
-    copies = [None if x is None else next(rest) for x in single]
-    with torch.enable_grad():
-        outs = reference(*_in_order((*copies, list(rest)), numbers))
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    reached = [(out, dout) for out, dout in zip(outs, (dfollowing, dtarget), strict=True) if out.requires_grad]
-    if not reached:
-        return [torch.zeros_like(leaf) for leaf in wanted]
-    grads = torch.autograd.grad([out for out, _ in reached], wanted, [dout for _, dout in reached], allow_unused=True)
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(wanted, grads, strict=True)]
+    given = [x is not None for x in (*single, *history)]
+    grads = reference_backward(dfollowing, dtarget, *_in_order(arguments[:7], arguments[7:17]))
+    needed = iter(arguments[17])
+    wanted = [grad for grad, there in zip(grads, given, strict=True) if there and next(needed)]
+    return [grad.contiguous() for grad in wanted if grad is not None]
 
 
 def _normal(seeds: Tensor, offset: int, size: Sequence[int]) -> Tensor:
