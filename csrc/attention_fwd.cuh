@@ -74,6 +74,7 @@ struct Turn {
         stage ^= 1;
         parity ^= stage == 0;
     }
+    __device__ __forceinline__ Turn before() const { return {stage ^ 1, parity ^ (stage == 0)}; }
 };
 static_assert(STAGES == 2);
 
@@ -146,13 +147,13 @@ struct BoxMask {
     static constexpr int STORED = WORDS <= 2 ? 2 : 4;  // words
     uint32_t words[2][WORDS];
 
-    // `groups` gives for each axis the masks of the slab's coordinates, `places` which of them are a row's.
-    __device__ __forceinline__ void load(const Parameters& p, int4 groups, uint32_t places) {
+    // `groups` gives for each axis the masks of the slab's coordinates.
+    __device__ __forceinline__ void load(const Parameters& p, uint32_t barriers, int4 groups) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             // Read again for every box: registers are short.
             uint32_t place;
-            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(place) : "r"(places + (first_row() + 8 * half) * 4));
+            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(place) : "r"(barriers + S::PLACES + (first_row() + 8 * half) * 4));
 #pragma unroll
             for (int axis = 0; axis < 3; ++axis) {
                 const int entry = (axis == 0 ? groups.x : axis == 1 ? groups.y : groups.z) + (place >> 8 * axis & 0xFF);
@@ -169,16 +170,15 @@ struct BoxMask {
                     words[half][word] = axis == 0 ? mine[word] : words[half][word] & mine[word];
             }
         }
-    }
-
-    // Takes out global keys that are not real. number: that of their box.
-    __device__ __forceinline__ void exclude(uint32_t valid, int number) {
+        if (groups.w > 0) {  // global keys, of which not all may be real
 #pragma unroll
-        for (int word = 0; word < WORDS; ++word) {
-            uint32_t real;
-            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(real) : "r"(valid + (number * WORDS + word) * 4));
-            words[0][word] &= real;
-            words[1][word] &= real;
+            for (int word = 0; word < WORDS; ++word) {
+                uint32_t real;
+                const uint32_t from = barriers + S::VALID + ((groups.w - 1) * WORDS + word) * 4;
+                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(real) : "r"(from));
+                words[0][word] &= real;
+                words[1][word] &= real;
+            }
         }
     }
 
@@ -375,6 +375,28 @@ __device__ __forceinline__ void weigh(float (&scores)[COUNT], uint32_t (&weights
     }
 }
 
+// Finds the rows' new greatest scores, and the factors of what was summed up to now. Returns whether one moved.
+// MASKED: a row may have no score but -inf.
+template <bool MASKED, int COUNT>
+__device__ __forceinline__ bool find_tops(const float (&scores)[COUNT], const Rows& rows, float (&top)[2],
+                                          float (&factor)[2], float c) {
+    bool moved = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        top[half] = fmaxf(rows.top[half], row_max(scores, half) * c);
+        const float origin = MASKED && top[half] == -INFINITY ? 0.0f : top[half];
+        factor[half] = exp2_approx(rows.top[half] - origin);
+        moved |= top[half] != rows.top[half];
+    }
+    return moved;
+}
+
+template <int COUNT>
+__device__ __forceinline__ void rescale(float (&out)[COUNT], const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) out[i] *= factor[i / 2 % 2];
+}
+
 // Sets the scores of columns from `limit` on to -inf.
 template <int COUNT>
 __device__ __forceinline__ void mask_end(float (&scores)[COUNT], int limit) {
@@ -463,48 +485,80 @@ struct Operands {
     float c;
 };
 
-// One box in the steady state: scores of this box and output of the one before are computed together, then the scores
-// turn into weights. `turn` is that of the box before.
+// The first box, or the first after boxes that were left out: its scores turn into weights. `turn` is that of the box.
 // MASKED: `groups` are the masks of the box.
+template <typename S, bool MASKED>
+__device__ __forceinline__ void begin(const Parameters& p, const Operands& at, Turn& turn, float (&scores)[S::BN / 2],
+                                      float (&out)[S::D / 2], uint32_t (&weights)[S::BN / 16][4], Rows& rows,
+                                      int4 groups) {
+    barrier_wait(S::full_k(at.barriers, turn.stage), turn.parity);
+    issue_scores<S>(scores, at.q, at.k + turn.stage * (S::BOX / 16));
+    BoxMask<S> mask;
+    if constexpr (MASKED) mask.load(p, at.barriers, groups);
+    mma_wait<0>();
+    pin(scores);
+    if (at.elected) barrier_arrive(S::empty_k(at.barriers, turn.stage));
+    if constexpr (MASKED) mask.apply(scores);
+    if constexpr (!S::PLANNED) {
+        const int ragged = p.keys % S::BN;
+        if (ragged) mask_end(scores, ragged);
+    }
+    float top[2], factor[2];
+    find_tops<true>(scores, rows, top, factor, at.c);
+    weigh<true, typename S::Element>(scores, weights, rows, top, factor, at.c);
+    if constexpr (S::PLANNED) rescale(out, factor);
+    turn.advance();
+}
+
+// One box in the steady state: scores of this box and output of the one before are computed together.
 template <typename S, bool MASKED>
 __device__ __forceinline__ void step(const Parameters& p, const Operands& at, Turn& turn, float (&scores)[S::BN / 2],
                                      float (&out)[S::D / 2], uint32_t (&weights)[S::BN / 16][4], Rows& rows,
                                      int4 groups) {
-    const Turn v_turn = turn;
-    turn.advance();
+    const Turn v_turn = turn.before();
     barrier_wait(S::full_k(at.barriers, turn.stage), turn.parity);
     barrier_wait(S::full_v(at.barriers, v_turn.stage), v_turn.parity);
-    named_sync(turn_barrier(at.group), 256);
+    if constexpr (!MASKED) named_sync(turn_barrier(at.group), 256);
     issue_scores<S>(scores, at.q, at.k + turn.stage * (S::BOX / 16));
     issue_output<S>(out, weights, at.v + v_turn.stage * (S::BOX / 16));
-    named_arrive(turn_barrier(at.group == S::WARPGROUPS - 1 ? 0 : at.group + 1), 256);
+    if constexpr (!MASKED) named_arrive(turn_barrier(at.group == S::WARPGROUPS - 1 ? 0 : at.group + 1), 256);
     BoxMask<S> mask;
-    if constexpr (MASKED) {
-        mask.load(p, groups, at.barriers + S::PLACES);
-        if (groups.w && p.valid) mask.exclude(at.barriers + S::VALID, groups.w - 1);
-    }
+    if constexpr (MASKED) mask.load(p, at.barriers, groups);
     mma_wait<1>();
     pin(scores);
     if (at.elected) barrier_arrive(S::empty_k(at.barriers, turn.stage));
     if constexpr (MASKED) mask.apply(scores);
 
     float top[2], factor[2];
-    bool moved = false;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        top[half] = fmaxf(rows.top[half], row_max(scores, half) * at.c);
-        const float origin = MASKED && top[half] == -INFINITY ? 0.0f : top[half];
-        factor[half] = exp2_approx(rows.top[half] - origin);
-        moved |= top[half] != rows.top[half];
-    }
+    const bool moved = find_tops<MASKED>(scores, rows, top, factor, at.c);
     mma_wait<0>();
     pin(out);
     if (at.elected) barrier_arrive(S::empty_v(at.barriers, v_turn.stage));
     weigh<MASKED, typename S::Element>(scores, weights, rows, top, factor, at.c);
-    if (__any_sync(0xFFFFFFFF, moved)) {
-#pragma unroll
-        for (int i = 0; i < S::D / 2; ++i) out[i] *= factor[i / 2 % 2];
-    }
+    if (__any_sync(0xFFFFFFFF, moved)) rescale(out, factor);
+    turn.advance();
+}
+
+// The output of the last box, or of the last before boxes that are left out. `turn` is that of the box behind it.
+template <typename S>
+__device__ __forceinline__ void finish(const Operands& at, Turn turn, float (&out)[S::D / 2],
+                                       const uint32_t (&weights)[S::BN / 16][4]) {
+    const Turn v_turn = turn.before();
+    barrier_wait(S::full_v(at.barriers, v_turn.stage), v_turn.parity);
+    issue_output<S>(out, weights, at.v + v_turn.stage * (S::BOX / 16));
+    mma_wait<0>();
+    pin(out);
+    if (at.elected) barrier_arrive(S::empty_v(at.barriers, v_turn.stage));
+}
+
+// Lets a box pass that none of the warpgroup's rows sees.
+template <typename S>
+__device__ __forceinline__ void leave_out(const Operands& at, Turn& turn) {
+    barrier_wait(S::full_k(at.barriers, turn.stage), turn.parity);
+    if (at.elected) barrier_arrive(S::empty_k(at.barriers, turn.stage));
+    barrier_wait(S::full_v(at.barriers, turn.stage), turn.parity);
+    if (at.elected) barrier_arrive(S::empty_v(at.barriers, turn.stage));
+    turn.advance();
 }
 
 template <typename S>
@@ -528,56 +582,48 @@ __device__ __forceinline__ void consume(const Parameters& p, uint32_t shared, ui
         float out[S::D / 2];
         uint32_t weights[S::BN / 16][4];
         Rows rows = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-        int boxes = p.boxes, masked = 0, first_mask = 0;
-        if constexpr (S::PLANNED) {
-            const Tile tile = tile_at<S>(p, index);
-            boxes = tile.boxes, masked = tile.masked;
-            // Each warpgroup has masks of its own for a box.
-            first_mask = tile.first_mask + at.group * masked;
-        }
 #pragma unroll
         for (int i = 0; i < S::D / 2; ++i) out[i] = 0.0f;
 
         barrier_wait(S::full_q(barriers, at.group), q_parity);
         q_parity ^= 1;
-        if (!S::PLANNED || boxes > 0) {  // a row may see nothing
-            barrier_wait(S::full_k(barriers, turn.stage), turn.parity);
-            issue_scores<S>(scores, at.q, at.k + turn.stage * (S::BOX / 16));
-            mma_wait<0>();
-            pin(scores);
-            if (at.elected) barrier_arrive(S::empty_k(barriers, turn.stage));
-            if constexpr (S::PLANNED) {
-                if (masked > 0) {
-                    BoxMask<S> mask;
-                    const int4 groups = record_at(p, first_mask);
-                    mask.load(p, groups, barriers + S::PLACES);
-                    if (groups.w && p.valid) mask.exclude(barriers + S::VALID, groups.w - 1);
-                    mask.apply(scores);
-                }
-            } else {
-                const int ragged = p.keys % S::BN;
-                if (ragged) mask_end(scores, ragged);
-            }
-            float top[2], factor[2] = {1.0f, 1.0f};
-#pragma unroll
-            for (int half = 0; half < 2; ++half) top[half] = row_max(scores, half) * at.c;
-            weigh<true, typename S::Element>(scores, weights, rows, top, factor, at.c);
-
-            int number = 1;
-            if constexpr (S::PLANNED) {
+        if constexpr (S::PLANNED) {
+            const Tile tile = tile_at<S>(p, index);
+            const int boxes = tile.boxes, masked = tile.masked;
+            const int first_mask = tile.first_mask + at.group * masked;
+            bool started = false;  // whether there are weights whose output is still to come
+            // Warpgroups leave out boxes of their own here, so they do not take turns.
 #pragma unroll 1
-                for (; number < masked; ++number)
-                    step<S, true>(p, at, turn, scores, out, weights, rows, record_at(p, first_mask + number));
+            for (int number = 0; number < masked; ++number) {
+                const int4 groups = record_at(p, first_mask + number);
+                if (groups.w < 0) {
+                    if (started) finish<S>(at, turn, out, weights);
+                    started = false;
+                    leave_out<S>(at, turn);
+                } else if (started) {
+                    step<S, true>(p, at, turn, scores, out, weights, rows, groups);
+                } else {
+                    begin<S, true>(p, at, turn, scores, out, weights, rows, groups);
+                    started = true;
+                }
+            }
+            int number = masked;
+            if (!started && number < boxes) {
+                named_sync(turn_barrier(at.group), 256);  // a turn like that of the others
+                named_arrive(turn_barrier(at.group == S::WARPGROUPS - 1 ? 0 : at.group + 1), 256);
+                begin<S, false>(p, at, turn, scores, out, weights, rows, {});
+                started = true;
+                ++number;
             }
 #pragma unroll 1
             for (; number < boxes; ++number) step<S, false>(p, at, turn, scores, out, weights, rows, {});
-
-            barrier_wait(S::full_v(barriers, turn.stage), turn.parity);
-            issue_output<S>(out, weights, at.v + turn.stage * (S::BOX / 16));
-            mma_wait<0>();
-            pin(out);
-            if (at.elected) barrier_arrive(S::empty_v(barriers, turn.stage));
-            turn.advance();
+            if (started) finish<S>(at, turn, out, weights);
+        } else {
+            begin<S, false>(p, at, turn, scores, out, weights, rows, {});
+#pragma unroll 1
+            for (int number = 1; number < p.boxes; ++number)
+                step<S, false>(p, at, turn, scores, out, weights, rows, {});
+            finish<S>(at, turn, out, weights);
         }
         store<S>(p, tile_at<S>(p, index), out, rows, slab, S::empty_q(barriers, at.group), at.group);
     }

@@ -169,6 +169,8 @@ def read_plan(given: Problem, heads: int, head_dim: int, valid: np.ndarray | Non
                         for axis in range(3):
                             allowed &= bits[start[axis] + row[:, axis]]
                         assert not allowed[:, len(keys) :].any()
+                        if mark < 0:  # the warpgroup leaves the box out
+                            continue
                         if mark:
                             assert valid is not None
                             end = before if mark - 1 < boxes_before else before + after

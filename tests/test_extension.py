@@ -66,6 +66,12 @@ class TestBuild:
         assert len(re.findall(r"LDG\.E\.128", copy)) >= 4
         assert len(re.findall(r"STG\.E\.128", copy)) >= 4
         assert not re.findall(r"\b(LDL|STL)\b", sass)
+        kernels = [part for part in sass.split("Function : ") if "attention_forward" in part.split("\n")[0]]
+        assert len(kernels) == 10  # dense and with plans, by head dimension, box and dtype
+        for kernel in kernels:
+            assert "HGMMA.64x" in kernel
+            assert "UTMALDG.5D" in kernel
+            assert "UTMASTG.5D" in kernel
 
     def test_the_library_needs_no_cuda_library_to_load(self, wheel: Path, tmp_path: Path) -> None:
         library = zipfile.ZipFile(wheel).extract("stattn/libstattn.so", tmp_path)
@@ -84,6 +90,27 @@ class TestBuild:
         assert done.returncode != 0
         assert "copy.cu" in done.stderr
         assert "STATTN_CUDA=0 installs without it" in done.stderr
+
+
+    def test_a_kernel_that_keeps_registers_in_memory_fails_the_build_each_time(self, tmp_path: Path) -> None:
+        shutil.copy(ROOT / "setup.py", tmp_path)
+        (tmp_path / "csrc").mkdir()
+        (tmp_path / "csrc" / "spills.cu").write_text(
+            "__global__ void spills(float* x, int n) { float held[64]; for (int i = 0; i < 64; ++i) held[i] = x[i]; "
+            "for (int i = 0; i < n; ++i) x[i] = held[(i * n) % 64]; }\n"
+        )
+        for _ in range(2):
+            done = subprocess.run(
+                [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, capture_output=True, text=True
+            )
+            assert done.returncode != 0
+            assert "a kernel is not what was written" in done.stderr
+
+
+def test_the_matrix_instructions_are_those_that_their_script_writes() -> None:
+    script = ROOT / "csrc" / "wgmma.py"
+    written = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout
+    assert written == script.with_suffix(".cuh").read_text()
 
 
 def build(folder: Path, switch: str, path: str = "") -> subprocess.CompletedProcess[str]:

@@ -21,6 +21,7 @@ from stattn.tables import Product, Rule, whole
 
 AXES = (0, 1, 2)
 BEFORE, AFTER = 1, 2  # kinds of tiles
+UNSEEN = -1  # marks a box of which a warpgroup sees nothing
 ROWS = 64  # of a warpgroup's slab
 WARPGROUPS = 3
 
@@ -33,10 +34,12 @@ class Config(NamedTuple):
     cost: float
 
 
+# Fitted to windows and sliding tiles on an H200, see benchmarks/NOTES.md.
 CONFIGS = {128: (Config(0, 64, 1.0), Config(1, 80, 1.15)), 64: (Config(0, 128, 1.0),)}
-MASKED = 0.35  # the cost of masking a box, in those of a box
+MASKED = 0.38  # the cost of masking a box, in those of a box
+LEFT_OUT = 0.5  # the saving by a box that a warpgroup leaves out, in its share of the box
 TILE = 3.0  # the cost of beginning and ending a tile, in those of a box
-CANDIDATES = 12  # of tile extents, the best of which are tried with every extent of boxes
+CANDIDATES = 40  # of tile extents, the best of which are tried with every extent of boxes
 
 
 class Tiling(NamedTuple):
@@ -188,27 +191,33 @@ def choose(q_box: Region, k_box: Region, products: Sequence[Sequence[Product]], 
     )
     candidates = []
     for slab in _extents(q_shape, ROWS):
+        part = sum(_prod([float(visits(p[a], a, slab[a]).length.sum()) for a in AXES]) for p in flat) / WARPGROUPS
         for stacked in AXES:
             tile = _times(slab, stacked)
             visited = sum(_prod([float(visits(p[a], a, tile[a]).length.sum()) for a in AXES]) for p in flat)
             tiles = _prod(_tiles(q_box, steps, tile)) * len(products)
-            candidates.append((visited / ROWS + TILE * tiles, slab[0], slab[1], stacked, slab))
+            share = part / visited if visited else 1.0
+            guess = visited * (1 - LEFT_OUT * (1 - share)) / ROWS + TILE * tiles
+            candidates.append((guess, slab[0], slab[1], stacked, slab))
     best: tuple[float, Tiling] | None = None
     for _, _, _, stacked, slab in sorted(candidates)[:CANDIDATES]:
         tile = _times(slab, stacked)
         tiles = _prod(_tiles(q_box, steps, tile)) * len(products)
         counts = _Memo(partial(_count, visits, tile))
+        shares = _Memo(partial(_share, visits, slab, tile))
         for config in CONFIGS[head_dim]:
             for box in _extents(k_shape, config.box):
                 if 2 * _prod(box) <= config.box < _prod(k_shape):
                     continue
-                boxes = inside = 0
+                cost = TILE * tiles
                 for product in flat:
                     each = [counts(product[axis], axis, box[axis]) for axis in AXES]
-                    boxes += _prod([count for count, _ in each])
-                    inside += _prod([full for _, full in each])
-                masked = boxes if _prod(box) < config.box else boxes - inside
-                cost = config.cost * (boxes + MASKED * masked) + TILE * tiles
+                    boxes, inside = _prod([count for count, _ in each]), _prod([full for _, full in each])
+                    masked = boxes if _prod(box) < config.box else boxes - inside
+                    # Boxes with masks are left out by a warpgroup that sees nothing of them.
+                    share = shares(product[stacked], stacked, box[stacked]) if masked else 1.0
+                    saved = LEFT_OUT * (1 - share)
+                    cost += config.cost * (boxes - masked + (1 + MASKED) * (1 - saved) * masked)
                 if best is None or (cost, -box[2], -box[1]) < (best[0], -best[1].box[2], -best[1].box[1]):
                     best = cost, Tiling(q_box, k_box, steps, slab, stacked, box, config)
     assert best is not None
@@ -240,6 +249,17 @@ def _extents(shape: Triple, most: int) -> Iterator[Triple]:
 def _count(visits: _Memo, tile: Triple, rule: Rule, axis: int, extent: int) -> tuple[int, int]:
     boxes = in_boxes(visits(rule, axis, tile[axis]), extent)
     return int(boxes.number.sum()), int((boxes.whole_to - boxes.whole_from).sum())
+
+
+def _share(visits: _Memo, slab: Triple, tile: Triple, rule: Rule, axis: int, extent: int) -> float:
+    """Give the share of the boxes of a stacked axis of which a warpgroup sees something."""
+    all_rows, part = visits(rule, axis, tile[axis]), visits(rule, axis, slab[axis])
+    boxes = int((-(-all_rows.length // extent)).sum())
+    if boxes == 0 or len(part.first) < len(all_rows.first):
+        return 1.0
+    first = all_rows.first[np.minimum(np.arange(len(part.first)) // WARPGROUPS, len(all_rows.first) - 1)]
+    from_box, to_box = (part.first - first) // extent, (part.first - first + part.length - 1) // extent
+    return min(1.0, int(np.where(part.length > 0, to_box - from_box + 1, 0).sum()) / (WARPGROUPS * boxes))
 
 
 def _times(slab: Triple, stacked: int) -> Triple:
@@ -404,8 +424,8 @@ class _MaskTable:
 class _Entries(NamedTuple):
     """Boxes of tiles.
 
-    tile: [boxes]. masked: whether rows have masks, [boxes]. box: its record, [boxes, 4]. masks: the records of its masks,
-    [boxes, warpgroups, 4], in which masks are counted from the table's first.
+    tile: [boxes]. masked: whether rows have masks, [boxes]. box: its record, [boxes, 4]. masks: the records of its
+    masks, [boxes, warpgroups, 4], in which masks are counted from the table's first.
     """
 
     tile: np.ndarray
@@ -466,8 +486,12 @@ def _product_boxes(tiling: Tiling, product: Product, table: _MaskTable, places: 
     total = counts[0] * counts[1] * counts[2]
     tile = np.repeat(np.arange(len(total)), total)
     rest = np.arange(len(tile)) - np.repeat(np.cumsum(total) - total, total)
-    _, h, w = (count[tile] for count in counts)
-    number = [rest // (h * w), rest // w % h, rest % w]
+    # The stacked axis is the outermost: boxes that a warpgroup leaves out then lie in a row.
+    order = [tiling.stacked, *(axis for axis in AXES if axis != tiling.stacked)]
+    middle, inmost = (counts[axis][tile] for axis in order[1:])
+    number = [rest] * 3
+    number[order[0]], number[order[1]] = rest // (middle * inmost), rest // inmost % middle
+    number[order[2]] = rest % inmost
     inner = np.ones(len(tile), bool)
     first, masks = [], []
     for axis in AXES:
@@ -478,9 +502,10 @@ def _product_boxes(tiling: Tiling, product: Product, table: _MaskTable, places: 
         masks.append(_axis_masks(tiling, axis, rows[axis], visits[axis], boxes[axis], table, place, at))
     # A box with columns that no key fills has masks always.
     masked = ~inner if _prod(tiling.box) == tiling.config.box else np.ones(len(tile), bool)
-    return _Entries(
-        tile, masked, np.stack([*first, 0 * tile], 1), np.stack([*masks, np.zeros((len(tile), WARPGROUPS), int)], 2)
-    )
+    found = np.stack(masks, 2)
+    unseen = (found == UNSEEN).any(2)
+    found = np.concatenate([np.maximum(found, 0), np.where(unseen, UNSEEN, 0)[..., None]], 2)
+    return _Entries(tile, masked, np.stack([*first, 0 * tile], 1), found)
 
 
 def _axis_masks(
@@ -493,7 +518,7 @@ def _axis_masks(
     place: np.ndarray,
     at: np.ndarray,
 ) -> np.ndarray:
-    """Number the masks of an axis for boxes ``at`` of tiles ``place``: [boxes, warpgroups]."""
+    """Number the masks of an axis for boxes ``at`` of tiles ``place``, or UNSEEN: [boxes, warpgroups]."""
     slab, extent = tiling.slab[axis], tiling.box[axis]
     groups = WARPGROUPS if axis == tiling.stacked else 1
     count = len(boxes.number)
@@ -507,7 +532,8 @@ def _axis_masks(
     start = (visits.first[i] + b * extent)[:, None, None]
     spans = np.stack([np.clip(lo[i] - start, 0, extent), np.clip(hi[i] + 1 - start, 0, extent)], 3)
     spans[spans[..., 0] >= spans[..., 1]] = 0
-    numbers[i, b] = table.find(axis, spans.reshape(-1, slab, 2)).reshape(-1, groups)
+    seen = spans.any((2, 3))
+    numbers[i, b] = np.where(seen, table.find(axis, spans.reshape(-1, slab, 2)).reshape(-1, groups), UNSEEN)
     return np.broadcast_to(numbers[place, at], (len(at), WARPGROUPS)) if groups == 1 else numbers[place, at]
 
 

@@ -1,0 +1,135 @@
+"""Attention by the CUDA kernels: dense beside cuDNN, masks by the time of the pairs they allow, on the same card.
+
+    python -m pytest benchmarks/bench_attention_cuda.py --results benchmarks/results/h200
+
+Every output is compared with float64 rows before it is timed. Names are attention/cuda/<mask>/<shape>; the baseline is
+cuDNN on dense shapes, one's own dense attention of as many pairs on masks, and a copy of q, k, v and the output on
+temporal attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import stattn
+from stattn import extension, masks, results
+from stattn.grid import Grid
+from stattn.masks import Mask
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or extension.why_not("cuda") is not None, reason="no Hopper GPU, or no library"
+    ),
+]
+ROWS = 32
+
+
+class Case(NamedTuple):
+    name: str
+    grid: Grid
+    heads: int
+    dim: int
+    mask: Mask
+
+
+DENSE = (
+    Case("dense_fwd/wan-1.3b-480p", Grid(21, 30, 52), 12, 128, masks.full()),
+    Case("dense_fwd/cogvideox-5b", Grid(13, 30, 45), 48, 64, masks.full()),
+    Case("dense_fwd/hunyuan-720p", Grid(33, 45, 80), 24, 128, masks.full()),
+)
+LATENT_720P = Grid(30, 48, 80)
+WAN_720P = Grid(21, 45, 80)
+COSMOS = Grid(24, 44, 80)
+MASKED = (
+    Case("sta333/30x48x80", LATENT_720P, 24, 128, masks.sliding_tile((6, 8, 8), (3, 3, 3))),
+    Case("window_18_24_24/30x48x80", LATENT_720P, 24, 128, masks.window(18, 24, 24)),
+    Case("window_7_17_17/wan-14b-720p", WAN_720P, 40, 128, masks.window(7, 17, 17)),
+    Case("cosmos90/24x44x80", COSMOS, 40, 128, masks.window(24, 12, 24, stride=(1, 4, 8))),
+    Case("cosmos_dilated/24x44x80", COSMOS, 40, 128, masks.window(24, 4, 16, dilation=(1, 11, 5))),
+    Case("cosmos_undilated/24x44x80", COSMOS, 40, 128, masks.window(24, 4, 16)),
+    Case("spatial/wan-14b-720p", WAN_720P, 40, 128, masks.spatial()),
+    Case("temporal/wan-14b-720p", WAN_720P, 40, 128, masks.temporal()),
+    Case("frame_causal_3/wan-1.3b-480p", Grid(21, 30, 52), 12, 128, masks.frame_causal(3)),
+    Case("window_7_15_15/hunyuan-720p", Grid(33, 45, 80), 24, 128, masks.window(7, 15, 15)),
+    Case("joint_256/hunyuan-720p", Grid(33, 45, 80, 0, 256), 24, 128, masks.window(7, 15, 15)),
+)
+
+
+def tensors(case: Case) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (1, case.grid.tokens, case.heads, case.dim)
+    return tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(3))
+
+
+def assert_right(out: torch.Tensor, qkv: tuple[torch.Tensor, ...], case: Case) -> None:
+    """Compare sampled rows, the first and the last with float64, and refuse more than rounding explains."""
+    q, k, v = qkv
+    chosen = torch.randperm(case.grid.tokens, generator=torch.Generator().manual_seed(1))[:ROWS]
+    chosen = torch.cat([chosen, torch.tensor([0, case.grid.tokens - 1])])
+    seen = case.mask.allowed(case.grid, chosen).to("cuda")
+    for head in range(0, case.heads, 7):
+        scores = q[0, chosen, head].double() @ k[0, :, head].double().T / math.sqrt(case.dim)
+        want = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v[0, :, head].double()
+        error = (out[0, chosen, head].double() - want).square().mean().sqrt() / want.square().mean().sqrt()
+        assert error < 2 * torch.finfo(q.dtype).eps, f"{case.name}, head {head}: relative error {error:.2e}"
+
+
+def measure(
+    benchmark: Any, report: results.Report, contenders: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, results.Timing]:
+    timings = results.time_contenders(contenders, device="cuda", rounds=rounds, warmup=2)
+    first = next(iter(contenders.values()))
+    benchmark.pedantic(lambda: (first(), torch.cuda.synchronize()), rounds=2, iterations=1)
+    return timings
+
+
+@pytest.mark.parametrize("case", DENSE, ids=lambda case: case.name)
+def test_dense_attention_beside_cudnn(benchmark: Any, report: results.Report, case: Case) -> None:
+    qkv = tensors(case)
+    swapped = [x.transpose(1, 2) for x in qkv]
+
+    def cudnn() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(*swapped).transpose(1, 2)
+
+    ours, theirs = f"attention/cuda/{case.name}", f"attention/torch-cudnn/{case.name}"
+    contenders = {ours: partial(stattn.attention, *qkv, case.grid, impl="cuda"), theirs: cudnn}
+    for call in contenders.values():
+        assert_right(call(), qkv, case)
+    timings = measure(benchmark, report, contenders, rounds=3 if case.grid.tokens > 100_000 else 15)
+    report.results.append(results.Result.of(ours, timings[ours], baseline=(theirs, timings[theirs]), checked=True))
+    report.results.append(results.Result.of(theirs, timings[theirs], checked=True))
+
+
+@pytest.mark.parametrize("case", MASKED, ids=lambda case: case.name)
+def test_masks_beside_dense_attention_and_a_copy(benchmark: Any, report: results.Report, case: Case) -> None:
+    qkv = tensors(case)
+    ours = f"attention/cuda/{case.name}"
+    call = partial(stattn.attention, *qkv, case.grid, case.mask, impl="cuda")
+    assert_right(call(), qkv, case)
+    contenders: dict[str, Callable[[], Any]] = {ours: call}
+    if case.name.startswith("temporal"):
+        other = "copy of q, k, v and out"  # as many bytes are read and written
+        to = torch.empty_like(qkv[0]), torch.empty_like(qkv[0])
+        contenders[other] = lambda: (to[0].copy_(qkv[0]), to[1].copy_(qkv[1]))
+    else:
+        # Dense attention of 32,760 tokens, its time scaled to the pairs of the mask.
+        other = "dense attention of as many pairs"
+        dense = Case("", Grid(21, 30, 52), 12, case.dim, masks.full())
+        contenders[other] = partial(stattn.attention, *tensors(dense), dense.grid, impl="cuda")
+    timings = measure(benchmark, report, contenders, rounds=7)
+    beside = timings[other]
+    if not case.name.startswith("temporal"):
+        pairs = case.mask.density(case.grid) * case.grid.tokens**2 * case.heads
+        share = pairs / (dense.grid.tokens**2 * dense.heads)
+        beside = results.Timing(tuple(sample * share for sample in beside.samples))
+    report.results.append(results.Result.of(ours, timings[ours], baseline=(other, beside), checked=True))
