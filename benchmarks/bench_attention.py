@@ -1,27 +1,35 @@
-"""Attention: the implementations of this machine beside PyTorch's own kernels, on the same tensors, round by round.
+"""Attention: the implementations of this machine beside those of other packages, on the same tensors, round by round.
 
     python -m pytest benchmarks/bench_attention.py --results benchmarks/results/h200
+    python -m pytest benchmarks/bench_attention.py -k "forward and sta333"     # a part of it, by pass, case or shape
 
-Every contender's output is compared with float64 rows before it is timed; a wrong one fails the benchmark and nothing
-is written of it. Names are attention/<implementation>/<mask>_<pass>/<shape>.
+Every contender's output, and sampled gradients, are compared with float64 before they are timed. A wrong one of this
+package fails the benchmark and nothing is written of it; a wrong one of another package is left out and fails it after
+the others were recorded. Names are attention/<implementation>/<mask>_<pass>/<shape>. A package that is not installed,
+and a call that another package refuses, stands in the report's versions. Milliseconds are as measured in the file; the
+table that is printed also scales them by the run's matrix product, to that of the card on which limits were set.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import attention_peers
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from attention_cases import CASES, Case
+from attention_peers import Peer
+from attention_truth import Truth, WrongResult
+from torch import Tensor
 
 import stattn
 from stattn import masks, results
 from stattn.grid import Grid
 from stattn.masks import Mask
+from stattn.ops._dispatch import NAMES
 
 WAN_480P = Grid(21, 30, 52)
 ROWS = 64
@@ -98,47 +106,249 @@ def test_sparse_masks_beside_dense_attention_on_a_cpu(benchmark: Any, report: re
     measure(benchmark, report, contenders, f"attention/sdpa/dense_fwd/{shape}", device, rounds=3)
 
 
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+LIMITS_TFLOPS = 807  # the bf16 8192^3 matrix product of the card on which limits in milliseconds were set
+BACKWARD_ROUNDS = 9
+GIB = 1 << 30
+DENSE_ONLY = ("flash", "sdpa")  # of other packages: they refuse every mask, and know no deterministic backward
+OURS = tuple(name for name in NAMES if name != "reference")
+
+
+@pytest.fixture(scope="module")
+def table(request: pytest.FixtureRequest, report: results.Report) -> Iterator[None]:
+    """Name what is compared; print the results, scaled, when all benchmarks are over."""
+    report.versions |= attention_peers.versions()
+    yield
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and report.results:
+        terminal.write_line("")
+        for line in lines(report):
+            terminal.write_line(line)
+
+
+def lines(report: results.Report) -> list[str]:
+    """Print results with scaled milliseconds, and what was not measured."""
+    scale = (report.cublas_tflops or LIMITS_TFLOPS) / LIMITS_TFLOPS
+    values = {each.name: each.value for each in report.results}
+    found = [f"{report.gpu}, cuBLAS 8192^3 {report.cublas_tflops or 0:.0f} TFLOP/s: milliseconds scaled by {scale:.3f}"]
+    for each in report.results:
+        scaled = f"{each.value * scale:9.3f} scaled" if each.unit == "ms" else " " * 16
+        ratio = f"{each.ratio:6.3f} x {each.baseline.name}" if each.ratio and each.baseline else ""
+        forward = values.get(each.name.replace("_bwd/", "/").replace("dense/", "dense_fwd/"))
+        if "_bwd/" in each.name and forward is not None:
+            ratio += f"  ({each.value / forward:.2f} x its forward)"
+        found.append(
+            f"{each.name:70} {each.value:9.3f} {each.unit:3} ({each.p20:.3f}-{each.p80:.3f}) {scaled}  {ratio}"
+        )
+    packages = {"python", "torch", "cuda", "stattn", "triton"}
+    return found + [f"{name}: {said}" for name, said in report.versions.items() if name not in packages]
+
+
+@pytest.fixture
+def clean() -> Iterator[None]:
+    """Give each case the memory and the compiler's caches that the one before it held."""
+    yield
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
+
+
+class Field:
+    """The contenders of one case and pass that are right, and what is said of the others.
+
+    device: where it runs. backward: whether gradients are compared and timed.
+    """
+
+    def __init__(self, case: Case, report: results.Report, device: str, backward: bool = False) -> None:
+        self.case, self.report, self.backward = case, report, backward
+        self.label = case.label(backward)
+        self.mask = case.mask if isinstance(case.mask, Mask) else case.mask(device)
+        qkv = tensors(case.grid, case.heads, case.dim, device)
+        q_tokens = case.q_region.video if case.q_region else case.grid.tokens
+        self.qkv = tuple(x.requires_grad_(backward) for x in (qkv[0][:, -q_tokens:], *qkv[1:]))
+        self.dout = torch.randn_like(self.qkv[0], requires_grad=False) if backward else None
+        self.truth = Truth(self.qkv, case.grid, self.mask, self.dout)
+        self.calls: dict[str, Callable[[], Any]] = {}
+        self.parts: dict[str, Callable[[], Any]] = {}
+        self.forwards: dict[str, Callable[[], Tensor]] = {}
+        self.wrong: list[str] = []
+        self.excused: set[str] = set()  # peers that have no such pass at all
+
+    def name(self, who: str, label: str | None = None) -> str:
+        """Name a row."""
+        return f"attention/{who}/{label or self.label}/{self.case.shape}"
+
+    def enter(self, who: str, forward: Callable[..., Tensor], label: str | None = None) -> None:
+        """Check a contender, and let it take part. forward: of q, k and v."""
+        out = forward(*self.qkv)
+        self.truth.check_output(out)
+        if self.dout is None:
+            self.forwards[who] = self.calls[self.name(who, label)] = partial(forward, *self.qkv)
+            return
+        backward = partial(torch.autograd.grad, out, self.qkv, self.dout, retain_graph=True)
+        self.truth.check_gradients(*backward())
+        self.calls[self.name(who, label)] = backward
+
+    def enter_ours(self, implementations: tuple[str, ...] = OURS) -> None:
+        """Let every implementation of this package take part that serves the case. Raises what a wrong one does."""
+        case = self.case
+        for impl in implementations:
+            attend = partial(self._ours, impl, case.grid, case.q_region, False)
+            try:
+                self.enter(impl, attend)
+            except ValueError as refusal:
+                if "does not serve" not in str(refusal) and "no such implementation" not in str(refusal):
+                    raise
+                if impl not in DENSE_ONLY:
+                    self.say(impl, str(refusal))
+                continue
+            if case.deterministic and self.backward and impl not in DENSE_ONLY:
+                attend = partial(self._ours, impl, case.grid, case.q_region, True)
+                self.enter(impl, attend, f"{self.label}_deterministic")
+            if case.without_text:
+                self._enter_without_text(impl)
+
+    def _ours(
+        self, impl: str, grid: Grid, region: stattn.Region | None, deterministic: bool, *qkv: Tensor
+    ) -> Tensor:
+        return stattn.attention(*qkv, grid, self.mask, q_region=region, deterministic=deterministic, impl=impl)
+
+    def _enter_without_text(self, impl: str) -> None:
+        video = Grid(*self.case.grid.shape)
+        shorter = tuple(x.detach()[:, : video.tokens].requires_grad_(self.backward) for x in self.qkv)
+        label = self.label.replace(self.case.name, f"{self.case.name}_without_text")
+        forward = partial(self._ours, impl, video, None, False)
+        out = forward(*shorter)
+        if self.dout is None:
+            Truth(shorter, video, self.mask).check_output(out)
+            self.calls[self.name(impl, label)] = partial(forward, *shorter)
+            return
+        dout = self.dout[:, : video.tokens]
+        backward = partial(torch.autograd.grad, out, shorter, dout, retain_graph=True)
+        Truth(shorter, video, self.mask, dout).check_gradients(*backward())
+        self.calls[self.name(impl, label)] = backward
+
+    def enter_peers(self) -> None:
+        """Let the other packages take part that are installed, run the case, and are right."""
+        for who, make in self.case.peers.items():
+            try:
+                peer: Peer = make(self.case.grid, self.mask)
+                if self.backward and not peer.backward:
+                    self.excused.add(who)
+                    self.say(who, "has no backward for it")
+                    continue
+                self.enter(who, peer.forward)
+            except ImportError as error:
+                self.say(who, f"not measured: {error}")
+            except WrongResult as error:
+                self.wrong.append(f"{who} is wrong: {error}")
+                self.say(who, f"left out, since its result is wrong: {error}")
+            except Exception as error:  # other packages raise what they like; it stands in the report
+                self.say(who, f"refuses it: {type(error).__name__}: {error}")
+            else:
+                if not self.backward:
+                    self.parts |= {
+                        self.name(who, f"{self.label}_{part}"): partial(call, *self.qkv)
+                        for part, call in peer.parts.items()
+                    }
+
+    def say(self, who: str, what: str) -> None:
+        """Put a line in the report on what is not measured."""
+        self.report.versions[f"{who} at {self.label}/{self.case.shape}"] = " ".join(what.split())[:300]
+
+    def baseline(self, name: str) -> str | None:
+        """Name the row that a row is compared with; None for one that is a baseline itself or whose own is missing."""
+        impl = name.split("/")[1]
+        if self.case.without_text:
+            wanted = self.name(impl, self.label.replace(self.case.name, f"{self.case.name}_without_text"))
+        else:
+            wanted = self.name(self.case.baselines.get(impl, self.case.baselines.get("", "")))
+        return wanted if wanted != name and wanted in self.calls else None
+
+    def measure(self) -> None:
+        """Time all in interleaved rounds and record them; each ran before, when it was checked."""
+        rounds = min(self.case.rounds, BACKWARD_ROUNDS) if self.backward else self.case.rounds
+        device = self.qkv[0].device
+        timings = results.time_contenders(self.calls | self.parts, device=device, rounds=rounds, warmup=0)
+        for name, timing in timings.items():
+            beside = self.baseline(name) if name in self.calls else None
+            pair = None if beside is None else (beside, timings[beside])
+            self.report.results.append(results.Result.of(name, timing, baseline=pair, checked=True))
+
+    def measure_memory(self) -> None:
+        """Record the peak memory of each forward, q, k and v included, beside what these, output and LSE take."""
+        q, k, v = self.qkv
+        given = sum(x.numel() * x.element_size() for x in (q, k, v))
+        needed = given + q.numel() * q.element_size() + 4 * q.shape[1] * q.shape[2]
+        for who, call in self.forwards.items():
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            torch.cuda.synchronize()
+            peak = (given + torch.cuda.max_memory_allocated() - before) / GIB
+            name = self.name(who, f"peak_memory/{self.case.label()}")
+            beside = results.Baseline(self.name("inputs_output_lse", f"peak_memory/{self.case.label()}"), needed / GIB)
+            ratio = beside.value / peak
+            self.report.results.append(results.Result(name, "GiB", peak, peak, peak, beside, ratio, checked=True))
+
+    def close(self, benchmark: Any) -> None:
+        """Fail on what was left out as wrong, and on a missing baseline that PyTorch itself should have given."""
+        first = next(iter(self.calls.values()))
+
+        def run() -> None:
+            first()
+            torch.cuda.synchronize()
+
+        benchmark.pedantic(run, rounds=1, iterations=1)  # its table shows the first; the results file has them all
+        wanted = {who for who in self.case.baselines.values() if who.startswith(("torch", "flex"))} - self.excused
+        missing = [who for who in sorted(wanted) if self.name(who) not in self.calls]
+        said = {who: self.report.versions.get(f"{who} at {self.label}/{self.case.shape}") for who in missing}
+        assert not self.wrong, "; ".join(self.wrong)
+        assert not missing, f"no baseline: {said}"
+
+
+def ids(cases: list[Case]) -> list[str]:
+    """Name cases for -k."""
+    return [f"{case.name}-{case.shape}" for case in cases]
+
+
+BACKWARDS = [case for case in CASES if case.backward]
+ONE_LAUNCH = [case for case in CASES if case.name in ("sta333", "window_7_17_17", "joint_256")]
+
+
 @pytest.mark.gpu
-def test_dense_forward(benchmark: Any, report: results.Report) -> None:
-    qkv = tensors(WAN_480P, 12, 128, "cuda")
-    swapped = [x.transpose(1, 2) for x in qkv]
-
-    def torch_kernel(backend: SDPBackend) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*swapped).transpose(1, 2)
-
-    contenders: dict[str, Callable[[], torch.Tensor]] = {
-        "attention/sdpa/dense_fwd/wan-1.3b-480p": lambda: stattn.attention(*qkv, WAN_480P, impl="sdpa"),
-        "attention/torch-cudnn/dense_fwd/wan-1.3b-480p": lambda: torch_kernel(SDPBackend.CUDNN_ATTENTION),
-        "attention/torch-flash/dense_fwd/wan-1.3b-480p": lambda: torch_kernel(SDPBackend.FLASH_ATTENTION),
-    }
-    for call in contenders.values():
-        assert_right(call(), qkv, WAN_480P, masks.full())
-    measure(benchmark, report, contenders, "attention/torch-cudnn/dense_fwd/wan-1.3b-480p", "cuda", rounds=20)
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_forward(case: Case, benchmark: Any, report: results.Report, table: None, clean: None) -> None:
+    field = Field(case, report, "cuda")
+    field.enter_ours()
+    field.enter_peers()
+    field.measure_memory()
+    field.measure()
+    field.close(benchmark)
 
 
 @pytest.mark.gpu
-def test_dense_backward(benchmark: Any, report: results.Report) -> None:
-    qkv = tensors(WAN_480P, 12, 128, "cuda", grad=True)
-    out = stattn.attention(*qkv, WAN_480P, impl="sdpa")
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        other = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
-    dout = torch.randn_like(out)
-    contenders: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {
-        "attention/sdpa/dense_bwd/wan-1.3b-480p": lambda: torch.autograd.grad(out, qkv, dout, retain_graph=True),
-        "attention/torch-cudnn/dense_bwd/wan-1.3b-480p": lambda: torch.autograd.grad(
-            other, qkv, dout, retain_graph=True
-        ),
-    }
-    # dV = P^T dout of sampled keys: the scores and the LSE of all rows against float64.
-    got = [call() for call in contenders.values()]
-    keys = torch.randperm(WAN_480P.tokens, generator=torch.Generator().manual_seed(2))[:ROWS]
-    q, k = (x.detach()[0, :, 0].double() for x in qkv[:2])
-    scale = 1 / math.sqrt(128)
-    lse = torch.cat([torch.logsumexp(part @ k.T * scale, -1) for part in q.split(2048)])
-    want = torch.exp(k[keys] @ q.T * scale - lse) @ dout[0, :, 0].double()
-    for grads in got:
-        error = (grads[2][0, keys, 0].double() - want).square().mean().sqrt() / want.square().mean().sqrt()
-        assert error < 4 * torch.finfo(torch.bfloat16).eps, f"dV: relative error {error:.2e}"
-        torch.testing.assert_close(grads[0], got[0][0], rtol=5e-2, atol=1e-3)
-    measure(benchmark, report, contenders, "attention/torch-cudnn/dense_bwd/wan-1.3b-480p", "cuda", rounds=10)
+@pytest.mark.parametrize("case", BACKWARDS, ids=ids(BACKWARDS))
+def test_backward(case: Case, benchmark: Any, report: results.Report, table: None, clean: None) -> None:
+    field = Field(case, report, "cuda", backward=True)
+    field.enter_ours()
+    field.enter_peers()
+    field.measure()
+    field.close(benchmark)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ONE_LAUNCH, ids=ids(ONE_LAUNCH))
+def test_a_forward_is_one_launch(case: Case, report: results.Report, clean: None) -> None:
+    field = Field(case, report, "cuda")
+    field.enter_ours()
+    assert field.forwards
+    for who, call in field.forwards.items():
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            call()
+            torch.cuda.synchronize()
+        on_device = torch.autograd.DeviceType.CUDA
+        launched = [event.name for event in profiler.events() if event.device_type == on_device]
+        assert len(launched) == 1, f"{who}: {launched}"

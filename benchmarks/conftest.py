@@ -19,6 +19,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", default="build/results", help="folder of the results files, one per stem")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE == "cuda":
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """The device that is measured: the GPU where there is one."""
