@@ -15,7 +15,7 @@ from stattn import extension, masks
 from stattn.blocks import lower
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import CONSTRUCTORS, Mask
-from stattn.ops import _cuda, _cuda_plan
+from stattn.ops import _cuda, _cuda_plan, _cuda_tiles
 from stattn.ops.attention import AttentionCall
 from stattn.problem import Extras, Problem
 
@@ -124,7 +124,7 @@ def read_plan(given: Problem, heads: int, head_dim: int, valid: np.ndarray | Non
     stacked, tiles, before, after, q_globals, line_tiles, line_record = integers[15:]
     for extents in (slab, box):
         assert ((steps <= 8) | (extents == 1)).all()  # as far as a tensor copy steps
-    columns = next(each.box for each in _cuda_plan.CONFIGS[head_dim] if each.number == number)
+    columns = next(each.box for each in _cuda_tiles.CONFIGS[head_dim] if each.number == number)
     width = 64 if columns <= 64 else 128
     records = array.reshape(-1, 4)
     bits = np.unpackbits(array.view(np.uint8), bitorder="little").reshape(-1, width).astype(bool)
@@ -253,7 +253,7 @@ def test_sliding_tiles_that_boxes_divide_need_no_masks() -> None:
     number, integers, array = _cuda_plan.layout(problem(shape, mask), 1, 128)
     records = array.reshape(-1, 4)[array[0] :][: 2 * integers[16]].reshape(-1, 2, 4)
     assert records[:, 1, 3].sum() == 0
-    pairs = records[:, 1, 1].sum() * _cuda_plan.CONFIGS[128][number].box * 192
+    pairs = records[:, 1, 1].sum() * _cuda_tiles.CONFIGS[128][number].box * 192
     assert pairs == 30 * 48 * 80 * 18 * 24 * 24
 
 
@@ -425,6 +425,29 @@ class TestOnHopper:
             assert_right((q, k, v), grid, mask)
             assert held[:, :guard].isnan().all()
             assert held[:, -guard:].isnan().all()
+
+    def test_offsets_beyond_2_to_the_31_are_right(self) -> None:
+        grid = Grid(21, 45, 80)
+        fused = torch.randn(2, grid.tokens, 3, 40, 128, device="cuda", dtype=torch.bfloat16)
+        assert fused.numel() > 2**31
+        for mask in (masks.window(3, 5, 5), masks.temporal()):
+            whole = stattn.attention(*fused.unbind(2), grid, mask, impl="cuda")
+            last = (x[1:, :, 38:].contiguous() for x in fused.unbind(2))
+            assert torch.equal(whole[1:, :, 38:], stattn.attention(*last, grid, mask, impl="cuda"))
+
+    def test_a_batch_of_144_000_heads_is_served(self) -> None:
+        grid = Grid(1, 1, 21)
+        q, k, v = (torch.randn(3600, 21, 40, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        out = stattn.attention(q, k, v, grid, impl="cuda")
+        assert_right((q[-1:], k[-1:], v[-1:]), grid)
+        for sample in (0, 1797, 3599):
+            alone = (x[sample : sample + 1] for x in (q, k, v))
+            assert torch.equal(out[sample : sample + 1], stattn.attention(*alone, grid, impl="cuda"))
+
+    def test_an_address_that_copies_cannot_take_is_named(self) -> None:
+        x = torch.randn(1, 24 * 2 * 64 + 1, device="cuda").to(torch.bfloat16)[:, 1:].view(1, 24, 2, 64)
+        with pytest.raises(ValueError, match="k starts at an address that is no multiple of 16 bytes"):
+            stattn.attention(x.clone(), x, x, (2, 3, 4), impl="cuda")
 
     def test_auto_takes_these_kernels_and_another_where_a_gradient_is_needed(self) -> None:
         q, k, v = tensors(24, 24, 2, 2, 64, torch.bfloat16)

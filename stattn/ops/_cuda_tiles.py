@@ -1,0 +1,261 @@
+"""How the CUDA kernels cut a problem: tiles of queries, boxes of keys, and what the one visit of the other.
+
+Costs are estimates fitted to measurements; nothing is timed while a program runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stattn.grid import Region, Triple
+from stattn.tables import Product, Rule
+
+AXES = (0, 1, 2)
+ROWS = 64  # of a warpgroup's slab
+WARPGROUPS = 3
+
+
+class Config(NamedTuple):
+    """An entry of csrc/attention_fwd.cu's list. cost: the time of a key box, in those of the first entry's."""
+
+    number: int
+    box: int  # rows of a key box
+    cost: float
+
+
+# Fitted to windows and sliding tiles on an H200, see benchmarks/NOTES.md.
+CONFIGS = {128: (Config(0, 64, 1.0), Config(1, 80, 1.15)), 64: (Config(0, 128, 1.0),)}
+MASKED = 0.38  # the cost of masking a box, in those of a box
+LEFT_OUT = 0.5  # the saving by a box that a warpgroup leaves out, in its share of the box
+TILE = 3.0  # the cost of beginning and ending a tile, in those of a box
+CANDIDATES = 40  # of tile extents, the best of which are tried with every extent of boxes
+
+
+class Tiling(NamedTuple):
+    """How a problem is cut.
+
+    steps: an axis with a step is cut within its residue classes, of which extents count the members. slab: a
+    warpgroup's part of a query tile. stacked: the axis on which slabs lie in a row.
+    """
+
+    q_box: Region
+    k_box: Region
+    steps: Triple
+    slab: Triple
+    stacked: int
+    box: Triple
+    config: Config
+
+    @property
+    def tile(self) -> Triple:
+        t, h, w = (n * (WARPGROUPS if axis == self.stacked else 1) for axis, n in enumerate(self.slab))
+        return t, h, w
+
+
+class Rows(NamedTuple):
+    """The rows of the tiles of one axis under a rule; keys are counted within the rows' residue class.
+
+    corner, key: int64 [tiles], the first row and the first key of the class, in tokens of the axis. lo, hi: int64
+    [tiles, extent], the first and the last key that a row sees, hi < lo where there is none. real: bool [tiles,
+    extent], whether a row exists.
+    """
+
+    corner: np.ndarray
+    key: np.ndarray
+    lo: np.ndarray
+    hi: np.ndarray
+    real: np.ndarray
+
+
+class Visits(NamedTuple):
+    """What the tiles of an axis visit under a rule: int64 [tiles] each.
+
+    first, length: the keys visited. whole_from, whole_to: those, counted from the first, that all rows of a tile see.
+    """
+
+    first: np.ndarray
+    length: np.ndarray
+    whole_from: np.ndarray
+    whole_to: np.ndarray
+
+
+class Boxes(NamedTuple):
+    """Visits in boxes: their number, and those that all rows of a tile see whole."""
+
+    number: np.ndarray
+    whole_from: np.ndarray
+    whole_to: np.ndarray
+
+
+def common_steps(products: Sequence[Sequence[Product]]) -> Triple | None:
+    """Find the step of each axis, which all products must share: None if they do not."""
+    steps = [1, 1, 1]
+    for axis in AXES:
+        rules = [product[axis] for each in products for product in each]
+        step = steps[axis] = max((rule.step for rule in rules), default=1)
+        for rule in rules:
+            # A rule of single keys has no step of its own; its keys may lie in the classes of the others.
+            x = np.arange(len(rule.lo))
+            single = bool(((rule.lo >= rule.hi) & ((rule.lo > rule.hi) | ((rule.lo - x) % step == 0))).all())
+            if rule.step != step and not single:
+                return None
+    return steps[0], steps[1], steps[2]
+
+
+def choose(q_box: Region, k_box: Region, products: Sequence[Sequence[Product]], head_dim: int) -> Tiling:
+    """Choose the extents of tiles and boxes: the least time by a count of boxes, of those with masks, and of tiles."""
+    flat = [product for each in products for product in each]
+    steps = common_steps(products)
+    assert steps is not None
+    visits = _Memo(partial(_visits, q_box, k_box, steps))
+    # A copy takes every eighth token at the least, of 256; rows further apart are copied one at a time.
+    q_shape, k_shape = (
+        triple(1 if step > 8 else min(-(-n // step), 256 // step) for n, step in zip(box.extent, steps, strict=True))
+        for box in (q_box, k_box)
+    )
+    candidates = []
+    for slab in _extents(q_shape, ROWS):
+        part = sum(product_of([float(visits(p[a], a, slab[a]).length.sum()) for a in AXES]) for p in flat) / WARPGROUPS
+        for stacked in AXES:
+            tile = _times(slab, stacked)
+            visited = sum(product_of([float(visits(p[a], a, tile[a]).length.sum()) for a in AXES]) for p in flat)
+            tiles = product_of(tile_counts(q_box, steps, tile)) * len(products)
+            share = part / visited if visited else 1.0
+            guess = visited * (1 - LEFT_OUT * (1 - share)) / ROWS + TILE * tiles
+            candidates.append((guess, slab[0], slab[1], stacked, slab))
+    best: tuple[float, Tiling] | None = None
+    for _, _, _, stacked, slab in sorted(candidates)[:CANDIDATES]:
+        tile = _times(slab, stacked)
+        tiles = product_of(tile_counts(q_box, steps, tile)) * len(products)
+        counts = _Memo(partial(_count, visits, tile))
+        shares = _Memo(partial(_share, visits, slab, tile))
+        for config in CONFIGS[head_dim]:
+            for box in _extents(k_shape, config.box):
+                if 2 * product_of(box) <= config.box < product_of(k_shape):
+                    continue
+                cost = TILE * tiles
+                for product in flat:
+                    each = [counts(product[axis], axis, box[axis]) for axis in AXES]
+                    boxes, inside = product_of([count for count, _ in each]), product_of([full for _, full in each])
+                    masked = boxes if product_of(box) < config.box else boxes - inside
+                    # Boxes with masks are left out by a warpgroup that sees nothing of them.
+                    share = shares(product[stacked], stacked, box[stacked]) if masked else 1.0
+                    saved = LEFT_OUT * (1 - share)
+                    cost += config.cost * (boxes - masked + (1 + MASKED) * (1 - saved) * masked)
+                if best is None or (cost, -box[2], -box[1]) < (best[0], -best[1].box[2], -best[1].box[1]):
+                    best = cost, Tiling(q_box, k_box, steps, slab, stacked, box, config)
+    assert best is not None
+    return best[1]
+
+
+class _Memo:
+    """A function of a rule, an axis and an extent that remembers its results, rules by identity."""
+
+    def __init__(self, function: Callable[[Rule, int, int], Any]) -> None:
+        self._function = function
+        self._known: dict[tuple[int, int, int], Any] = {}
+
+    def __call__(self, rule: Rule, axis: int, extent: int) -> Any:
+        key = (id(rule), axis, extent)
+        if key not in self._known:
+            self._known[key] = self._function(rule, axis, extent)
+        return self._known[key]
+
+
+def _extents(shape: Triple, most: int) -> Iterator[Triple]:
+    """List the extents of at most ``most`` tokens that fit a shape, the last axis as long as the others let it be."""
+    for t in range(1, min(most, shape[0]) + 1):
+        for h in range(1, min(most // t, shape[1]) + 1):
+            longest = min(most // (t * h), shape[2])
+            yield from ((t, h, w) for w in range(1, longest + 1))
+
+
+def _count(visits: _Memo, tile: Triple, rule: Rule, axis: int, extent: int) -> tuple[int, int]:
+    boxes = in_boxes(visits(rule, axis, tile[axis]), extent)
+    return int(boxes.number.sum()), int((boxes.whole_to - boxes.whole_from).sum())
+
+
+def _share(visits: _Memo, slab: Triple, tile: Triple, rule: Rule, axis: int, extent: int) -> float:
+    """Give the share of the boxes of a stacked axis of which a warpgroup sees something."""
+    all_rows, part = visits(rule, axis, tile[axis]), visits(rule, axis, slab[axis])
+    boxes = int((-(-all_rows.length // extent)).sum())
+    if boxes == 0 or len(part.first) < len(all_rows.first):
+        return 1.0
+    first = all_rows.first[np.minimum(np.arange(len(part.first)) // WARPGROUPS, len(all_rows.first) - 1)]
+    from_box, to_box = (part.first - first) // extent, (part.first - first + part.length - 1) // extent
+    return min(1.0, int(np.where(part.length > 0, to_box - from_box + 1, 0).sum()) / (WARPGROUPS * boxes))
+
+
+def _times(slab: Triple, stacked: int) -> Triple:
+    t, h, w = (n * (WARPGROUPS if axis == stacked else 1) for axis, n in enumerate(slab))
+    return t, h, w
+
+
+def product_of(values: Sequence[Any]) -> Any:
+    return math.prod(values)
+
+
+def triple(values: Iterable[int]) -> Triple:
+    t, h, w = values
+    return t, h, w
+
+
+def tile_counts(q_box: Region, steps: Triple, tile: Triple) -> Triple:
+    """Count the tiles of each axis."""
+    return triple(
+        sum(-(-size // extent) for size in _class_sizes(n, step))
+        for n, step, extent in zip(q_box.extent, steps, tile, strict=True)
+    )
+
+
+def _class_sizes(length: int, step: int) -> list[int]:
+    """Count the members of each residue class of an axis."""
+    return [-(-(length - first) // step) for first in range(min(step, length))]
+
+
+def rows_of(q_box: Region, k_box: Region, steps: Triple, rule: Rule, axis: int, extent: int) -> Rows:
+    """Cut an axis into tiles of ``extent`` rows, residue class after residue class."""
+    step, origin, keys = steps[axis], k_box.origin[axis], k_box.extent[axis]
+    corners, first_keys, los, his, reals = [], [], [], [], []
+    for first, size in enumerate(_class_sizes(q_box.extent[axis], step)):
+        tiles = -(-size // extent)
+        x = q_box.origin[axis] + first + step * np.arange(size)
+        key = (q_box.origin[axis] + first - origin) % step
+        last = (keys - 1 - key) // step  # -1 if the class has no key
+        lo = np.maximum(-((origin + key - rule.lo[x].astype(np.int64)) // step), 0)
+        hi = np.minimum((rule.hi[x].astype(np.int64) - origin - key) // step, last)
+        none = (lo > hi) | (rule.lo[x] > rule.hi[x])
+        behind = (0, tiles * extent - size)
+        corners.append(first + step * extent * np.arange(tiles))
+        first_keys.append(np.full(tiles, key))
+        los.append(np.pad(np.where(none, keys, lo), behind, constant_values=keys).reshape(tiles, extent))
+        his.append(np.pad(np.where(none, -1, hi), behind, constant_values=-1).reshape(tiles, extent))
+        reals.append((np.arange(tiles * extent) < size).reshape(tiles, extent))
+    return Rows(*(np.concatenate(each) for each in (corners, first_keys, los, his, reals)))
+
+
+def visit(rows: Rows) -> Visits:
+    """Find what tiles visit."""
+    first = rows.lo.min(1)
+    length = np.maximum(rows.hi.max(1) - first + 1, 0)
+    # Rows behind the end see what the others see: nothing of theirs is stored.
+    most_lo = np.where(rows.real, rows.lo, -1).max(1)
+    least_hi = np.where(rows.real, rows.hi, np.iinfo(np.int64).max // 2).min(1)
+    whole_from = np.clip(most_lo - first, 0, length)
+    return Visits(np.where(length > 0, first, 0), length, whole_from, np.clip(least_hi + 1 - first, whole_from, length))
+
+
+def _visits(q_box: Region, k_box: Region, steps: Triple, rule: Rule, axis: int, extent: int) -> Visits:
+    return visit(rows_of(q_box, k_box, steps, rule, axis, extent))
+
+
+def in_boxes(visits: Visits, extent: int) -> Boxes:
+    """Cut visits into boxes from their first key on."""
+    count = -(-visits.length // extent)
+    whole_from = np.minimum(-(-visits.whole_from // extent), count)
+    return Boxes(count, whole_from, np.maximum(visits.whole_to // extent, whole_from))
