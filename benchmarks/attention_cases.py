@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import attention_peers as peers
 import torch
@@ -52,6 +53,17 @@ class Case(NamedTuple):
             return "dense_bwd" if backward else "dense_fwd"
         return self.name + "_bwd" * backward
 
+    def flops(self, backward: bool = False, text: bool = True) -> float:
+        """Count the arithmetic of the pairs that are allowed: two products forward, five backward."""
+        grid = self.grid if text else Grid(*self.grid.shape)
+        if self.q_frames is not None:  # the last frames see all that is before them
+            pairs = grid.video * grid.video / grid.t * self.q_frames
+        elif isinstance(self.mask, Mask):
+            pairs = self.mask.density(grid) * grid.tokens**2
+        else:
+            pairs = grid.video * KEPT * math.prod(LIST_TILE)
+        return 4 * pairs * self.dim * self.heads * (2.5 if backward else 1)
+
     @property
     def q_region(self) -> Region | None:
         """The box of the grid that the queries hold; None for all of it."""
@@ -90,7 +102,7 @@ FLEX = {"": "flex"}
 
 def reshaped(there: Callable[..., torch.Tensor], back: Callable[..., torch.Tensor]) -> dict[str, Make]:
     """PyTorch's kernels on batches of frames or places: on views, and on copies, which a larger batch needs."""
-    found = {}
+    found: dict[str, Make] = {}
     for copies, suffix in ((False, "-views"), (True, "")):
         made = peers.torch_peers(there=there, back=back, copies=copies)
         found |= {name + suffix: make for name, make in made.items()}
@@ -105,12 +117,22 @@ TILE_PEERS = {
     "natten": partial(peers.natten, size=(18, 24, 24), stride=TILE),
     "fastvideo-kernel": partial(peers.fastvideo_tiles, tile=TILE, window=(3, 3, 3)),
 }
-LIST_PEERS = {"flex": peers.flex_lists, "fastvideo-kernel": partial(peers.fastvideo_lists, heads=24)}
+LIST_PEERS: dict[str, Make] = {
+    "flex": peers.flex_lists,
+    "fastvideo-kernel": partial(peers.fastvideo_lists, heads=24),
+}
 WINDOW_PEERS = {
     "flex": partial(peers.flex_window, size=(7, 17, 17)),
     "natten": partial(peers.natten, size=(7, 17, 17)),
 }
-COSMOS_STRIDES, COSMOS_DILATION = (1, 4, 8), (1, 11, 5)
+
+
+def natten(**options: Any) -> dict[str, Make]:
+    """NATTEN alone."""
+    return {"natten": partial(peers.natten, **options)}
+
+
+STRIDE, DILATION = (1, 4, 8), (1, 11, 5)
 
 CASES = [
     Case(
@@ -133,15 +155,15 @@ CASES = [
     Case("blocks64_random162", "115200", G115200, 24, 128, random_lists, LIST_PEERS, FLEX, backward=True),
     Case(
         "window_18_24_24", "30x48x80", G115200, 24, 128, masks.window(18, 24, 24),
-        {"natten": partial(peers.natten, size=(18, 24, 24))}, {"": "natten"}, rounds=7,
+        natten(size=(18, 24, 24)), {"": "natten"}, rounds=7,
     ),
     Case(
-        "cosmos90", "24x44x80", COSMOS, 40, 128, masks.window(24, 12, 24, stride=COSMOS_STRIDES),
-        {"natten": partial(peers.natten, size=(24, 12, 24), stride=COSMOS_STRIDES)}, {"": "natten"}, rounds=7,
+        "cosmos90", "24x44x80", COSMOS, 40, 128, masks.window(24, 12, 24, stride=STRIDE),
+        natten(size=(24, 12, 24), stride=STRIDE), {"": "natten"}, rounds=7,
     ),
     Case(
-        "cosmos_dilated", "24x44x80", COSMOS, 40, 128, masks.window(24, 4, 16, dilation=COSMOS_DILATION),
-        {"natten": partial(peers.natten, size=(24, 4, 16), dilation=COSMOS_DILATION)}, {"": "natten"}, rounds=7,
+        "cosmos_dilated", "24x44x80", COSMOS, 40, 128, masks.window(24, 4, 16, dilation=DILATION),
+        natten(size=(24, 4, 16), dilation=DILATION), {"": "natten"}, rounds=7,
     ),
     Case("cosmos_undilated", "24x44x80", COSMOS, 40, 128, masks.window(24, 4, 16), rounds=7),
     Case(

@@ -112,10 +112,9 @@ def sdpa(
     """Dense attention within the batches that ``there`` makes. copies: q, k and v become contiguous."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        given = [there(x, grid) for x in (q, k, v)]
-        given = [x.contiguous() for x in given] if copies else given
+        q, k, v = (there(x, grid).contiguous() if copies else there(x, grid) for x in (q, k, v))
         with nullcontext() if backend is None else sdpa_kernel(backend):
-            return back(F.scaled_dot_product_attention(*given), grid)
+            return back(F.scaled_dot_product_attention(q, k, v), grid)
 
     return Peer(forward)
 

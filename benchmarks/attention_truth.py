@@ -54,9 +54,7 @@ class Truth:
         else:
             self.kinds = mask.kinds()
             self.tiles = [tile_of(grid, tile, self.device) for tile in (mask.q_tile, mask.k_tile)]
-        self.outputs = {
-            head: self._exact(head, self.rows, *self._head(head)).out for head in range(0, q.shape[2], 5)
-        }
+        self.outputs = {head: self._exact(head, self.rows, *self._head(head)).out for head in range(0, q.shape[2], 5)}
         self.gradients = {} if dout is None else {head: self._gradients(head) for head in {0, q.shape[2] - 1}}
 
     def _sample(self, count: int, most: int) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 import stattn
 from stattn import masks, results
-from stattn.grid import Grid
+from stattn.grid import Grid, Region
 from stattn.masks import Mask
 from stattn.ops._dispatch import NAMES
 
@@ -120,29 +121,42 @@ def table(request: pytest.FixtureRequest, report: results.Report) -> Iterator[No
     """Name what is compared; print the results, scaled, when all benchmarks are over."""
     report.versions |= attention_peers.versions()
     yield
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    if terminal is not None and report.results:
-        terminal.write_line("")
-        for line in lines(report):
-            terminal.write_line(line)
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    with nullcontext() if capture is None else capture.global_and_fixture_disabled():
+        print("", *lines(report), sep="\n", flush=True)
 
 
 def lines(report: results.Report) -> list[str]:
     """Print results with scaled milliseconds, and what was not measured."""
     scale = (report.cublas_tflops or LIMITS_TFLOPS) / LIMITS_TFLOPS
     values = {each.name: each.value for each in report.results}
+    flops = work()
     found = [f"{report.gpu}, cuBLAS 8192^3 {report.cublas_tflops or 0:.0f} TFLOP/s: milliseconds scaled by {scale:.3f}"]
     for each in report.results:
+        label = each.name.split("/", 2)[2]
         scaled = f"{each.value * scale:9.3f} scaled" if each.unit == "ms" else " " * 16
+        rate = f"{flops[label] / each.value / 1e9:4.0f} TFLOP/s" if label in flops else " " * 12
         ratio = f"{each.ratio:6.3f} x {each.baseline.name}" if each.ratio and each.baseline else ""
         forward = values.get(each.name.replace("_bwd/", "/").replace("dense/", "dense_fwd/"))
         if "_bwd/" in each.name and forward is not None:
             ratio += f"  ({each.value / forward:.2f} x its forward)"
-        found.append(
-            f"{each.name:70} {each.value:9.3f} {each.unit:3} ({each.p20:.3f}-{each.p80:.3f}) {scaled}  {ratio}"
-        )
+        spread = f"({each.p20:.3f}-{each.p80:.3f})"
+        found.append(f"{each.name:66} {each.value:9.3f} {each.unit:3} {spread:20} {scaled} {rate}  {ratio}")
     packages = {"python", "torch", "cuda", "stattn", "triton"}
     return found + [f"{name}: {said}" for name, said in report.versions.items() if name not in packages]
+
+
+def work() -> dict[str, float]:
+    """Give the arithmetic of allowed pairs by the name of a row behind its implementation."""
+    found = {}
+    for case in CASES:
+        for backward in (False, True):
+            label = case.label(backward)
+            found[f"{label}/{case.shape}"] = found[f"{label}_deterministic/{case.shape}"] = case.flops(backward)
+            if case.without_text:
+                bare = label.replace(case.name, f"{case.name}_without_text")
+                found[f"{bare}/{case.shape}"] = case.flops(backward, text=False)
+    return found
 
 
 @pytest.fixture
@@ -209,9 +223,9 @@ class Field:
                 self._enter_without_text(impl)
 
     def _ours(
-        self, impl: str, grid: Grid, region: stattn.Region | None, deterministic: bool, *qkv: Tensor
+        self, impl: str, grid: Grid, region: Region | None, deterministic: bool, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        return stattn.attention(*qkv, grid, self.mask, q_region=region, deterministic=deterministic, impl=impl)
+        return stattn.attention(q, k, v, grid, self.mask, q_region=region, deterministic=deterministic, impl=impl)
 
     def _enter_without_text(self, impl: str) -> None:
         video = Grid(*self.case.grid.shape)
@@ -239,7 +253,8 @@ class Field:
                     continue
                 self.enter(who, peer.forward)
             except ImportError as error:
-                self.say(who, f"not measured: {error}")
+                if self.report.versions.get(who) != "not installed":  # which is said once, there
+                    self.say(who, f"not measured: {error}")
             except WrongResult as error:
                 self.wrong.append(f"{who} is wrong: {error}")
                 self.say(who, f"left out, since its result is wrong: {error}")

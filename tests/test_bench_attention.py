@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def test_a_case_records_what_is_right_names_what_is_not_and_says_what_is_missing
     said = {name: said for name, said in found.versions.items() if name.endswith("dense_fwd/tiny")}
     assert [name.split()[0] for name in said] == ["absent", "wrong", "refusing"]
     assert "not measured" in said["absent at dense_fwd/tiny"]
-    results.validate(results.asdict(found))
+    results.validate(asdict(found))
     printed = "\n".join(lines(found))
     assert "x its forward" in printed
     assert "absent at dense_fwd/tiny: not measured" in printed
