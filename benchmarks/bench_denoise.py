@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -38,11 +39,12 @@ STEPS: dict[str, dict[str, Any]] = {
     "euler-cfg-rescale": EULER | {"rescale": 0.7},
     "euler-cfg-zero_star": EULER | {"zero_star": True},
 }
+FROM_LATENTS = ("euler-cfg", "unipc-cfg")
+LABELS = [(step, latents) for step in STEPS for latents in (False, True) if not latents or step in FROM_LATENTS]
 CASES = [
     pytest.param(step, latents, device, id=f"{step}{'-latents' * latents}-{device}", marks=marks)
     for device, marks in (("cpu", ()), ("cuda", (pytest.mark.gpu,)))
-    for step in STEPS
-    for latents in (False, True)
+    for step, latents in LABELS
 ]
 
 
@@ -114,27 +116,22 @@ def tune() -> None:
     from stattn.kernels import denoise as kernels
 
     print("| step | config | us | of copy |\n|---|---|---:|---:|")
-    default = kernels.CONFIGS[0]
-    for step in STEPS:
-        for latents in (False, True):
-            torch.manual_seed(0)
-            size = bytes_moved(draw(step, latents, "cuda"))
-            copies = results.copies_for(size)
-            given = [draw(step, latents, "cuda") for _ in range(copies)]
-            timed: dict[str, Callable[[int], Any]] = {}
-            for config in kernels.CONFIGS:
+    for step, latents in LABELS:
+        torch.manual_seed(0)
+        size = bytes_moved(draw(step, latents, "cuda"))
+        copies = results.copies_for(size)
+        given = [draw(step, latents, "cuda") for _ in range(copies)]
 
-                def run(copy: int, config: Any = config, given: Any = given) -> Any:
-                    kernels.advance.__defaults__ = (config,)
-                    return call(given[copy], "triton")
+        def run(config: Any, copy: int, given: Any = given) -> Any:
+            with mock.patch.object(kernels.advance, "__defaults__", (config,)):
+                return call(given[copy], "triton")
 
-                timed[str(config)] = run
-            timings = results.time_in_graph({**timed, "copy": copier(size, copies, "cuda")}, copies=copies)
-            for config, timing in timings.items():
-                share = timings["copy"].median / timing.median
-                label = f"{step}{'-latents' * latents}"
-                print(f"| {label} | {config} | {timing.median * 1e3:.1f} | {share:.1%} |", flush=True)
-    kernels.advance.__defaults__ = (default,)
+        timed: dict[str, Callable[[int], Any]] = {str(config): partial(run, config) for config in kernels.CONFIGS}
+        timings = results.time_in_graph({**timed, "copy": copier(size, copies, "cuda")}, copies=copies)
+        for config, timing in timings.items():
+            share = timings["copy"].median / timing.median
+            label = f"{step}{'-latents' * latents}"
+            print(f"| {label} | {config} | {timing.median * 1e3:.1f} | {share:.1%} |", flush=True)
 
 
 if __name__ == "__main__":

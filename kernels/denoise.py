@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """One denoising step in one pass over the latent, and Philox numbers.
 
     o  = u + guidance * (c - u)                    c, u the model's outputs with and without the condition

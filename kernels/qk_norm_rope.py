@@ -1,3 +1,6 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-warn-unreachable
+# mypy: disable-error-code="assignment, misc"
+# (Tuples grow in loops that Triton unrolls.)
 """RMSNorm of queries and keys with 3-D rotary position embedding: one pass forward, one backward.
 
     n = x * r * weight,  r = 1 / sqrt(mean(x^2) + eps)         mean over one head, or over all heads of a token
@@ -36,7 +39,7 @@ class Config(NamedTuple):
 
     elements: the most elements of a row that a forward thread holds, which sets the warps of a program. rows: rows one
     after the other in a forward program. back_elements: as elements, in the backward. back_registers: the most
-    registers of a backward thread in programs of 8 warps, for 16-bit types. programs: of the backward, q's and k's each.
+    registers of a backward thread in programs of 8 warps, for 16-bit types. programs: of the backward, for q and for k.
     """
 
     elements: int
@@ -421,13 +424,15 @@ def qk_norm_rope_weight_gradient(
     q_partial, k_partial, q_out, k_out, q_programs, k_programs, q_length, k_length,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sum the partial sums of the weights' gradients; a weight without a gradient has length 0."""
+    """Sum the partial sums of the weights' gradients; a weight without a gradient has None and length 0."""
     first = tl.program_id(0) * COLUMNS
     q_columns = tl.cdiv(q_length, COLUMNS) * COLUMNS
-    if first < q_columns:
-        add_partials(q_partial, q_out, first, q_programs, q_length, ROWS, COLUMNS)
-    else:
-        add_partials(k_partial, k_out, first - q_columns, k_programs, k_length, ROWS, COLUMNS)
+    if q_partial is not None:
+        if first < q_columns:
+            add_partials(q_partial, q_out, first, q_programs, q_length, ROWS, COLUMNS)
+    if k_partial is not None:
+        if first >= q_columns:
+            add_partials(k_partial, k_out, first - q_columns, k_programs, k_length, ROWS, COLUMNS)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -487,6 +492,10 @@ def _constants(
     }
 
 
+def _pairs(angles: Angles | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if angles is None else (angles.t.shape[2], angles.h.shape[2], angles.w.shape[2])
+
+
 def _tables(angles: Angles | None) -> tuple[Any, ...]:
     """Return the contiguous tables and their extents; the tables are tiny, so a view of them is copied."""
     if angles is None:
@@ -516,9 +525,8 @@ def forward(
     """Write the normalised and rotated q and k [B, N, heads, D] to q_out and k_out, which may be q and k themselves."""
     if q.numel() + k.numel() == 0:
         return
-    pairs = (0, 0, 0) if q_angles is None else tuple(each.shape[2] for each in q_angles[:3])
     warps, constants = _constants(
-        q.shape[2], k.shape[2], q.shape[3], q.element_size(), pairs, across, interleaved, config.elements
+        q.shape[2], k.shape[2], q.shape[3], q.element_size(), _pairs(q_angles), across, interleaved, config.elements
     )
     (q_tables, q_extents), (k_tables, k_extents) = _tables(q_angles), _tables(k_angles)
     q_rows, k_rows = (0 if x.numel() == 0 else x.shape[0] * x.shape[1] for x in (q, k))
@@ -553,38 +561,40 @@ def backward(
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     rows = [0 if x.numel() == 0 else x.shape[0] * x.shape[1] for x in (q, k)]
     programs = [min(config.programs, each) for each in rows]
-    grads: list[Tensor | None] = [None, None]
-    partials: list[Tensor | None] = [None, None]
-    for i, (weight, wanted) in enumerate(((q_weight, q_sums), (k_weight, k_sums))):
-        if weight is not None and wanted:
-            grads[i] = torch.empty(weight.shape, dtype=weight.dtype, device=q.device)
-            partials[i] = torch.empty((programs[i], len(weight)), dtype=torch.float32, device=q.device)
-            if rows[i] == 0:
-                partials[i] = None
-                grads[i].zero_()
+    dq_weight, q_partial = _weight_gradient(q_weight if q_sums else None, programs[0])
+    dk_weight, k_partial = _weight_gradient(k_weight if k_sums else None, programs[1])
     if sum(rows) == 0:
-        return dq, dk, *grads
-    pairs = (0, 0, 0) if q_angles is None else tuple(each.shape[2] for each in q_angles[:3])
+        return dq, dk, dq_weight, dk_weight
     warps, constants = _constants(
-        q.shape[2], k.shape[2], q.shape[3], q.element_size(), pairs, across, interleaved, config.back_elements
-    )
+        q.shape[2], k.shape[2], q.shape[3], q.element_size(), _pairs(q_angles), across, interleaved,
+        config.back_elements,
+    )  # fmt: skip
     (q_tables, q_extents), (k_tables, k_extents) = _tables(q_angles), _tables(k_angles)
     weights = (None if each is None else each.contiguous() for each in (q_weight, k_weight))
     with _device(q):
         qk_norm_rope_backward[(sum(programs),)](
-            dq_out, dk_out, q, k, dq, dk, *weights, *partials, *q_tables, *k_tables,
+            dq_out, dk_out, q, k, dq, dk, *weights, q_partial, k_partial, *q_tables, *k_tables,
             rows[0], q.shape[1], *q_extents, rows[1], k.shape[1], *k_extents, *programs,
             *dq_out.stride(), *dk_out.stride(), *q.stride(), *k.stride(), eps,
             **constants, num_warps=warps, maxnreg=_most_registers(q.element_size(), warps, config),
         )  # fmt: skip
-        lengths = [0 if each is None else each.shape[1] for each in partials]
+        lengths = [0 if each is None else each.shape[1] for each in (q_partial, k_partial)]
         if sum(lengths):
             grid = (sum(triton.cdiv(each, PARTIAL_TILE["COLUMNS"]) for each in lengths),)
-            given = [partials[0] if each is None else each for each in partials]
-            given = [partials[1] if each is None else each for each in given]
-            outs = [grads[1] if grads[0] is None else grads[0], grads[0] if grads[1] is None else grads[1]]
-            qk_norm_rope_weight_gradient[grid](*given, *outs, *programs, *lengths, **PARTIAL_TILE, num_warps=4)
-    return dq, dk, *grads
+            qk_norm_rope_weight_gradient[grid](
+                q_partial, k_partial, dq_weight, dk_weight, *programs, *lengths, **PARTIAL_TILE, num_warps=4
+            )
+    return dq, dk, dq_weight, dk_weight
+
+
+def _weight_gradient(weight: Tensor | None, programs: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return the memory of a weight's gradient and of its partial sums: zeros and None where there is no row."""
+    if weight is None:
+        return None, None
+    if programs == 0:
+        return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device), None
+    grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return grad, torch.empty((programs, len(weight)), dtype=torch.float32, device=weight.device)
 
 
 # --- compiled ahead of time ------------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def denoise_step(
 
     Returns (x', p), of sample's shape and dtype. Computed in float32 (float64 when an input is) from the unrounded p,
     each rounded once. A term of weight 0 is left out whatever it holds, and where generated is exactly 0 or 1 the
-    other side is: with known_sigma=0 the kept region equals known. Differentiable in every floating-point tensor.
+    other side is: with known_sigma=0 the kept region equals known. Differentiable in every floating-point tensor, by
+    Triton once.
     Raises ValueError or TypeError for wrong shapes, dtypes, devices or kinds, for a conversion that the noise level
     does not determine, and for arguments that would have no effect: guidance without uncond, known_sigma without known.
     Follows classifier-free guidance (arXiv:2207.12598), its rescaling (arXiv:2305.08891), CFG-Zero*

@@ -56,7 +56,7 @@ def qk_norm_rope(
 
     Returns (q', k') of the inputs' shapes and dtype. Norm and rotation are computed in float32 (float64 when an input
     is) from float32 angles, and rounded once at the end: not between the two, as eager code in 16 bits does.
-    Differentiable in q, k and weights.
+    Differentiable in q, k and weights, once by Triton; its gradients are bitwise reproducible.
     Raises ValueError or TypeError for wrong shapes, dtypes, devices, an odd D, or tables of another grid.
     RMSNorm: arXiv:1910.07467; rotary embedding: arXiv:2104.09864.
     """
