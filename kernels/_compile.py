@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +31,8 @@ class Specialization(NamedTuple):
 
     name: for people. fn: the ``triton.jit`` function. types: argument name -> type ("*bf16", "i32", "fp32"), in order.
     constants: argument name -> value, of its constexprs (a None stands for an absent pointer). options: num_warps and
-    num_stages. unaligned: arguments that are no multiple of 16; all other pointers and integers are.
+    num_stages. unaligned: arguments that are no multiple of 16; all other pointers and integers are. local: bytes of
+    local memory that it may take at most on sm_90 and later; a file that allows any says why.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Specialization(NamedTuple):
     constants: Mapping[str, Any]
     options: Mapping[str, int]
     unaligned: tuple[str, ...] = ()
+    local: int = 0
 
 
 class Needs(NamedTuple):
@@ -85,13 +89,25 @@ def main() -> None:
     parser.add_argument("stems", nargs="+")
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
     args = parser.parse_args()
-    for stem in args.stems:
-        for kernel in specializations(stem):
-            for capability in args.capability:
-                needs = compile_for(kernel, capability)
-                row = {"kernel": kernel.name, "capability": capability, **needs._asdict()}
-                del row["cubin"]
-                print(json.dumps(row), flush=True)
+    jobs = [
+        (stem, kernel.name, capability)
+        for stem in args.stems
+        for kernel in specializations(stem)
+        for capability in args.capability
+    ]
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        for row in pool.map(_row, jobs):
+            print(json.dumps(row), flush=True)
+
+
+def _row(job: tuple[str, str, int]) -> dict[str, Any]:
+    stem, name, capability = job
+    kernel = next(each for each in specializations(stem) if each.name == name)
+    needs = compile_for(kernel, capability)._asdict()
+    del needs["cubin"]
+    # Before wgmma, products take their operands from registers.
+    allowed = kernel.local if capability >= 90 else 3 * kernel.local
+    return {"kernel": name, "capability": capability, **needs, "allowed": allowed}
 
 
 if __name__ == "__main__":

@@ -334,11 +334,11 @@ def visit(
         for number in range(segment_from, 2):
             run = tl.where(number == 0, before, after)
             start = tl.where(number == 0, 0, origin + video)
-            for at in range(0, run, COLUMNS):
-                near = at + column < run
-                flag = tl.load(valid + tl.where(number == 0, 0, before) + at + column, mask=near, other=0)
+            for begin in range(0, run, COLUMNS):
+                near = begin + column < run
+                flag = tl.load(valid + tl.where(number == 0, 0, before) + begin + column, mask=near, other=0)
                 near = near & (flag != 0)
-                row = start + at + column
+                row = start + begin + column
                 if INT64:
                     row = row.to(tl.int64)
                 scores, loaded = score(context, row, near, DIM, WIDTH)

@@ -24,4 +24,4 @@ def test_every_config_compiles_without_local_memory(stem: str, capability: int) 
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert rows, f"{stem} lists no kernels"
-    assert not [row for row in rows if row["local"]], "kernels that use local memory"
+    assert not [row for row in rows if row["local"] > row["allowed"]], "kernels that use local memory"
