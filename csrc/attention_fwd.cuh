@@ -256,9 +256,9 @@ __device__ __forceinline__ void store(const Parameters& p, const Tile& tile, flo
             // A global token that is not real sees nothing.
             if (real && p.valid && !__ldg(p.valid + int64_t{tile.batch} * p.globals + before + number)) sum = 0.0f;
         } else {
-            const uint32_t place = S::PLANNED ? place_of(p, row) : row << 16;
-            const int t = corner.t + (place & 0xFF) * p.steps[0], h = corner.h + (place >> 8 & 0xFF) * p.steps[1];
-            const int w = corner.w + (place >> 16) * p.steps[2];
+            const int plane = p.slab[1] * p.slab[2];
+            const int t = corner.t + row / plane * p.steps[0], h = corner.h + row / p.slab[2] % p.slab[1] * p.steps[1];
+            const int w = corner.w + row % p.slab[2] * p.steps[2];
             const bool real = row < p.slab_rows && t < p.q_shape[0] && h < p.q_shape[1] && w < p.q_shape[2];
             token[half] = real ? p.q_first + (t * p.q_shape[1] + h) * p.q_shape[2] + w : -1;
         }
@@ -310,15 +310,15 @@ struct Operands {
 };
 
 // The first box, or the first after boxes that were left out: its scores turn into weights. `turn` is that of the box.
-// MASKED: `groups` are the masks of the box.
+// MASKED: `record` is that of the box's masks.
 template <typename S, bool MASKED>
 __device__ __forceinline__ void begin(const Parameters& p, const Operands& at, Turn& turn, float (&scores)[S::BN / 2],
                                       float (&out)[S::D / 2], uint32_t (&weights)[S::BN / 16][4], Rows& rows,
-                                      int4 groups) {
+                                      int4 record) {
     barrier_wait(S::full_k(at.barriers, turn.stage), turn.parity);
     issue_scores<S>(scores, at.q, at.k + turn.stage * (S::BOX / 16));
     BoxMask<S> mask;
-    if constexpr (MASKED) mask.load(p, at.barriers, groups);
+    if constexpr (MASKED) mask.load(p, at.barriers, record);
     mma_wait<0>();
     pin(scores);
     if (at.elected) barrier_arrive(S::empty_k(at.barriers, turn.stage));
@@ -338,7 +338,7 @@ __device__ __forceinline__ void begin(const Parameters& p, const Operands& at, T
 template <typename S, bool MASKED>
 __device__ __forceinline__ void step(const Parameters& p, const Operands& at, Turn& turn, float (&scores)[S::BN / 2],
                                      float (&out)[S::D / 2], uint32_t (&weights)[S::BN / 16][4], Rows& rows,
-                                     int4 groups) {
+                                     int4 record) {
     const Turn v_turn = turn.before();
     barrier_wait(S::full_k(at.barriers, turn.stage), turn.parity);
     barrier_wait(S::full_v(at.barriers, v_turn.stage), v_turn.parity);
@@ -347,7 +347,7 @@ __device__ __forceinline__ void step(const Parameters& p, const Operands& at, Tu
     issue_output<S>(out, weights, at.v + v_turn.stage * (S::BOX / 16));
     if constexpr (!MASKED) named_arrive(turn_barrier(at.group == S::WARPGROUPS - 1 ? 0 : at.group + 1), 256);
     BoxMask<S> mask;
-    if constexpr (MASKED) mask.load(p, at.barriers, groups);
+    if constexpr (MASKED) mask.load(p, at.barriers, record);
     mma_wait<1>();
     pin(scores);
     if (at.elected) barrier_arrive(S::empty_k(at.barriers, turn.stage));
@@ -419,15 +419,15 @@ __device__ __forceinline__ void consume(const Parameters& p, uint32_t shared, ui
             // Warpgroups leave out boxes of their own here, so they do not take turns.
 #pragma unroll 1
             for (int number = 0; number < masked; ++number) {
-                const int4 groups = record_at(p, first_mask + number);
-                if (groups.w < 0) {
+                const int4 record = record_at(p, first_mask + number);
+                if (record.w < 0) {
                     if (started) finish<S>(at, turn, out, weights);
                     started = false;
                     leave_out<S>(at, turn);
                 } else if (started) {
-                    step<S, true>(p, at, turn, scores, out, weights, rows, groups);
+                    step<S, true>(p, at, turn, scores, out, weights, rows, record);
                 } else {
-                    begin<S, true>(p, at, turn, scores, out, weights, rows, groups);
+                    begin<S, true>(p, at, turn, scores, out, weights, rows, record);
                     started = true;
                 }
             }
@@ -473,9 +473,6 @@ __global__ void __launch_bounds__(S::THREADS, 1) attention_forward(const __grid_
         barrier_init_fence();
     }
     if (S::PLANNED && p.box_rows < S::BN) clear_behind_boxes<S>(p, shared);
-    if (S::PLANNED && threadIdx.x < ROWS)
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(barriers + S::PLACES + threadIdx.x * 4), "r"(place_of(p, threadIdx.x))
-                     : "memory");
     if (S::PLANNED && p.valid) note_valid<S>(p, barriers + S::VALID);
     __syncthreads();
 

@@ -46,12 +46,13 @@ struct Parameters {
 // A tile's kind: what its rows are.
 enum Kind { VIDEO, BEFORE, AFTER };
 
-// A plan is one array of int32 that is read in records of four (8- or 16-byte masks in records of their size). First, for
+// A plan is one array of int32 that is read in records of four. First, for
 // each head, the record at which its tiles begin. A tile has two records: its first row (t, h, w) and its kind, and the
 // record of its first box, the number of boxes, the record of its first mask record, the number of boxes with masks. A box
 // is a record: its first key (t, h, w) in the video and 0, or 0, 0, its first token in the line and 1. A mask record belongs to a box of a warpgroup
-// (all boxes of the first warpgroup, then those of the next): for each axis the number of the mask of the slab's first
-// coordinate, those of the others following it; then 0, or -1 if none of the warpgroup's rows sees the box, or for global
-// keys, where a call says which are real, 1 + the number of their box (those before the video first). A mask has a bit for each key of a box, in 8 bytes if boxes have at most 64 keys, else in 16.
+// (all boxes of the first warpgroup, then those of the next): the number of its group of masks, 0, 0, and last 0, or -1 if
+// none of the warpgroup's rows sees the box, or for global keys, where a call says which are real, 1 + the number of their
+// box (those before the video first). A group is a mask for each of 64 rows, counted in its own size from the plan's
+// beginning. A mask has a bit for each key of a box, in 8 bytes if boxes have at most 64 keys, else in 16.
 
 }  // namespace stattn::attention_fwd

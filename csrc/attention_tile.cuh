@@ -30,9 +30,7 @@ struct Shape {
     static constexpr uint32_t K_AT = Q_AT + WARPGROUPS * SLAB;
     static constexpr uint32_t V_AT = K_AT + STAGES * BOX;
     static constexpr uint32_t BARRIERS_AT = V_AT + STAGES * BOX;
-    // Behind the barriers: where rows lie in a slab, and which global keys are real.
-    static constexpr uint32_t PLACES = 8 * (4 * STAGES + 2 * WARPGROUPS);
-    static constexpr uint32_t VALID = PLACES + (PLANNED ? ROWS * 4 : 0);
+    static constexpr uint32_t VALID = 8 * (4 * STAGES + 2 * WARPGROUPS);  // behind the barriers: which global keys are real
     static constexpr uint32_t SHARED = BARRIERS_AT + VALID;
     static constexpr uint32_t LAUNCHED = SHARED + 1024;  // room to align the start; without what depends on the call
     // setmaxnreg shares out what the launch allocated: more would wait for ever.
@@ -115,11 +113,6 @@ __device__ __forceinline__ Corner corner_of(const Parameters& p, const Tile& til
     return {tile.t + group * p.slab_step[0], tile.h + group * p.slab_step[1], tile.w + group * p.slab_step[2]};
 }
 
-// Where a row of a slab lies in it, a byte for each axis. A row behind the last borrows a place.
-__device__ __forceinline__ uint32_t place_of(const Parameters& p, int row) {
-    return min(row / (p.slab[1] * p.slab[2]), p.slab[0] - 1) | row / p.slab[2] % p.slab[1] << 8 | row % p.slab[2] << 16;
-}
-
 // The first of a thread's two rows in its warpgroup; the other is eight behind.
 __device__ __forceinline__ int first_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
@@ -132,34 +125,25 @@ struct BoxMask {
     static constexpr int STORED = WORDS <= 2 ? 2 : 4;  // words
     uint32_t words[2][WORDS];
 
-    // `groups` gives for each axis the masks of the slab's coordinates.
-    __device__ __forceinline__ void load(const Parameters& p, uint32_t barriers, int4 groups) {
+    // record: of the box's masks.
+    __device__ __forceinline__ void load(const Parameters& p, uint32_t barriers, int4 record) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            // Read again for every box: registers are short.
-            uint32_t place;
-            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(place) : "r"(barriers + S::PLACES + (first_row() + 8 * half) * 4));
-#pragma unroll
-            for (int axis = 0; axis < 3; ++axis) {
-                const int entry = (axis == 0 ? groups.x : axis == 1 ? groups.y : groups.z) + (place >> 8 * axis & 0xFF);
-                uint32_t mine[STORED];
-                if constexpr (STORED == 2) {
-                    const int2 found = __ldg(reinterpret_cast<const int2*>(p.plan) + entry);
-                    mine[0] = found.x, mine[1] = found.y;
-                } else {
-                    const int4 found = __ldg(reinterpret_cast<const int4*>(p.plan) + entry);
-                    mine[0] = found.x, mine[1] = found.y, mine[2] = found.z, mine[3] = found.w;
-                }
-#pragma unroll
-                for (int word = 0; word < WORDS; ++word)
-                    words[half][word] = axis == 0 ? mine[word] : words[half][word] & mine[word];
+            const int entry = record.x * ROWS + first_row() + 8 * half;
+            if constexpr (STORED == 2) {
+                const int2 found = __ldg(reinterpret_cast<const int2*>(p.plan) + entry);
+                words[half][0] = found.x, words[half][1] = found.y;
+            } else {
+                const int4 found = __ldg(reinterpret_cast<const int4*>(p.plan) + entry);
+                words[half][0] = found.x, words[half][1] = found.y, words[half][2] = found.z;
+                if constexpr (WORDS == 4) words[half][3] = found.w;
             }
         }
-        if (groups.w > 0) {  // global keys, of which not all may be real
+        if (record.w > 0) {  // global keys, of which not all may be real
 #pragma unroll
             for (int word = 0; word < WORDS; ++word) {
                 uint32_t real;
-                const uint32_t from = barriers + S::VALID + ((groups.w - 1) * WORDS + word) * 4;
+                const uint32_t from = barriers + S::VALID + ((record.w - 1) * WORDS + word) * 4;
                 asm volatile("ld.shared.b32 %0, [%1];" : "=r"(real) : "r"(from));
                 words[0][word] &= real;
                 words[1][word] &= real;

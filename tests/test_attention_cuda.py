@@ -127,7 +127,8 @@ def read_plan(given: Problem, heads: int, head_dim: int, valid: np.ndarray | Non
     columns = next(each.box for each in _cuda_tiles.CONFIGS[head_dim] if each.number == number)
     width = 64 if columns <= 64 else 128
     records = array.reshape(-1, 4)
-    bits = np.unpackbits(array.view(np.uint8), bitorder="little").reshape(-1, width).astype(bool)
+    bits = np.unpackbits(array.view(np.uint8), bitorder="little").astype(bool)
+    bits = bits[: bits.size // (64 * width) * 64 * width].reshape(-1, 64, width)
     rows, keys = (np.stack(np.unravel_index(np.arange(e.prod()), tuple(e)), 1) for e in (slab, box))
     queries = q_shape.prod() + q_globals * (before + after)
     total = k_shape.prod() + before + after
@@ -145,7 +146,7 @@ def read_plan(given: Problem, heads: int, head_dim: int, valid: np.ndarray | Non
                 if kind:  # rows of 64 global queries
                     tokens = corner[2] + group * 64 + np.arange(64)
                     query = np.where(tokens < (before, after)[kind - 1], tokens + (kind - 1) * (queries - after), -1)
-                    row = np.array([rows[min(i, len(rows) - 1)] for i in range(64)])
+                    row = tokens
                 else:
                     place = np.array(corner) + steps * (rows + group * slab * (np.arange(3) == stacked))
                     inside = (place < q_shape).all(1)
@@ -165,9 +166,8 @@ def read_plan(given: Problem, heads: int, head_dim: int, valid: np.ndarray | Non
                         key = before + np.ravel_multi_index(tuple(np.minimum(place, k_shape - 1).T), tuple(k_shape))
                     allowed = np.ones((len(row), width), bool)
                     if number < masked:
-                        *start, mark = records[first_mask + group * masked + number]
-                        for axis in range(3):
-                            allowed &= bits[start[axis] + row[:, axis]]
+                        index, _, _, mark = records[first_mask + group * masked + number]
+                        allowed &= bits[index, : len(row)]
                         assert not allowed[:, len(keys) :].any()
                         if mark < 0:  # the warpgroup leaves the box out
                             continue

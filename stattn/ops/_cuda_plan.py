@@ -115,16 +115,16 @@ def encode(
     table = _MaskTable(tiling)
     lists = [_video_list(tiling, each, table, line) for each in products]
     lists.append(_line_list(tiling, table, line))
-    masks = table.array()  # [masks, words]
-    per_record = 4 // masks.shape[1]
+    masks, numbers = table.combine([each.masks for each in lists])
     records = np.concatenate([masks.reshape(-1), np.zeros(-masks.size % 4, np.int32)]).reshape(-1, 4)
-    head_records = -(-len(of_head) // 4)
+    head_records = -(-len(of_head) // (4 * ROWS)) * ROWS  # groups of masks begin at multiples of their size
     parts = [np.zeros((head_records, 4), np.int32), records]
     start = head_records + len(records)
     offsets = []
-    for each in lists:
+    first_group = head_records * 4 // (masks.shape[2] * ROWS)
+    for each, mine in zip(lists, numbers, strict=True):
         offsets.append(start)
-        body = each.records(start, head_records * per_record)
+        body = each.records(start, mine + first_group)
         parts.append(body)
         start += len(body)
     if start * 4 >= 1 << 31:
@@ -144,6 +144,7 @@ class _MaskTable:
 
     def __init__(self, tiling: Tiling) -> None:
         self._width = 64 if tiling.config.box <= 64 else 128
+        self._slab = tiling.slab
         self._known: dict[tuple[int, bytes], int] = {}
         self._masks: list[np.ndarray] = []
         self._length = 0
@@ -182,9 +183,22 @@ class _MaskTable:
         self._length += len(bits)
         return first
 
-    def array(self) -> np.ndarray:
-        """Lay all masks out, [masks, words]."""
-        return np.concatenate([np.zeros((0, self._width // 32), np.int32), *self._masks])
+    def combine(self, records: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Join the masks of the axes to those of rows. records: of masks, [boxes, warpgroups, 4] each.
+
+        Returns the different groups of masks [groups, ROWS, words], and for each of ``records`` the numbers of the
+        groups [boxes, warpgroups].
+        """
+        masks = np.concatenate([np.zeros((0, self._width // 32), np.int32), *self._masks])
+        triples = np.concatenate([each[..., :3].reshape(-1, 3) for each in records])
+        different, inverse = np.unique(triples, axis=0, return_inverse=True)
+        row = np.minimum(np.arange(ROWS), product_of(self._slab) - 1)
+        joined = np.full((len(different), ROWS, masks.shape[1]), -1, np.int32)
+        for axis, place in enumerate(np.unravel_index(row, self._slab)):
+            joined &= masks[different[:, axis, None] + place]
+        ends = np.cumsum([len(each) * WARPGROUPS for each in records])[:-1]
+        parts = np.split(inverse.reshape(-1), ends)
+        return joined, [part.reshape(-1, WARPGROUPS) for part in parts]
 
 
 class _Entries(NamedTuple):
@@ -314,10 +328,10 @@ class _List:
         order = np.lexsort((~masked, tile))  # stable: in a tile by products and row-major, those with masks first
         self._boxes = box[order]
         self._tile_of_mask = tile[order][masked[order]]
-        self._masks = masks[order][masked[order]]
+        self.masks = masks[order][masked[order]]
 
-    def records(self, start: int, first_mask: int) -> np.ndarray:
-        """Lay the list out in records of four, from record ``start`` on. first_mask: the number of the first mask."""
+    def records(self, start: int, groups: np.ndarray) -> np.ndarray:
+        """Lay the list out in records of four, from record ``start`` on. groups: the numbers of the masks."""
         tiles = len(self.corners)
         first_box = start + 2 * tiles + np.cumsum(self._count) - self._count
         masks = WARPGROUPS * self._masked
@@ -328,9 +342,10 @@ class _List:
             header = header[np.argsort(-self._count, kind="stable")]
         # All boxes of a tile's first warpgroup, then those of its next.
         of_tile = self._masked[self._tile_of_mask]
-        inside = np.arange(len(self._masks)) - (np.cumsum(self._masked) - self._masked)[self._tile_of_mask]
+        inside = np.arange(len(self.masks)) - (np.cumsum(self._masked) - self._masked)[self._tile_of_mask]
         at = (np.cumsum(masks) - masks)[self._tile_of_mask] + inside
         found = np.zeros((int(masks.sum()), 4), np.int64)
         for group in range(WARPGROUPS):
-            found[at + group * of_tile] = self._masks[:, group] + np.array([first_mask, first_mask, first_mask, 0])
+            found[at + group * of_tile, 0] = groups[:, group]
+            found[at + group * of_tile, 3] = self.masks[:, group, 3]
         return np.concatenate([header.reshape(-1, 4), self._boxes, found])
