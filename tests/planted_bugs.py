@@ -81,8 +81,8 @@ BUGS = (
     Bug(
         "lse-with-the-wrong-sign",
         REFERENCE,
-        "_put_lse(lse, job, part_lse)\n",
-        "_put_lse(lse, job, -part_lse)\n",
+        "put_lse(lse, job, part_lse)\n",
+        "put_lse(lse, job, -part_lse)\n",
         (f"{AWKWARD}[spatial]",),
     ),
     Bug(
@@ -95,11 +95,18 @@ BUGS = (
     Bug(
         "only-dq-unmasked",
         REFERENCE,
-        "        _put(dq, job, grads[0])\n",
-        "        rows = [_take(x, job.batch, job.q, job.heads) for x in (dout, out, lse.transpose(1, 2)[..., None])]\n"
+        "        put(dq, job, grads[0])\n",
+        "        rows = [take(x, job.batch, job.q, job.heads) for x in (dout, out, lse.transpose(1, 2)[..., None])]\n"
         "        rows.append(_backward(rows[0], None, qg, kg, vg, rows[1], rows[2][..., 0], None, problem.scale)[0])\n"
-        "        _put(dq, job, rows[3])\n",
+        "        put(dq, job, rows[3])\n",
         (f"{AWKWARD}[window]",),
+    ),
+    Bug(
+        "slab-read-from-its-start",
+        "stattn/reference/gather.py",
+        "return found[:, job.first : job.first + job.k.shape[1]]",
+        "return found[:, : job.k.shape[1]]",
+        ("tests/test_gather.py::test_keys_in_boxes_and_slabs_are_those_gathered_one_by_one",),
     ),
     Bug(
         "tail-of-a-short-tile-unmasked",
@@ -111,8 +118,8 @@ BUGS = (
     Bug(
         "strides-of-dout-ignored",
         REFERENCE,
-        "            _take(dout, job.batch, job.q, job.heads),\n",
-        "            _take(dout.as_strided(out.shape, out.stride()), job.batch, job.q, job.heads),\n",
+        "            take(dout, job.batch, job.q, job.heads),\n",
+        "            take(dout.as_strided(out.shape, out.stride()), job.batch, job.q, job.heads),\n",
         ("tests/test_attention.py::test_the_gradient_of_the_output_may_have_any_strides",),
     ),
     Bug(

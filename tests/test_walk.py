@@ -7,14 +7,11 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
-import stattn
 from stattn import masks
 from stattn.grid import Grid, Region, tile_coordinates, tile_for
 from stattn.masks import Mask
 from stattn.reference import tiles
-from stattn.reference import walk as walk_module
 from stattn.reference.tiles import query_tiles, tile_cost
 from stattn.reference.walk import LEAST_BOX, Group, _boxes, _Plans, walk
 
@@ -95,7 +92,7 @@ def test_tiles_hold_every_query_once_and_cost_no_more_than_equal_ones(mask: Mask
 
 def test_a_mask_is_held_for_few_rows_at_once() -> None:
     """Where a tile needs a mask, it has an entry for each of its rows and keys: even a wide window must be cut."""
-    found = [len(group.q) for group in plan(masks.window(15, 23, 41), (21, 30, 52)) if group.mask is not None]
+    found = [len(group.q) for group in plan(masks.window(9, 13, 15), (12, 18, 20)) if group.mask is not None]
     assert 0 < max(found) <= tiles.MOST_ROWS
 
 
@@ -111,32 +108,6 @@ def test_a_box_is_told_from_other_sets_of_tokens() -> None:
         assert np.array_equal((t[:, None, None] + h[:, None] + w).ravel(), part.ravel() - part.flat[0])
     for other in (np.delete(tokens[1:, 3:15], 17), np.concatenate([tokens[0].ravel(), tokens[3:, :9].ravel()])):
         assert _boxes([other.ravel()]) is None
-
-
-@pytest.mark.parametrize("mask", [masks.window(3, 5, 5), masks.temporal() | masks.window(1, 3, 5)], ids=str)
-@pytest.mark.parametrize("key_heads", [4, 2])
-def test_keys_gathered_in_boxes_are_those_gathered_one_by_one(
-    mask: Mask, key_heads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    grid = Grid(5, 6, 7, 2, 3)
-    # Views of a fused projection; the last of all query and key heads.
-    fused = torch.randn(2, grid.tokens, 4 + 2 * key_heads, 8, dtype=torch.float64)
-    q, k, v = fused.split([4, key_heads, key_heads], dim=2)
-    per_head = [masks.spatial(), mask, masks.full(), mask]
-    valid = torch.tensor([[True] * 5, [False, True, False, False, True]])
-    found = []
-    for least in (1, 10**6):
-        monkeypatch.setattr(walk_module, "LEAST_BOX", least)
-        monkeypatch.setattr(walk_module, "_PLANS", _Plans(1 << 20))
-        assert any(group.boxes for group in plan(mask, grid.shape)) == (least == 1)
-        for which in (mask, per_head):
-            tensors = [x.detach().requires_grad_() for x in (q, k, v)]
-            out, lse = stattn.attention(*tensors, grid, which, valid=valid, return_lse=True)
-            gradients = torch.autograd.grad(out.square().sum() + lse.nan_to_num(neginf=0.0).sin().sum(), tensors)
-            found.append((out, lse, *gradients))
-    for boxed, single in zip(found[:2], found[2:], strict=True):
-        for a, b in zip(boxed, single, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def some_plan(size: int) -> tuple[Group, ...]:

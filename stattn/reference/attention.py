@@ -16,39 +16,21 @@ and computed in fp32 on other devices; fp32 and fp64 are computed as they are.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from stattn.blocks import tile_count
 from stattn.problem import Extras, Problem
-from stattn.reference.walk import Box, block_rows, walk
+from stattn.reference.gather import Job, Scratch, add, put, put_lse, share, take, take_keys
+from stattn.reference.walk import block_rows, walk
 
 # What is gathered at once. On a CPU it should stay in the cache and in memory that the allocator hands out again.
 CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}
+BIAS_BYTES = 64 << 20  # of masks as additive scores that are kept for further tiles
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
-class Job(NamedTuple):
-    """Query rows and the key rows they see, for some samples and heads at once.
-
-    batch: samples. heads: query heads. q: int64 [tiles, rows]. k: int64 [tiles, keys].
-    mask: booleans [rows, keys], None when all rows see all keys. Every row sees a key.
-    boxes: how the first keys of all tiles lie, when they are known to lie in boxes. corners: int64 [tiles, boxes], the
-    first row of each.
-    """
-
-    batch: torch.Tensor
-    heads: torch.Tensor
-    q: torch.Tensor
-    k: torch.Tensor
-    mask: torch.Tensor | None
-    boxes: tuple[Box, ...] = ()
-    corners: np.ndarray | None = None
 
 
 def attention(
@@ -60,8 +42,8 @@ def attention(
     scratch = Scratch(), Scratch()
     for job, bias in _chunks(_jobs(q, k, problem, extras), q):
         part, part_lse = _forward(*_operands(q, k, v, job, scratch), bias, problem.scale)
-        _put(out, job, part)
-        _put_lse(lse, job, part_lse)
+        put(out, job, part)
+        put_lse(lse, job, part_lse)
     return out, lse
 
 
@@ -86,17 +68,17 @@ def attention_backward(
     for job, bias in _chunks(_jobs(q, k, problem, extras), q):
         qg, kg, vg = _operands(q, k, v, job, scratch)
         grads = _backward(
-            _take(dout, job.batch, job.q, job.heads),
-            None if dlse is None else _take(dlse.transpose(1, 2)[..., None], job.batch, job.q, job.heads)[..., 0],
+            take(dout, job.batch, job.q, job.heads),
+            None if dlse is None else take(dlse.transpose(1, 2)[..., None], job.batch, job.q, job.heads)[..., 0],
             qg, kg, vg,
-            _take(out, job.batch, job.q, job.heads),
-            _take(lse.transpose(1, 2)[..., None], job.batch, job.q, job.heads)[..., 0],
+            take(out, job.batch, job.q, job.heads),
+            take(lse.transpose(1, 2)[..., None], job.batch, job.q, job.heads)[..., 0],
             bias,
             problem.scale,
         )  # fmt: skip
-        _put(dq, job, grads[0])
+        put(dq, job, grads[0])
         for total, grad in ((dk, grads[1]), (dv, grads[2])):
-            _add(total, job, grad.to(total.dtype), rep)
+            add(total, job, grad.to(total.dtype), rep)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -136,13 +118,9 @@ def _jobs(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) ->
             if extras.block_index is not None:
                 yield from _block_jobs(batch, all_heads, rows, problem, extras, device)
                 break
-            for group in walk(problem.masks[index], grid, problem.q_box, problem.k_box, frames):
-                q_rows = torch.from_numpy(group.rows()).to(device)
-                k_rows = torch.from_numpy(group.keys()).to(device) + grid.before
-                mask = None if group.mask is None else torch.from_numpy(group.mask).to(device)
-                boxes, corners = group.boxes or (), group.corners() + grid.before
-                job = Job(batch, heads.to(device), q_rows + _q_offset(problem), k_rows, mask, boxes, corners)
-                yield _with_globals(job, rows)
+            jobs = _tile_jobs(batch, heads.to(device), rows, problem, index, frames, device)
+            # Tiles that see global tokens too have nothing to share: those would have to lie beside every tile's keys.
+            yield from jobs if len(rows) else share(jobs, len(batch) * 2 * k.shape[3] * k.element_size())
             if len(rows):
                 # Video queries whose mask allows nothing still see the global tokens.
                 lone = _unseeing(problem, index, frames)
@@ -154,6 +132,25 @@ def _jobs(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) ->
                 keys = torch.cat([rows, _held(problem, frames, device) + grid.before])
             q_rows = torch.where(real < grid.before, real, real + problem.q_box.video)
             yield Job(batch, all_heads, q_rows[None], keys[None], None)
+
+
+def _tile_jobs(
+    batch: torch.Tensor,
+    heads: torch.Tensor,
+    rows: torch.Tensor,
+    problem: Problem,
+    index: int,
+    frames: tuple[int, ...] | None,
+    device: torch.device,
+) -> Iterator[Job]:
+    """List the work of one mask's tiles, which see the global tokens ``rows`` too."""
+    before = problem.grid.before
+    for group in walk(problem.masks[index], problem.grid, problem.q_box, problem.k_box, frames):
+        q_rows = torch.from_numpy(group.rows()).to(device) + _q_offset(problem)
+        k_rows = torch.from_numpy(group.keys()).to(device) + before
+        mask = None if group.mask is None else torch.from_numpy(group.mask).to(device)
+        boxes = group.boxes or () if device.type == "cpu" else ()
+        yield _with_globals(Job(batch, heads, q_rows, k_rows, mask, boxes, group.corners() + before), rows)
 
 
 def _check_entries(problem: Problem, extras: Extras) -> None:
@@ -268,10 +265,16 @@ def _chunks(jobs: Iterator[Job], q: torch.Tensor) -> Iterator[tuple[Job, torch.T
     """Cut jobs so that what is gathered at once stays small; give each part with its mask as additive scores."""
     cpu = q.device.type == "cpu"
     budget = CHUNK_BYTES.get(q.device.type, 256 << 20)
+    biases: dict[torch.Tensor, torch.Tensor] = {}  # by identity
     for job in jobs:
-        bias = None
-        if job.mask is not None:
-            bias = 1 - 1 / job.mask.to(q.dtype)  # 0 or -inf; several times as fast as torch.where
+        if job.mask is not None and job.mask not in biases:
+            if sum(each.nbytes for each in biases.values()) > BIAS_BYTES:
+                biases.clear()
+            biases[job.mask] = _bias(job.mask, q.dtype)
+        bias = None if job.mask is None else biases[job.mask]
+        if job.slab is not None:
+            yield job, bias
+            continue
         tiles, rows, keys = len(job.q), job.q.shape[1], job.k.shape[1]
         per_head = len(job.batch) * q.shape[3] * max(q.element_size(), 4) * 2 * (rows + keys)
         if not cpu:  # the scores are written out there
@@ -286,121 +289,21 @@ def _chunks(jobs: Iterator[Job], q: torch.Tensor) -> Iterator[tuple[Job, torch.T
         for heads in job.heads.split(max(1, budget // per_head)):
             most = max(1, budget // (per_head * len(heads)))
             for start in range(0, tiles, most):
-                part = slice(start, start + most)
-                corners = None if job.corners is None else job.corners[part]
-                yield job._replace(heads=heads, q=job.q[part], k=job.k[part], corners=corners), bias
+                yield job._replace(heads=heads).tiles(slice(start, start + most)), bias
 
 
-# --- gathering -------------------------------------------------------------------------------------------------------
-
-
-class Scratch:
-    """Memory for gathered rows, used again chunk by chunk: fresh pages cost nearly as much as the gathering."""
-
-    def __init__(self) -> None:
-        self._held = torch.empty(0)
-
-    def space(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """Return an uninitialised tensor of a shape, in the place of the one returned last."""
-        size = math.prod(shape)
-        if self._held.numel() < size:
-            self._held = like.new_empty(size)
-        return self._held[:size].view(shape)
-
-
-def _take(x: torch.Tensor, batch: torch.Tensor, rows: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-    """Gather rows of x [B, N, heads, D] as [samples * tiles, heads, rows, D]; a view where they lie together."""
-    x = _pick(_pick(_pick(x, 0, batch), 2, heads), 1, rows.reshape(-1))
-    return x.unflatten(1, rows.shape).flatten(0, 1).transpose(1, 2)
-
-
-def _take_keys(x: torch.Tensor, job: Job, heads: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """Gather the keys of a job as ``_take`` does, a box at a time where they lie in boxes."""
-    if not job.boxes or _consecutive(job.k.reshape(-1)):
-        return _take(x, job.batch, job.k, heads)
-    x = _pick(_pick(x, 0, job.batch), 2, heads)
-    found = scratch.space((len(x), *job.k.shape, *x.shape[2:]), x)
-    boxed = 0
-    for tile, keys, box, corner in _boxes(job):
-        found[:, tile, keys].unflatten(1, box.sizes).copy_(_box(x, box, corner))
-        boxed = keys.stop
-    if boxed < found.shape[2]:
-        found[:, :, boxed:] = x[:, job.k[:, boxed:]]
-    return found.flatten(0, 1).transpose(1, 2)
-
-
-def _boxes(job: Job) -> Iterator[tuple[int, slice, Box, int]]:
-    """List the boxes of a job's keys: the tile, which of its keys they are, the box and its first row."""
-    assert job.corners is not None
-    end = 0
-    for number, box in enumerate(job.boxes):
-        start, end = end, end + math.prod(box.sizes)
-        for tile, corner in enumerate(job.corners[:, number].tolist()):
-            yield tile, slice(start, end), box, corner
-
-
-def _box(x: torch.Tensor, box: Box, corner: int) -> torch.Tensor:
-    """View a box of rows of x [B, N, heads, D] as [B, *sizes, heads, D]."""
-    (samples, rows, heads, dim), x = x.stride(), x[:, corner:]
-    sizes = (x.shape[0], *box.sizes, *x.shape[2:])
-    return x.as_strided(sizes, (samples, *(rows * step for step in box.steps), heads, dim), x.storage_offset())
-
-
-def _pick(x: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
-    if _consecutive(index):
-        return x.narrow(dim, int(index[0]), len(index))
-    if x.is_contiguous():
-        return x.index_select(dim, index)
-    return x[(slice(None),) * dim + (index,)]  # ten times as fast as index_select there
-
-
-def _consecutive(index: torch.Tensor) -> bool:
-    return int(index[-1]) - int(index[0]) == len(index) - 1 and bool((index.diff() == 1).all())
+def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Give 0 where a mask is true and -inf elsewhere."""
+    # By the bits of -inf (fp32): several times as fast as torch.where.
+    return mask.logical_not().to(torch.int32).mul_(-0x800000).view(torch.float32).to(dtype)
 
 
 def _operands(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, job: Job, scratch: tuple[Scratch, Scratch]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     kv_heads = job.heads // (q.shape[2] // k.shape[2])
-    kg, vg = (_take_keys(x, job, kv_heads, own) for x, own in zip((k, v), scratch, strict=True))
-    return _take(q, job.batch, job.q, job.heads), kg, vg
-
-
-def _put(total: torch.Tensor, job: Job, part: torch.Tensor) -> None:
-    """Write rows [samples * tiles, heads, rows, D] into total [B, N, heads, D]; each row is written once."""
-    part = part.transpose(1, 2).reshape(len(job.batch), job.q.numel(), len(job.heads), -1).to(total.dtype)
-    total[job.batch[:, None, None], job.q.reshape(-1)[:, None], job.heads] = part
-
-
-def _put_lse(total: torch.Tensor, job: Job, part: torch.Tensor) -> None:
-    part = part.transpose(1, 2).reshape(len(job.batch), job.q.numel(), len(job.heads)).to(total.dtype)
-    total.transpose(1, 2)[job.batch[:, None, None], job.q.reshape(-1)[:, None], job.heads] = part
-
-
-def _add(total: torch.Tensor, job: Job, part: torch.Tensor, rep: int) -> None:
-    """Add key rows [samples * tiles, heads, keys, D] to total [B, N, kv heads, D], in the same order every time."""
-    part = part.transpose(1, 2).reshape(len(job.batch), job.k.numel(), len(job.heads), -1)
-    rows, heads = job.k.reshape(-1), job.heads // rep
-    if job.boxes and rep == 1 and _consecutive(job.batch) and _consecutive(heads):
-        total = total.narrow(0, int(job.batch[0]), len(job.batch)).narrow(2, int(heads[0]), len(heads))
-        part = part.unflatten(1, job.k.shape)
-        boxed = 0
-        for tile, keys, box, corner in _boxes(job):
-            target = _box(total, box, corner)
-            target += part[:, tile, keys].unflatten(1, box.sizes)
-            boxed = keys.stop
-        for tile in range(len(job.k)):
-            total.index_add_(1, job.k[tile, boxed:], part[:, tile, boxed:])
-        return
-    if len(rows) == total.shape[1] and len(job.batch) == total.shape[0] and rep == 1 and len(heads) == total.shape[2]:
-        if bool((rows == torch.arange(len(rows), device=rows.device)).all()):
-            total += part
-            return
-    if total.device.type == "cpu":  # index_put_ would add fp32 from several threads in any order
-        flat = (job.batch[:, None, None] * total.shape[1] + rows[:, None]) * total.shape[2] + heads
-        total.view(-1, total.shape[3]).index_add_(0, flat.reshape(-1), part.reshape(-1, total.shape[3]))
-        return
-    total.index_put_((job.batch[:, None, None], rows[:, None], heads), part, accumulate=True)
+    kg, vg = (take_keys(x, job, kv_heads, own) for x, own in zip((k, v), scratch, strict=True))
+    return take(q, job.batch, job.q, job.heads), kg, vg
 
 
 # --- the arithmetic --------------------------------------------------------------------------------------------------
