@@ -85,7 +85,7 @@ def layout(problem: Problem, heads: int, head_dim: int, valid: bool = False) -> 
     return tiling.config.number, integers, array
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=1024)  # captured graphs go on reading plans: few are ever given up
 def on_device(
     problem: Problem, heads: int, head_dim: int, valid: bool, device: torch.device
 ) -> tuple[int, list[int], torch.Tensor]:
