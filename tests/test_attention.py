@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from probes import GRIDS, Case
 import stattn
 from stattn import masks
 from stattn.blocks import lower
-from stattn.grid import Grid, Region
+from stattn.grid import Grid, Region, Triple
 from stattn.masks import CONSTRUCTORS, Mask
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -367,20 +368,20 @@ def test_every_reason_against_dense_attention_is_named() -> None:
 # --- torch.library, compile ------------------------------------------------------------------------------------------
 
 
-def operator_arguments(grad: bool, impl: str = "reference", device: str = "cpu") -> tuple[Any, ...]:
+def operator_arguments(grad: bool, impl: str, device: str, heads: int) -> tuple[Any, ...]:
     from stattn.ops.attention import _check, _flatten
 
     grid = Grid(2, 3, 4, 0, 3)
-    q, k, v = (x.requires_grad_(grad) for x in draw(2, grid.tokens, 2, 16, device=device))
+    q, k, v = (x.requires_grad_(grad) for x in draw(2, grid.tokens, heads, 16, device=device))
     options = (None, None, None, torch.tensor([3, 1], device=device), "all", None)
     problem, extras = _check(q, k, v, grid, masks.window(2, 3, 3), *options)
     return (q, k, v, *_flatten(problem), *extras, False, impl)
 
 
-def check_operations(impl: str, device: str) -> None:
-    arguments = operator_arguments(True, impl, device)
+def check_operations(impl: str, device: str, heads: int = 2) -> None:
+    arguments = operator_arguments(True, impl, device, heads)
     torch.library.opcheck(torch.ops.stattn.attention.default, arguments)
-    plain = operator_arguments(False, impl, device)
+    plain = operator_arguments(False, impl, device, heads)
     out, lse = torch.ops.stattn.attention(*plain)
     torch.library.opcheck(
         torch.ops.stattn.attention_backward.default,
@@ -392,7 +393,14 @@ def test_the_operations_pass_opcheck() -> None:
     check_operations("reference", "cpu")
 
 
-def check_compiled(impl: str, device: str = "cpu", backend: str = "aot_eager", dim: int = 16) -> None:
+def check_compiled(
+    impl: str,
+    device: str = "cpu",
+    backend: str = "aot_eager",
+    heads: int = 2,
+    dim: int = 16,
+    shapes: Sequence[Triple] = ((2, 3, 4), (3, 5, 6), (4, 4, 7)),
+) -> None:
     """The first call, compiled, and others on grids of other sizes equal eager calls, without a recompilation."""
     mask = masks.window(2, 3, 3)
 
@@ -401,9 +409,8 @@ def check_compiled(impl: str, device: str = "cpu", backend: str = "aot_eager", d
         return stattn.attention(q, k, v, Grid(*shape, 0, 3), mask, impl=impl)
 
     torch._dynamo.reset()
-    shapes = [(2, 3, 4), (3, 5, 6), (4, 4, 7)]
     for number, shape in enumerate(shapes):
-        tensors = draw(2, Grid(*shape, 0, 3).tokens, 2, dim, device=device)
+        tensors = draw(2, Grid(*shape, 0, 3).tokens, heads, dim, device=device)
         q, k, v = (x.requires_grad_() for x in tensors)
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
             got = compiled(q, k, v, shape)
