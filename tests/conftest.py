@@ -1,14 +1,65 @@
-"""What every test gets: the same seeds, and a reason in place of a GPU test where there is no GPU."""
+"""What every test gets: the same seeds, and a reason in place of a GPU test where there is no GPU.
 
+``--record FILE`` leaves a JSON record of a run: where and when, and for each test how it ended and what it covered.
+"""
+
+import datetime
+import json
 import os
 import random
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from apart import Apart
+
+from stattn import results
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel file is imported: Triton reads it once for each kernel
+
+
+class Record:
+    """Gather how each test ended, how long it took, and its ``record_property`` numbers; write them at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.tests = path, []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        test = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+        if report.skipped:
+            test["reason"] = report.longrepr[2]
+        self.tests.append(test | dict(report.user_properties))
+
+    def pytest_sessionfinish(self) -> None:
+        outcomes = [test["outcome"] for test in self.tests]
+        record: dict[str, Any] = {
+            "command": shlex.join(["python", "-m", "pytest", *sys.argv[1:]]),
+            "gpu": results.machine(),
+            "versions": results.versions(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **{outcome: outcomes.count(outcome) for outcome in ("passed", "failed", "skipped")},
+        }
+        rows = ",\n".join("    " + json.dumps(test) for test in self.tests)
+        head = json.dumps(record, indent=2).removesuffix("\n}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(f'{head},\n  "tests": [\n{rows}\n  ]\n}}\n', encoding="utf-8")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", metavar="FILE", type=Path, help="write what the tests proved, as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Apart())
+    if config.getoption("--record"):
+        config.pluginmanager.register(Record(config.getoption("--record")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,16 +7,20 @@ D keys or queries ride in the batch dimension, one launch a probe.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 import stattn
 from stattn.blocks import BlockList
 from stattn.grid import Grid, Region
 from stattn.masks import Mask
+from stattn.tables import intersect
 
 GRIDS = [
     (1, 1, 1), (1, 1, 7), (1, 7, 1), (7, 1, 1), (1, 2, 2), (2, 2, 2), (2, 3, 5), (3, 5, 7), (4, 4, 4), (4, 4, 8),
@@ -68,6 +72,10 @@ class Case:
 
     def counts(self) -> torch.Tensor:
         """How many keys each row sees. int64 [heads, rows]"""
+        plain = not self.grid.globals and not self.options and not isinstance(self.masks, BlockList)
+        if plain and self.grid.video > 2048:
+            each = [self.masks] * self.heads if isinstance(self.masks, Mask) else self.masks
+            return torch.stack([counts_by_axis(mask, self.grid) for mask in each])
         parts = torch.arange(len(self.rows())).split(2048)
         # NumPy adds up booleans ten times faster than PyTorch does on a CPU.
         return torch.cat([torch.from_numpy(self.truth(part).numpy().sum(-1)) for part in parts], dim=1)
@@ -79,6 +87,20 @@ class Case:
         if self.valid is not None:
             options["valid"] = self.valid.to(q.device).expand(q.shape[0], -1)
         return stattn.attention(q, k, v, self.grid, self.masks, return_lse=True, impl=impl, **options)
+
+
+def counts_by_axis(mask: Mask, grid: Grid) -> torch.Tensor:
+    """How many keys each query of a grid sees: products of what axes count, with overlaps taken off. int64 [N]
+
+    Overlaps go by inclusion and exclusion, so that no table of N x N is made: grids may be of any length.
+    """
+    products = mask.products(grid)
+    total = np.zeros(grid.shape, np.int64)
+    for size in range(1, len(products) + 1):
+        for some in itertools.combinations(products, size):
+            t, h, w = (rule.counts().astype(np.int64) for rule in functools.reduce(intersect, some))
+            total += (-1) ** (size + 1) * t[:, None, None] * h[:, None] * w
+    return torch.from_numpy(total.reshape(-1))
 
 
 def _tokens(grid: Grid, region: Region | None, frames: torch.Tensor | None, with_globals: bool) -> torch.Tensor:
@@ -115,18 +137,22 @@ def check(
     def random(batch: int, tokens: int) -> torch.Tensor:
         return torch.randn(batch, tokens, heads, dim, generator=seed).to(device, dtype)
 
+    def places(chunks: Sequence[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For each token of the chunks: which chunk's sample, which token, and which feature stands for it."""
+        token = tokens_of(chunks, tokens)
+        sample = torch.bucketize(token // dim, torch.tensor(chunks))
+        return sample.to(device), token.to(device), (token % dim).to(device)
+
     def identity(chunks: Sequence[int], tokens: int) -> torch.Tensor:
         x = zeros(len(chunks), tokens)
-        for sample, chunk in enumerate(chunks):
-            for column, token in enumerate(range(chunk * dim, min((chunk + 1) * dim, tokens))):
-                x[sample, token, :, column] = 1
+        sample, token, feature = places(chunks, tokens)
+        x[sample, token, :, feature] = 1
         return x
 
     def seen(x: torch.Tensor, chunks: Sequence[int], tokens: int) -> torch.Tensor:
         """[chunks, N, heads, dim] -> booleans [heads, N, tokens of the chunks]"""
-        found = (x != 0).permute(2, 1, 0, 3)
-        keep = [(c, j) for c, chunk in enumerate(chunks) for j in range(dim) if chunk * dim + j < tokens]
-        return torch.stack([found[:, :, c, j] for c, j in keep], dim=2)
+        sample, _, feature = places(chunks, tokens)
+        return (x != 0).permute(2, 1, 0, 3)[:, :, sample, feature]
 
     def tokens_of(chunks: Sequence[int], tokens: int) -> torch.Tensor:
         return torch.cat([torch.arange(chunk * dim, min((chunk + 1) * dim, tokens)) for chunk in chunks])
@@ -139,10 +165,17 @@ def check(
 
     k_chunks = list(only) if only is not None else list(range(-(-columns // dim)))
     q_chunks = list(only) if only is not None else list(range(-(-rows // dim)))
-    by_key = case.truth(columns=tokens_of(k_chunks, columns)).to(device)  # [heads, rows, keys of the chunks]
-    # [heads, columns, queries of the chunks]
-    by_query = case.truth(rows=tokens_of(q_chunks, rows)).transpose(1, 2).to(device)
-    counts = case.counts().to(device)
+    if rows * columns <= 1 << 22:
+        table = case.truth().to(device)
+        counts = table.sum(-1)
+        by_key, by_query = table[:, :, tokens_of(k_chunks, columns)], table[:, tokens_of(q_chunks, rows)]
+    else:
+        counts = case.counts().to(device)
+        by_key, by_query = (
+            case.truth(**part).to(device)
+            for part in ({"columns": tokens_of(k_chunks, columns)}, {"rows": tokens_of(q_chunks, rows)})
+        )
+    by_query = by_query.transpose(1, 2)  # by_key is [heads, rows, keys of the chunks], this [heads, columns, queries]
 
     _, lse = case.call(zeros(1, rows), random(1, columns), random(1, columns), impl)
     same("count", torch.exp(lse[0].double()).round().long(), counts)

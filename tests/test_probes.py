@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from probes import BIG_GRIDS, GRIDS, Case, check
+from probes import BIG_GRIDS, GRIDS, Case, check, counts_by_axis
 
 from stattn import masks
 from stattn.blocks import block_list, lower, tile_count
@@ -125,3 +125,10 @@ def test_masks_are_the_same_in_every_dtype(dtype: torch.dtype) -> None:
 
 def test_dense_attention_by_pytorch_sees_everything() -> None:
     check(Case(Grid(3, 5, 7, 2, 3), masks.full()), impl="sdpa")
+
+
+def test_rows_are_counted_by_axis_as_in_a_table() -> None:
+    for shape in [(3, 5, 7), (6, 7, 8)]:
+        every = [mask for each in CONSTRUCTORS.values() for mask in each.examples(shape)]
+        for mask in [*every, UNIONS[0], masks.spatial() | masks.temporal() | masks.frame_causal(2, 2, 1)]:
+            assert torch.equal(counts_by_axis(mask, Grid(*shape)), mask.allowed(shape).sum(-1)), mask
