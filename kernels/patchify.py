@@ -5,7 +5,8 @@
 
 Token m = (sample, t, h, w) starts at pixel place(m); k counts the weight's own order (c, it, ih, iw), and tap(k) is
 that pixel of the patch. Fused: the gather (no patch matrix is ever written), the product, bias, position and rounding:
-sums are float32 and a token is rounded once, after pos. 16-bit products are exact; float32 products are IEEE.
+sums are float32 and a token is rounded once, after pos. 16-bit products are exact; float32 products are IEEE, and
+their sums are made of sums of SPAN terms: in one running sum the error of thousands would show.
 
 A patch's start is 64 bits wide, its taps 32 where they fit (``Geometry.wide``), so that a video of any size and any
 strides is read where it lies. Past the end of an axis that the patch does not divide zeros are assumed, never read.
@@ -74,6 +75,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     ),
 }
 GROUP = 8  # rows of tiles that are walked together, so that their weights stay in the L2
+SPAN = 256  # terms of a float32 sum that are added up before they join the total: a multiple of every tile's
 
 
 def power_of_two(size: int) -> int:
@@ -151,6 +153,11 @@ def kernel_for(geometry: Geometry, dtype: torch.dtype) -> str:
     if geometry.taps <= 256:
         return "resident" if geometry.taps <= 64 else "resident-wide"
     return "tiled" if geometry.run * dtype.itemsize == 16 else "tiled-short"
+
+
+def span_of(dtype: torch.dtype) -> int:
+    """Return how many terms are added up before they join the total; 0: all. Rounding to 16 bits hides the rest."""
+    return SPAN if dtype.itemsize == 4 else 0
 
 
 def check_count(tokens: int) -> None:
@@ -370,6 +377,7 @@ def patchify_forward_tiled(
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPAN: tl.constexpr,
     STREAMING: tl.constexpr,
 ):
     """One program: BLOCK_M tokens, BLOCK_E features, all taps. Programs walk GROUP rows of tiles column by column."""
@@ -385,6 +393,7 @@ def patchify_forward_tiled(
     at = place(m, tokens, grid_h, grid_w, steps, PT, PH, PW, VEC)
     w_rows = gW + e.to(tl.int64)[None, :] * TAPS
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for k0 in tl.range(0, TAPS, BLOCK_K):
         x = read_patches(
             gX, at, valid, k0, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, BLOCK_K
@@ -392,6 +401,12 @@ def patchify_forward_tiled(
         k = (k0 + tl.arange(0, BLOCK_K))[:, None]
         w = tl.load(w_rows + k, mask=(e < E)[None, :] & (k < TAPS), other=0.0)
         acc = tl.dot(x, w, acc, input_precision="ieee")
+        if SPAN > 0:
+            if (k0 + BLOCK_K) % SPAN == 0:
+                total += acc
+                acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    if SPAN > 0:
+        acc += total
     finish_tokens(acc, gOut, gBias, gPos, m, valid, e, first, tokens, E, STREAMING)
 
 
@@ -407,13 +422,15 @@ def _chunk(features: int, config: Config) -> int:
     return triton.cdiv(share, config.features) * config.features
 
 
-def _forward_constants(kernel: str, geometry: Geometry, features: int, config: Config) -> dict[str, Any]:
+def _forward_constants(
+    kernel: str, geometry: Geometry, features: int, dtype: torch.dtype, config: Config
+) -> dict[str, Any]:
     constants = {"E": features, **geometry.constants(), "BLOCK_M": config.tokens, "BLOCK_E": config.features}
     constants["STREAMING"] = config.streaming
     if kernel.startswith("resident"):
         first, second = _halves(geometry.taps)
         return {**constants, "TAPS_A": first, "TAPS_B": second, "CHUNK": _chunk(features, config)}
-    return {**constants, "GROUP": GROUP, "BLOCK_K": config.taps}
+    return {**constants, "GROUP": GROUP, "BLOCK_K": config.taps, "SPAN": span_of(dtype)}
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None, config: Config | None = None) -> Tensor:
@@ -435,7 +452,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None, 
         (patchify_forward_resident if resident else patchify_forward_tiled)[(programs,)](
             *arguments,
             *geometry.numbers(),
-            **_forward_constants(kernel, geometry, features, config),
+            **_forward_constants(kernel, geometry, features, x.dtype, config),
             num_warps=config.warps,
             num_stages=config.stages,
         )
@@ -484,7 +501,8 @@ def specializations() -> Iterator[Specialization]:
         kernel = kernel_for(geometry, dtype)
         fn = patchify_forward_resident if kernel.startswith("resident") else patchify_forward_tiled
         for config in CONFIGS[kernel][:1] if kernel in seen else CONFIGS[kernel]:
-            constants = _forward_constants(kernel, geometry, features, config) | ({} if pos else {"gPos": None})
+            constants = _forward_constants(kernel, geometry, features, dtype, config)
+            constants |= {} if pos else {"gPos": None}
             options = {"num_warps": config.warps, "num_stages": config.stages}
             label = f"{fn.__name__}/{name}/{config.tokens}x{config.features}x{config.taps}"
             yield Specialization(label, fn, describe(dtype), constants, options, tuple(PLAIN))

@@ -6,10 +6,11 @@
     dbias[e]               = sum over m of dout[m, e]           dpos[n, e] = sum over samples of dout[sample, n, e]
 
 Fused: the scatter of dx (each pixel belongs to one patch, so every one is written once and nothing is zeroed), the
-gather of dweight, and dbias, which is summed from the tiles of dout that dweight reads. Sums are float32 and gradients
-are rounded once. dweight adds up shares of the tokens: each share in its own float32 partial, and the partials then in
-a fixed order, so that it is reproducible bit for bit; the shares depend on the shapes, not on the card. At Wan's 64
-taps all of it is bound by reading dout, at pixels by the tensor cores.
+gather of dweight, and dbias, which is summed from the tiles of dout that dweight reads. Sums are float32 (of float32
+tensors they are made of sums of SPAN terms, as in the forward) and gradients are rounded once. dweight adds up shares
+of the tokens: each share in its own float32 partial, and the partials then in a fixed order, so that it is reproducible
+bit for bit; the shares depend on the shapes, not on the card. At Wan's 64 taps all of it is bound by reading dout, at
+pixels by the tensor cores.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from stattn.kernels.patchify import (
     patch_steps,
     place,
     read_patches,
+    span_of,
     tap,
     within,
 )
@@ -117,6 +119,7 @@ def patchify_dx(
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """One program: BLOCK_M tokens, BLOCK_K taps of them. The strides are those of dx."""
     COLUMNS: tl.constexpr = (TAPS + BLOCK_K - 1) // BLOCK_K
@@ -126,11 +129,18 @@ def patchify_dx(
     valid = m < M
     rows = gDout + ((m // tokens).to(tl.int64) * dout_b + (m % tokens).to(tl.int64) * dout_n)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for e0 in tl.range(0, E, BLOCK_E):
         e = e0 + tl.arange(0, BLOCK_E)
         dout = tl.load(rows[:, None] + e[None, :], mask=valid[:, None] & (e < E)[None, :], other=0.0)
         w = tl.load(gW + e[:, None] * TAPS + k[None, :], mask=(e < E)[:, None] & (k < TAPS)[None, :], other=0.0)
         acc = tl.dot(dout, w, acc, input_precision="ieee")
+        if SPAN > 0:
+            if (e0 + BLOCK_E) % SPAN == 0:
+                total += acc
+                acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    if SPAN > 0:
+        acc += total
     dx = acc.to(gDx.dtype.element_ty)
     steps = patch_steps(stride_b, stride_c, stride_t, stride_h, stride_w, VEC)
     sizes = (size_t, size_h, size_w)
@@ -184,6 +194,7 @@ def patchify_dweight(
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """One program: BLOCK_E features, BLOCK_K taps, one share. gDw is [shares, E, TAPS], gDbias [shares, E]."""
     COLUMNS: tl.constexpr = (TAPS + BLOCK_K - 1) // BLOCK_K
@@ -198,7 +209,9 @@ def patchify_dweight(
     steps = patch_steps(stride_b, stride_c, stride_t, stride_h, stride_w, VEC)
     sizes = (size_t, size_h, size_w)
     acc = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
-    total = tl.zeros([BLOCK_E], tl.float32)
+    total = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
+    bias_acc = tl.zeros([BLOCK_E], tl.float32)
+    bias_total = tl.zeros([BLOCK_E], tl.float32)
     for m0 in tl.range(begin, end, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         valid = m < end
@@ -210,11 +223,20 @@ def patchify_dweight(
         )
         acc = tl.dot(tl.trans(dout), x, acc, input_precision="ieee")
         if gDbias is not None:
-            total += tl.sum(dout.to(tl.float32), axis=0)
+            bias_acc += tl.sum(dout.to(tl.float32), axis=0)
+        if SPAN > 0:
+            if (m0 - begin + BLOCK_M) % SPAN == 0:
+                total += acc
+                acc = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
+                bias_total += bias_acc
+                bias_acc = tl.zeros([BLOCK_E], tl.float32)
+    if SPAN > 0:
+        acc += total
+        bias_acc += bias_total
     where = gDw + part * E * TAPS + e[:, None] * TAPS + k[None, :]
     tl.store(where, acc.to(gDw.dtype.element_ty), mask=(e < E)[:, None] & (k < TAPS)[None, :])
     if gDbias is not None:
-        tl.store(gDbias + part * E + e, total.to(gDbias.dtype.element_ty), mask=(e < E) & (k0 == 0))
+        tl.store(gDbias + part * E + e, bias_acc.to(gDbias.dtype.element_ty), mask=(e < E) & (k0 == 0))
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -234,9 +256,9 @@ def sum_parts(gParts, gOut, parts, columns, part_stride, row_stride, BLOCK: tl.c
 # ---- launchers
 
 
-def _constants(geometry: Geometry, features: int, config: Config) -> dict[str, Any]:
+def _constants(geometry: Geometry, features: int, dtype: torch.dtype, config: Config) -> dict[str, Any]:
     blocks = {"BLOCK_M": config.tokens, "BLOCK_E": config.features, "BLOCK_K": config.taps}
-    return {"E": features, **geometry.constants(), **blocks}
+    return {"E": features, **geometry.constants(), **blocks, "SPAN": span_of(dtype)}
 
 
 def _rows(dout: Tensor) -> Tensor:
@@ -264,7 +286,7 @@ def dx(dout: Tensor, weight: Tensor, size: tuple[int, ...], config: Config | Non
             *dout.stride()[:2],
             count,
             *geometry.numbers(),
-            **_constants(geometry, features, config),
+            **_constants(geometry, features, dout.dtype, config),
             num_warps=config.warps,
             num_stages=config.stages,
         )
@@ -312,7 +334,7 @@ def dweight(
             share,
             count,
             *geometry.numbers(),
-            **_constants(geometry, features, config),
+            **_constants(geometry, features, dout.dtype, config),
             num_warps=config.warps,
             num_stages=config.stages,
         )
@@ -357,7 +379,7 @@ def specializations() -> Iterator[Specialization]:
         for fn, kind in ((patchify_dx, "dx"), (patchify_dweight, "dweight")):
             kernel = kernel_for(kind, geometry.taps, dtype)
             for config in CONFIGS[kernel][:1] if kernel in seen else CONFIGS[kernel]:
-                constants = _constants(geometry, features, config)
+                constants = _constants(geometry, features, dtype, config)
                 options = {"num_warps": config.warps, "num_stages": config.stages}
                 label = f"{fn.__name__}/{name}/{config.tokens}x{config.features}x{config.taps}"
                 yield Specialization(label, fn, common, constants, options, (*PLAIN, "share"))

@@ -113,6 +113,36 @@ def test_errors_are_at_most_twice_those_of_eager_pytorch(device, dtype):
             assert rms <= limit, f"{name} of {case}: RMS error {rms:.3g}, eager's {usual_rms:.3g}"
 
 
+def long_sum(kind: str, device: str) -> tuple[Tensor, ...]:
+    """Inputs of which one sum has 1,024 terms, the 256th of them 2**28 times the others."""
+    terms = 0.7 * 2.0**-28 * (0.9 + 0.2 * torch.rand(1024, device=device))
+    terms[255] = 1
+    one = torch.ones(1024, device=device)
+    if kind == "taps":
+        return terms.view(1, 4, 1, 16, 16), one.expand(2, -1).reshape(2, 4, 1, 16, 16), one[:2], one.new_ones(1, 1, 2)
+    if kind == "features":
+        return one[:8].view(1, 1, 1, 2, 4), one.expand(4, -1).T.reshape(-1, 1, 1, 2, 2), one, terms.expand(1, 2, -1)
+    return one.expand(4, -1).reshape(1, 1, 1, 2, -1), one[:12].view(3, 1, 1, 2, 2), one[:3], terms.expand(3, -1).T[None]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("kind", "results"), [("taps", [0]), ("features", [1]), ("tokens", [2, 3])])
+def test_long_float32_sums_do_not_lose_small_terms_beside_a_huge_one(device, kind, results, monkeypatch):
+    def errors() -> Tensor:
+        """In units of the last place: 2, rule 1's slack, is what four spans of 256 terms may round."""
+        got = run(inputs, "triton")
+        return torch.stack([(got[i] - exact[i]).abs().max() / exact[i].abs().max() for i in results]) * 2**23
+
+    monkeypatch.setattr(patchify_bwd, "SHARES", 1)  # one sum over all tokens
+    x, weight, bias, dout = long_sum(kind, device)
+    inputs = x, weight, torch.zeros_like(bias), torch.zeros_like(dout[0]), dout
+    exact = run(tuple(each.double() for each in inputs), "reference")
+    assert (errors() <= 2).all()
+    if device == "cpu":  # in one running sum the terms after the huge one are lost: the case tells
+        monkeypatch.setattr(kernels, "SPAN", 2**30)
+        assert (errors() > 10).all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", kernels.CONFIGS)
 def test_every_forward_config_gives_the_same_exact_tokens(device, kind):
