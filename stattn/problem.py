@@ -6,8 +6,8 @@ hold which frame, which global tokens are real, block lists) travel beside it in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -34,6 +34,20 @@ class Problem:
     scale: float
     q_tile: Triple | None = None  # of block lists
     k_tile: Triple | None = None
+    _hash: ClassVar[int]  # of each problem, once it was asked for
+
+    def __hash__(self) -> int:
+        """Hash once: every call looks up plans and tables by its problem."""
+        try:
+            return self._hash
+        except AttributeError:
+            value = hash(tuple(getattr(self, each.name) for each in fields(self)))
+            object.__setattr__(self, "_hash", value)
+            return value
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the hash out: another process hashes strings otherwise."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
 
     @property
     def q_tokens(self) -> int:

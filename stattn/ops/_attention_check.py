@@ -51,7 +51,10 @@ def check(
             raise ValueError(_count_error("q", q.shape[1], q_box, grid, optional=True))
     if k.shape[1] != k_box.video + grid.globals:
         raise ValueError(_count_error("k", k.shape[1], k_box, grid, optional=False))
-    real = None if valid is None else _valid(valid, q.shape[0], grid, q.device)
+    real = None
+    if valid is not None:
+        _check_valid(valid, q.shape[0], grid, q.device)
+        real = real_globals(valid, grid)
 
     if isinstance(mask, BlockList):
         if q_region is not None or k_region is not None or k_frames is not None:
@@ -123,7 +126,8 @@ def _count_error(name: str, tokens: int, box: Region, grid: Grid, optional: bool
     return f"{name} has {tokens} tokens, but its part of grid {grid.shape} has {expected}"
 
 
-def _valid(valid: torch.Tensor, batch: int, grid: Grid, device: torch.device) -> torch.Tensor:
+def _check_valid(valid: torch.Tensor, batch: int, grid: Grid, device: torch.device) -> None:
+    """Check all of ``valid`` but its values."""
     if not isinstance(valid, torch.Tensor):
         raise TypeError(f"valid={valid!r} must be a tensor")
     if valid.device != device:
@@ -133,7 +137,7 @@ def _valid(valid: torch.Tensor, batch: int, grid: Grid, device: torch.device) ->
             raise ValueError(
                 f"valid has shape {tuple(valid.shape)}, expected [B, before + after] = {(batch, grid.globals)}"
             )
-        return valid
+        return
     if valid.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"valid has dtype {valid.dtype}, expected bool, or int32 or int64 counts")
     if tuple(valid.shape) != (batch,):
@@ -142,11 +146,17 @@ def _valid(valid: torch.Tensor, batch: int, grid: Grid, device: torch.device) ->
         raise ValueError(
             f"valid: counts are ambiguous with {grid.before} global tokens before and {grid.after} after; give booleans"
         )
-    if valid.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+
+
+def real_globals(valid: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Give ``valid`` as booleans [B, before + after]. Raises ValueError for counts out of range, if on a CPU."""
+    if valid.dtype == torch.bool:
+        return valid
+    if valid.device.type == "cpu" and valid.shape[0] and not torch.compiler.is_compiling():
         low, high = int(valid.min()), int(valid.max())
         if low < 0 or high > grid.globals:
             raise ValueError(f"valid has counts from {low} to {high}, expected 0 to {grid.globals} global tokens")
-    return torch.arange(grid.globals, device=device) < valid[:, None]
+    return torch.arange(grid.globals, device=valid.device) < valid[:, None]
 
 
 def _masks_of(mask: Mask | Sequence[Mask], heads: int) -> tuple[Mask, ...]:

@@ -12,8 +12,10 @@ from stattn import masks as _masks
 from stattn.blocks import BlockList
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import Mask
+from stattn.ops import _attention_memo as _memo
 from stattn.ops import _cuda, _dense, _triton
 from stattn.ops._attention_check import check as _check
+from stattn.ops._attention_check import real_globals as _real_globals
 from stattn.ops._dispatch import Implementation, Operation
 from stattn.problem import Extras, Problem
 from stattn.reference.attention import attention as _reference_forward
@@ -107,21 +109,67 @@ def attention(
 
     Raises TypeError or ValueError naming the argument and its value.
     """
-    problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, scale)
+    if torch.compiler.is_compiling():
+        problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, scale)
+        deterministic = _flags(deterministic, return_lse)
+        out, lse = torch.ops.stattn.attention(q, k, v, *_flatten(problem), *extras, deterministic, impl)
+        return (out, lse) if return_lse else out
+
+    grad = torch.is_grad_enabled() and _any_requires_grad(q, k, v)
+    signature = _memo.signature(
+        q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, scale, impl, grad
+    )  # fmt: skip
+    known = None if signature is None else _memo.find(signature)
+    if known is None:
+        problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, scale)
+        deterministic = _flags(deterministic, return_lse)
+        chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, grad))
+        direct = signature is not None and _memo.direct(q, k, v, *extras)
+        known = _memo.Known(problem, _flatten(problem), chosen.name, chosen.run, direct)
+        # Whether Triton's interpreter is on is for the environment to say, each time.
+        if signature is not None and not (chosen.name == "triton" and q.device.type == "cpu"):
+            _memo.keep(signature, known)
+    else:
+        extras = _extras(known.problem, mask, k_frames, valid)
+        deterministic = _flags(deterministic, return_lse)
+    if known.name == "flash":  # has an autograd of its own
+        return _dense.flash(q, k, v, known.problem.scale, return_lse)
+    if not known.direct or not _memo.nobody_looks(q.device, grad):
+        out, lse = torch.ops.stattn.attention(q, k, v, *known.static, *extras, deterministic, known.name)
+    elif grad:
+        out, lse = _Direct.apply(q, k, v, known, extras, deterministic)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = known.run(q, k, v, known.problem, extras)
+    return (out, lse) if return_lse else out
+
+
+def _flags(deterministic: bool | None, return_lse: bool) -> bool:
+    """Check two arguments that no implementation is chosen by, and give ``deterministic``."""
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     elif not isinstance(deterministic, bool):
         raise TypeError(f"deterministic={deterministic!r} must be True, False or None")
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse={return_lse!r} must be a boolean")
-    if not torch.compiler.is_compiling():
-        chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, _needs_grad(q, k, v)))
-        if chosen.name == "flash":  # has an autograd of its own
-            return _dense.flash(q, k, v, problem.scale, return_lse)
-        impl = chosen.name
-    static = _flatten(problem)
-    out, lse = torch.ops.stattn.attention(q, k, v, *static, *extras, bool(deterministic), impl)
-    return (out, lse) if return_lse else out
+    return deterministic
+
+
+def _any_requires_grad(*tensors: object) -> bool:
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
+
+
+def _extras(
+    problem: Problem,
+    mask: Mask | BlockList | Sequence[Mask],
+    k_frames: torch.Tensor | None,
+    valid: torch.Tensor | None,
+) -> Extras:
+    """Give the tensors of a call that is known to be right, but for the values of ``valid``."""
+    real = None if valid is None else _real_globals(valid, problem.grid)
+    if isinstance(mask, BlockList):
+        return Extras(None, real, mask.count, mask.index, mask.partial)
+    return _memo.NO_EXTRAS if k_frames is None and real is None else Extras(k_frames, real)
 
 
 def merge(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -376,6 +424,7 @@ class _Attention(torch.autograd.Function):
         tensors = rest[7:12]
         ctx.save_for_backward(q, k, v, out, lse, *(x for x in tensors if x is not None))
         ctx.rest = [*rest[:7], *(None if x is None else ... for x in tensors), *rest[12:]]
+        ctx.others = len(rest)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -386,7 +435,30 @@ class _Attention(torch.autograd.Function):
         given = iter(tensors)
         rest = [next(given) if each is ... else each for each in ctx.rest]
         grads = torch.ops.stattn.attention_backward(dout, dlse, q, k, v, out, lse, *rest)
-        return (*grads, *(None for _ in rest))
+        return (*grads, *(None for _ in range(ctx.others)))
+
+
+class _Direct(_Attention):
+    """Calls an implementation without the dispatcher; the backward is the operation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        known: _memo.Known,
+        extras: Extras,
+        deterministic: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = known.run(q, k, v, known.problem, extras)
+        ctx.save_for_backward(q, k, v, out, lse, *(x for x in extras if x is not None))
+        kept = (None if x is None else ... for x in extras)
+        ctx.rest = [*known.static, *kept, deterministic, known.name]
+        ctx.others = 3
+        ctx.set_materialize_grads(False)
+        return out, lse
 
 
 def _autograd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:

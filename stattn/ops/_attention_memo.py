@@ -1,0 +1,180 @@
+"""Calls of attention that were checked before: a call like one of them is neither checked nor chosen for again.
+
+Two calls are alike when their *signatures* are equal. A signature holds all that the check and the choice of an
+implementation read, but for the values of tensors; it is a few microseconds' work, where they are some fifty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from stattn.blocks import BlockList
+from stattn.grid import Grid, Region
+from stattn.masks import Mask
+from stattn.problem import Extras, Problem
+
+MOST = 4096  # signatures that are kept: a long-running server sees many
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+NO_EXTRAS = Extras()
+
+_keys_of = torch._C._dispatch_keys
+_function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_profiler_enabled = torch._C._autograd._profiler_enabled
+_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_AUTOGRAD = {"cpu": torch._C.DispatchKey.AutogradCPU, "cuda": torch._C.DispatchKey.AutogradCUDA}
+
+
+class Known(NamedTuple):
+    """What a call is known to be.
+
+    static: the problem as arguments of the operation. run: the implementation's. direct: whether the dispatcher has
+    nothing to do for tensors like these but to call it.
+    """
+
+    problem: Problem
+    static: tuple[Any, ...]
+    name: str
+    run: Callable[..., Any]
+    direct: bool
+
+
+_known: dict[Hashable, Known] = {}
+clear = _known.clear
+
+
+def find(signature: Hashable) -> Known | None:
+    """Give what is known of a signature, if anything."""
+    try:
+        return _known.get(signature)
+    except TypeError:  # an argument that cannot be hashed is none that the check lets pass
+        return None
+
+
+def keep(signature: Hashable, known: Known) -> None:
+    """Remember a call that was found right."""
+    if len(_known) >= MOST:
+        _known.clear()
+    _known[signature] = known
+
+
+def signature(
+    q: Any,
+    k: Any,
+    v: Any,
+    grid: Any,
+    mask: Any,
+    q_region: Any,
+    k_region: Any,
+    k_frames: Any,
+    valid: Any,
+    globals_see: Any,
+    scale: Any,
+    impl: Any,
+    grad: bool,
+) -> Hashable | None:
+    """Gather all that is read of a call but the values of its tensors; None for a call that is to be checked always.
+
+    Values that are equal but of other types (2 and 2.0, 1 and True) are told apart: not all of them are right.
+    """
+    if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN or _transforms_active():
+        return None
+    if type(grid) is tuple and len(grid) == 3:
+        kinds: Any = tuple(map(type, grid))
+        places: Any = grid
+    elif type(grid) is Grid:
+        kinds, places = None, (grid.t, grid.h, grid.w, grid.before, grid.after)
+    else:
+        return None
+    seen = _mask_signature(mask)
+    if seen is None or (scale is not None and type(scale) is not float and type(scale) is not int):
+        return None
+    rest: Any = None
+    if q_region is not None or k_region is not None or k_frames is not None or valid is not None:
+        rest = (_region(q_region), _region(k_region), _tensor(k_frames), _tensor(valid))
+        if False in rest:
+            return None
+    return (
+        q.shape,
+        k.shape,
+        v.shape,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        q.dtype,
+        k.dtype,
+        v.dtype,
+        q.device,
+        k.device,
+        v.device,
+        _keys_of(q).raw_repr(),
+        _keys_of(k).raw_repr(),
+        _keys_of(v).raw_repr(),
+        # The CUDA kernels ask for whole units of 16 bytes; which tensor has none is of no account here.
+        not q.is_cuda or not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+        places,
+        kinds,
+        seen,
+        rest,
+        globals_see,
+        scale,
+        impl,
+        grad,
+    )
+
+
+def _mask_signature(mask: Any) -> Hashable | None:
+    if type(mask) is Mask:
+        return mask.key
+    if type(mask) is tuple or type(mask) is list:
+        return tuple([each.key for each in mask]) if {Mask}.issuperset(map(type, mask)) else None
+    if type(mask) is not BlockList:
+        return None
+    count, index, partial = _tensor(mask.count), _tensor(mask.index), _tensor(mask.partial)
+    if False in (count, index, partial):
+        return None
+    return (mask.shape, mask.q_tile, mask.k_tile, count, index, partial, None if mask.mask is None else mask.mask.key)
+
+
+def _region(region: Any) -> Hashable:
+    """Describe a region, None for none; False for what is not one."""
+    if region is None:
+        return None
+    return (region.origin, region.extent) if type(region) is Region else False
+
+
+def _tensor(x: Any) -> Hashable:
+    """Describe a tensor beside q, k and v, None for none; False for what is not a plain one."""
+    if x is None:
+        return None
+    return (x.shape, x.dtype, x.device, _keys_of(x).raw_repr()) if type(x) in PLAIN else False
+
+
+def direct(*tensors: torch.Tensor | None) -> bool:
+    """Say whether tensors are such that the dispatcher does nothing but to call a CPU or CUDA implementation."""
+    given = [x for x in tensors if x is not None]
+    return all(_only_a_device(_keys_of(x).raw_repr(), x.device.type) for x in given)
+
+
+@lru_cache(maxsize=256)
+def _only_a_device(keys: int, device: str) -> bool:
+    """Say whether dispatch keys are those of a strided tensor of a CPU or a GPU: no lazy negation, no wrapper."""
+    if device not in _AUTOGRAD:
+        return False
+    plain = _keys_of(torch.empty(0, device=device))
+    with torch.inference_mode():
+        inference = _keys_of(torch.empty(0, device=device))
+    return keys in (plain.raw_repr(), inference.raw_repr())
+
+
+def nobody_looks(device: torch.device, grad: bool) -> bool:
+    """Say whether no mode, tracer or profiler wants to see operations, and autograd works as usual."""
+    if _function_modes() or _dispatch_modes() or _profiler_enabled():
+        return False
+    return _tracing_state() is None and not (grad and _excluded(_AUTOGRAD[device.type]))
