@@ -1,4 +1,4 @@
-"""The `stattn` command: `stattn demo | sample | train | explain | doctor`.
+"""The `stattn` command: `stattn demo | sample | train | explain | doctor | report | compare | profile`.
 
 A subcommand is a module with `add_arguments(parser)` and `main(args) -> int`; only the one that is asked for is
 imported.
@@ -23,6 +23,9 @@ COMMANDS = {
         "say which implementation serves an attention call, and why the others do not",
     ),
     "doctor": ("stattn.doctor", "describe this machine, and what stattn runs on it"),
+    "report": ("stattn.report_command", "write results files as a table, a page with plots, and JSON for CI"),
+    "compare": ("stattn.compare_command", "compare two runs, and fail where the new one is worse"),
+    "profile": ("stattn.profile_command", "run a program under a profiler, with ranges around what stattn does"),
 }
 REFUSALS = (ValueError, TypeError, ImportError, OSError)
 

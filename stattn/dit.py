@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stattn import ranges
 from stattn.blocks import BlockList
 from stattn.grid import Grid, Triple, as_grid
 from stattn.modules import (
@@ -365,7 +366,7 @@ class DiT(nn.Module):
                 # Frames may differ in noise; the text, which all of them read, follows the noisiest.
                 temb_text = temb if timestep.ndim == 1 else self.embed_time(timestep.amax(dim=1))
                 e_text = self._project_time(self.text_time_proj, temb_text)
-        for block in self.blocks:
+        for block in ranges.each("layer", self.blocks):
             tokens, text = block(tokens, text, e, e_text, at)
 
         shift, scale = _modulation(self.scale_shift_table, temb.unsqueeze(-2))

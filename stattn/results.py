@@ -229,22 +229,22 @@ def markdown(report: Report) -> str:
     lines = ["`" + report.command + "`", "", "; ".join([report.gpu, *filter(None, limits), versions, report.date]), ""]
     lines += ["| result | median | p20–p80 | baseline | ratio |", "|---|---:|---:|---:|---:|"]
     for r in report.results:
-        base = f"{_digits(r.baseline.value)} {r.unit} ({_cell(r.baseline.name)})" if r.baseline else "–"
+        base = f"{digits(r.baseline.value)} {r.unit} ({cell(r.baseline.name)})" if r.baseline else "–"
         ratio = f"{r.ratio:.2f}×" if r.ratio is not None else "–"
         lines.append(
-            f"| {_cell(r.name)} | {_digits(r.value)} {r.unit} | {_digits(r.p20)}–{_digits(r.p80)} | {base} | {ratio} |"
+            f"| {cell(r.name)} | {digits(r.value)} {r.unit} | {digits(r.p20)}–{digits(r.p80)} | {base} | {ratio} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Return four significant digits, without an exponent for ordinary sizes."""
     if value >= 1e4:
         return f"{value:.0f}"
     return f"{value:.4g}" if value == 0 or value >= 1e-3 else f"{value:.3e}"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stattn import masks
+from stattn import masks, ranges
 from stattn.grid import is_int
 from stattn.ops._dispatch import impl_for
 from stattn.ops.denoise import denoise_step
@@ -227,7 +227,7 @@ def sample(
     )
 
     history: tuple[Tensor, ...] = ()
-    for step, (now, then) in enumerate(pairwise(levels)):
+    for step, (now, then) in enumerate(ranges.each("step", pairwise(levels))):
         cond, uncond = _predict(model, x.to(dtype), now.timestep, passes, reads, mask_at(step))
         if keep:
             keep |= {"known_alpha": then.alpha, "known_sigma": then.sigma}

@@ -9,11 +9,13 @@ Triton on CUDA tensors only, since on a CPU it is an interpreter for tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
+
+from stattn import ranges
 
 NAMES = ("cuda", "flash", "sdpa", "triton", "reference")
 
@@ -54,7 +56,8 @@ class Operation:
         """
         if torch.compiler.is_compiling():  # Dynamo traces the search, not the cache around it
             return self._choose_uncached(impl, call)
-        return self._choose(impl, call)
+        chosen = self._choose(impl, call)
+        return replace(chosen, run=ranges.around(self.name, chosen.run)) if ranges.enabled() else chosen
 
     def table(self, call: Call) -> list[tuple[str, str | None]]:
         """List (implementation, reason it does not serve ``call`` under ``auto`` or None), in order of preference."""

@@ -1,0 +1,260 @@
+"""What results files say together: rows by stem, as Markdown and as the JSON of github-action-benchmark."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stattn import masks, results
+from stattn.grid import Grid
+from stattn.results import LOWER_IS_BETTER, Report, Result
+
+# What the last part of an attention row's name stands for: the grid, heads and the head dimension.
+SHAPES = {
+    "wan-1.3b-480p": (Grid(21, 30, 52), 12, 128),
+    "wan-14b-720p": (Grid(21, 45, 80), 40, 128),
+    "hunyuan-720p": (Grid(33, 45, 80), 24, 128),
+    "cogvideox-5b": (Grid(13, 30, 45), 48, 64),
+    "30x48x80": (Grid(30, 48, 80), 24, 128),
+    "24x44x80": (Grid(24, 44, 80), 40, 128),
+}
+MASK_NAMES = {"dense": masks.full, "spatial": masks.spatial, "temporal": masks.temporal}
+MILLISECONDS = {"ns": 1e-6, "us": 1e-3, "ms": 1.0, "s": 1e3}
+LARGE = {"GFLOP/s": 1e-3, "TFLOP/s": 1.0, "GB/s": 1e-3, "TB/s": 1.0}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Hold one results file: the path by which it was found, its path inside the folder that was named, its report."""
+
+    path: Path
+    place: str
+    report: Report
+
+
+@dataclass(frozen=True)
+class Row:
+    """Hold one result and the file it is from."""
+
+    source: Source
+    result: Result
+
+    @property
+    def stem(self) -> str:
+        """The operation that was measured: the first part of the name; of ops/..., the second, without its contender.
+
+        A name in one part belongs to the stem that its file is called by.
+        """
+        first, *rest = self.result.name.split("/")
+        if not rest:
+            return self.source.path.stem
+        return f"ops/{rest[0].split('-')[0]}" if first == "ops" else first
+
+
+def load(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Source], list[str]]:
+    """Read results files and, from folders, every .json in them; return them and lines on what else lies there.
+
+    JSON of another kind, one without "results", is left out of a folder, and named. Raises ValueError or OSError, by
+    name, for what is named itself and is no results file, for a broken one, and when there is none at all.
+    """
+    found: list[Source] = []
+    others: list[str] = []
+    seen: set[Path] = set()
+    named = [Path(path) for path in paths]
+    for path in named:
+        inside = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        for each in inside:
+            if each.resolve() in seen:
+                continue
+            seen.add(each.resolve())
+            if path.is_dir():
+                try:
+                    data = json.loads(each.read_text(encoding="utf-8"))
+                except ValueError as error:
+                    raise ValueError(f"{each}: {error}") from error
+                if not isinstance(data, dict) or "results" not in data:
+                    others.append(f"{each.as_posix()} is not a results file")
+                    continue
+            place = each.relative_to(path).as_posix() if path.is_dir() else each.name
+            found.append(Source(each, place, results.read(each)))
+    if not found:
+        raise ValueError(f"no results files in {', '.join(map(str, named))}")
+    return found, others
+
+
+def rows_by_stem(sources: Sequence[Source]) -> dict[str, list[Row]]:
+    """Return every row of every file by its stem, stems in the order of their names."""
+    found: dict[str, list[Row]] = {}
+    for source in sources:
+        for result in source.report.results:
+            row = Row(source, result)
+            found.setdefault(row.stem, []).append(row)
+    return dict(sorted(found.items()))
+
+
+def machine(report: Report) -> str:
+    """Name what was measured, with what it reaches."""
+    said = report.gpu.removeprefix("none (").removesuffix(")") if report.gpu.startswith("none (") else report.gpu
+    if report.cublas_tflops is not None:
+        said += f", bf16 8192³ product {report.cublas_tflops:.0f} TFLOP/s"
+    if report.copy_tbps is not None:
+        said += f", copy {report.copy_tbps:.2f} TB/s"
+    return said
+
+
+def cells(row: Row) -> tuple[str, str, str, str, str]:
+    """Return a row as text: its name, median, spread, baseline and ratio."""
+    result = row.result
+    base = result.baseline
+    return (
+        result.name,
+        f"{results.digits(result.value)} {result.unit}",
+        f"{results.digits(result.p20)}–{results.digits(result.p80)}",
+        f"{results.digits(base.value)} {result.unit} ({base.name})" if base else "–",
+        f"{result.ratio:.3g}×" if result.ratio is not None else "–",
+    )
+
+
+def summary(sources: Sequence[Source]) -> str:
+    """Say in a sentence how much there is, and of what."""
+    count = sum(len(source.report.results) for source in sources)
+    machines = sorted({source.report.gpu for source in sources})
+    return f"{_many(count, 'result')} of {_many(len(sources), 'file')}: {'; '.join(machines)}."
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def markdown(sources: Sequence[Source], others: Sequence[str] = ()) -> str:
+    """Return a table per stem, with the machine and command behind its rows; every row of every file is in one."""
+    numbers = {id(source): number for number, source in enumerate(sources, start=1)}
+    lines = ["# Results", "", summary(sources), ""]
+    lines += ["Ratios say how many times better than the baseline, which was timed in the same rounds.", ""]
+    for stem, rows in rows_by_stem(sources).items():
+        lines += [f"## {stem}", ""]
+        for source in {id(row.source): row.source for row in rows}.values():
+            lines.append(f"- run {numbers[id(source)]}: {machine(source.report)}; `{source.report.command}`")
+        lines += ["", "| result | median | p20–p80 | baseline | ratio | run |", "|---|---:|---:|---|---:|---:|"]
+        for row in rows:
+            texts = [results.cell(text) for text in cells(row)]
+            lines.append(f"| {' | '.join(texts)} | {numbers[id(row.source)]} |")
+        lines.append("")
+    lines += ["## Runs", "", "| run | file | date | versions, and what was not measured |", "|---:|---|---|---|"]
+    for source in sources:
+        versions = "; ".join(f"{name}: {said}" for name, said in source.report.versions.items())
+        fields = (source.path.as_posix(), source.report.date, versions)
+        lines.append(f"| {numbers[id(source)]} | {' | '.join(results.cell(each) for each in fields)} |")
+    lines += ["", *(f"Left out: {each}." for each in others)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def action_entries(sources: Sequence[Source]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return all rows as entries of github-action-benchmark: customSmallerIsBetter, and customBiggerIsBetter.
+
+    A name that several files hold has its file behind it, so that every entry has a name of its own.
+    """
+    names = Counter(result.name for source in sources for result in source.report.results)
+    smaller: list[dict[str, Any]] = []
+    bigger: list[dict[str, Any]] = []
+    for source in sources:
+        for result in source.report.results:
+            beside = f"{result.ratio:.3g}x of {result.baseline.name}; " if result.ratio and result.baseline else ""
+            entry = {
+                "name": result.name if names[result.name] == 1 else f"{result.name} [{source.path.as_posix()}]",
+                "unit": result.unit,
+                "value": result.value,
+                "range": f"{results.digits(result.p20)} to {results.digits(result.p80)}",
+                "extra": f"{beside}{source.report.gpu}; {source.report.command}",
+            }
+            (smaller if result.unit in LOWER_IS_BETTER else bigger).append(entry)
+    return smaller, bigger
+
+
+# ---- what a row reaches of the machine
+
+
+def rates(rows: Sequence[Row]) -> tuple[list[tuple[Row, float, str]], list[tuple[Row, float, str]]]:
+    """Return which share of the machine's matrix product rows reach, and which share of its copy.
+
+    Each as (row, share, rate in words). Of products: rows in FLOP/s, and rows of attention whose mask and shape the
+    name tells. Of copies: rows in B/s, and rows beside a copy of the bytes they must move.
+    """
+    products: list[tuple[Row, float, str]] = []
+    copies: list[tuple[Row, float, str]] = []
+    for row in rows:
+        result, report = row.result, row.source.report
+        top, copy = report.cublas_tflops, report.copy_tbps
+        base = result.baseline
+        work = flops(result.name)
+        if base is not None and result.ratio is not None and re.search(r"(^|[-/ ])copy([-/ ]|$)", base.name):
+            copies.append((row, result.ratio, f"{100 * result.ratio:.0f} % of {base.name}"))
+        elif result.unit.endswith("FLOP/s") and top is not None:
+            rate = result.value * LARGE[result.unit]
+            products.append((row, rate / top, f"{results.digits(rate)} TFLOP/s"))
+        elif result.unit in ("GB/s", "TB/s") and copy is not None:
+            rate = result.value * LARGE[result.unit]
+            copies.append((row, rate / copy, f"{results.digits(rate)} TB/s"))
+        elif result.unit in MILLISECONDS and work is not None and top is not None and result.value > 0:
+            rate = work / (result.value * MILLISECONDS[result.unit]) * 1e-9
+            products.append((row, rate / top, f"{rate:.0f} TFLOP/s"))
+    return products, copies
+
+
+def flops(name: str) -> float | None:
+    """Return the arithmetic of the pairs that are allowed, from attention/<implementation>/<mask>_<pass>/<shape>.
+
+    Two products forward, five backward. None where the name does not tell mask or shape.
+    """
+    parts = name.split("/")
+    if len(parts) != 4 or parts[0] != "attention" or parts[3] not in SHAPES:
+        return None
+    label = parts[2].removesuffix("_deterministic")
+    products = 5 if label.endswith("_bwd") else 2
+    label = label.removesuffix("_fwd").removesuffix("_bwd")
+    window = re.fullmatch(r"window_(\d+)_(\d+)_(\d+)", label)
+    if window is None and label not in MASK_NAMES:
+        return None
+    t, h, w = map(int, window.groups()) if window else (0, 0, 0)
+    mask = masks.window(t, h, w) if window else MASK_NAMES[label]()
+    grid, heads, dim = SHAPES[parts[3]]
+    return 2 * products * mask.density(grid) * grid.tokens**2 * dim * heads
+
+
+def length(name: str) -> tuple[str, int] | None:
+    """Return a name without the length it tells, and the length in tokens; None when it tells none.
+
+    A length is a grid as 21x30x52 anywhere in the name, or tokens, as 32760 or n32760, that begin its last part.
+    """
+    grid = re.search(r"(?<![\w.])(\d+)x(\d+)x(\d+)(?![\w.])", name)
+    if grid:
+        t, h, w = map(int, grid.groups())
+        return f"{name[: grid.start()]}N{name[grid.end() :]}", t * h * w
+    tokens = re.search(r"(?<=/)n?(\d{3,})(?=$|[_-])(?!.*/)", name)
+    if tokens:
+        return f"{name[: tokens.start()]}N{name[tokens.end() :]}", int(tokens.group(1))
+    return None
+
+
+def series(rows: Sequence[Row]) -> dict[str, list[tuple[int, Row]]]:
+    """Return times of rows that differ in their length alone, by name and in the order of their lengths.
+
+    Only rows of one run are put together, and only where there are several lengths.
+    """
+    found: dict[tuple[int, str], list[tuple[int, Row]]] = {}
+    for row in rows:
+        told = length(row.result.name)
+        if told is not None and row.result.unit in MILLISECONDS:
+            found.setdefault((id(row.source), told[0]), []).append((told[1], row))
+    several = {key: sorted(each, key=lambda at: at[0]) for key, each in found.items() if len({n for n, _ in each}) > 1}
+    names = Counter(name for _, name in several)
+    return {
+        name if names[name] == 1 else f"{name} [{each[0][1].source.path.as_posix()}]": each
+        for (_, name), each in several.items()
+    }

@@ -1,0 +1,322 @@
+"""`stattn report` and `stattn compare`: no row is lost, and a run is worse only where it is."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from stattn import cli, masks, report, results
+from stattn.grid import Grid
+from stattn.results import Baseline, Report, Result
+
+GPU = "NVIDIA H200"
+
+
+def _row(name: str, value: float, unit: str = "ms", base: tuple[str, float] | None = None, spread: float = 0.01):
+    baseline = Baseline(*base) if base else None
+    ratio = None
+    if base:
+        ratio = base[1] / value if unit in results.LOWER_IS_BETTER else value / base[1]
+    return Result(name, unit, value, value * (1 - spread), value * (1 + spread), baseline, ratio, True)
+
+
+def _report(*rows: Result, gpu: str = GPU, product: float | None = 800.0, copy: float | None = 4.0) -> Report:
+    command = "python -m pytest benchmarks/bench_x.py"
+    return Report(command, gpu, {"torch": "2.11"}, "2026-01-31T12:00:00+00:00", product, copy, list(rows))
+
+
+ATTENTION = _report(
+    _row("attention/cuda/dense_fwd/wan-1.3b-480p", 9.0, base=("attention/torch-cudnn/dense_fwd/wan-1.3b-480p", 12.0)),
+    _row("attention/torch-cudnn/dense_fwd/wan-1.3b-480p", 12.0),
+    *(_row(f"attention/cuda/window/{t}x30x52", time) for t, time in ((5, 1.0), (21, 5.0), (81, 20.0))),
+    _row("attention/cuda/a|b <i>/x", 1.0),
+)
+OPS = _report(
+    _row("ops/modulate/fwd/wan", 0.2, base=("ops/modulate-copy/fwd/wan", 0.18)),
+    _row("ops/modulate-copy/fwd/wan", 0.18),
+    _row("ops/gate/fwd/wan", 500.0, "TFLOP/s"),
+    _row("tokens", 90.0, "tokens/s", base=("other", 100.0)),
+    gpu="none (CPU: some, 2 threads)",
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    results.write(tmp_path / "runs" / "h200" / "attention.json", ATTENTION)
+    results.write(tmp_path / "runs" / "cpu" / "ops.json", OPS)
+    return tmp_path / "runs"
+
+
+def _run(capsys, *arguments: object) -> tuple[int, str, str]:
+    status = cli.main([str(each) for each in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def _names(reports=(ATTENTION, OPS)) -> list[str]:
+    return [result.name for each in reports for result in each.results]
+
+
+# ---- report
+
+
+@pytest.mark.smoke
+def test_every_row_is_in_the_table_once_with_its_run(folder):
+    text = report.markdown(*report.load([folder]))
+    rows = [line for line in text.splitlines() if line.count(" | ") == 5 and not line.startswith("| result")]
+    assert [re.split(r"(?<!\\)\|", line)[1].strip().replace("\\|", "|") for line in rows] == [
+        *(name for name in _names() if name.startswith("attention")),
+        "tokens", "ops/gate/fwd/wan", "ops/modulate/fwd/wan", "ops/modulate-copy/fwd/wan",
+    ]  # fmt: skip
+    stems = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert stems == ["attention", "ops", "ops/gate", "ops/modulate", "Runs"]
+    assert "- run 2: NVIDIA H200, bf16 8192³ product 800 TFLOP/s, copy 4.00 TB/s; `python -m pytest" in text
+    assert (
+        "| attention/cuda/dense_fwd/wan-1.3b-480p | 9 ms | 8.91–9.09 | "
+        "12 ms (attention/torch-cudnn/dense_fwd/wan-1.3b-480p) | 1.33× | 2 |" in text
+    )
+
+
+def test_the_command_writes_a_page_that_needs_no_other_file(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    status, said, _ = _run(capsys, "report", folder, "--out", out)
+    assert status == 0
+    assert "10 results of 2 files" in said
+    assert str(out / "index.html") in said
+    page = (out / "index.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    for name in _names():
+        assert page.count(f"<td><code>{name.replace('<', '&lt;').replace('>', '&gt;')}</code></td>") == 1
+    alts = re.findall(r'<img alt="([^"]*)"', page)
+    stems = [alt.split(":")[0] for alt in alts]
+    assert stems == ["attention"] * 3 + ["ops", "ops/gate", "ops/modulate", "ops/modulate"]
+    pictures = [base64.b64decode(each).decode() for each in re.findall(r"base64,([^\"]*)", page)]
+    assert all(picture.lstrip().startswith("<?xml") for picture in pictures)
+    assert "1.33× attention/torch-cudnn/dense_fwd" in pictures[0]
+    assert "TFLOP/s" in pictures[1]
+    assert "length squared" in pictures[2]
+    assert "90 % of ops/modulate-copy" in pictures[-1]
+    assert {path.name for path in out.iterdir()} == {
+        "index.html", "report.md", "smaller-is-better.json", "bigger-is-better.json",
+    }  # fmt: skip
+
+
+def test_entries_for_the_action_are_sorted_by_direction_and_have_names_of_their_own(folder, tmp_path, capsys):
+    results.write(folder / "old" / "attention.json", ATTENTION)
+    _run(capsys, "report", folder, "--out", tmp_path / "out")
+    smaller = json.loads((tmp_path / "out" / "smaller-is-better.json").read_text())
+    bigger = json.loads((tmp_path / "out" / "bigger-is-better.json").read_text())
+    units = {each["name"]: each["unit"] for each in bigger}
+    assert units == {"ops/gate/fwd/wan": "TFLOP/s", "tokens": "tokens/s"}
+    assert len(smaller) == 2 * len(ATTENTION.results) + 2
+    names = [each["name"] for each in smaller]
+    assert len(set(names)) == len(names)
+    assert f"attention/torch-cudnn/dense_fwd/wan-1.3b-480p [{(folder / 'old/attention.json').as_posix()}]" in names
+    first = next(each for each in smaller if each["name"] == "ops/modulate/fwd/wan")
+    assert set(first) == {"name", "unit", "value", "range", "extra"}
+    assert (first["unit"], first["value"], first["range"]) == ("ms", 0.2, "0.198 to 0.202")
+    assert first["extra"].startswith("0.9x of ops/modulate-copy/fwd/wan; none (CPU: some, 2 threads); python -m pytest")
+
+
+def test_a_direction_without_rows_leaves_no_file(tmp_path, capsys):
+    results.write(tmp_path / "a.json", _report(_row("a", 1.0)))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "bigger-is-better.json").write_text("[]")
+    assert _run(capsys, "report", tmp_path / "a.json", "--out", tmp_path / "out")[0] == 0
+    assert not (tmp_path / "out" / "bigger-is-better.json").exists()
+
+
+def test_what_is_no_results_file_is_refused_or_left_out_by_name(folder, tmp_path, capsys):
+    other = folder / "evaluation.json"
+    other.write_text('{"clips": 128}')
+    status, _, err = _run(capsys, "report", folder, "--out", tmp_path / "out")
+    assert status == 0
+    assert f"left out: {other.as_posix()} is not a results file" in err
+    assert f"Left out: {other.as_posix()}" in (tmp_path / "out" / "report.md").read_text()
+    assert other.as_posix() in (tmp_path / "out" / "index.html").read_text()
+    for text in ('{"clips": 128}', '{"results": []}', "{"):
+        other.write_text(text)
+        status, _, err = _run(capsys, "report", other, "--out", tmp_path / "none")
+        assert status == 1
+        assert "evaluation.json" in err
+    assert _run(capsys, "report", folder, "--out", tmp_path / "none")[0] == 1  # broken, not of another kind
+    assert _run(capsys, "report", tmp_path / "missing.json", "--out", tmp_path / "none")[0] == 1
+    (tmp_path / "empty").mkdir()
+    assert "no results files in" in _run(capsys, "report", tmp_path / "empty", "--out", tmp_path / "none")[2]
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_file_that_is_named_twice_is_read_once(folder):
+    sources, _ = report.load([folder, folder / "cpu" / "ops.json"])
+    assert [source.place for source in sources] == ["cpu/ops.json", "h200/attention.json"]
+
+
+def test_the_arithmetic_of_attention_follows_from_its_name():
+    dense = 4 * 32760**2 * 128 * 12
+    assert report.flops("attention/cuda/dense_fwd/wan-1.3b-480p") == dense
+    assert report.flops("attention/cuda/dense_bwd_deterministic/wan-1.3b-480p") == 2.5 * dense
+    grid = Grid(21, 45, 80)
+    window = 4 * masks.window(7, 17, 17).density(grid) * grid.tokens**2 * 128 * 40
+    assert report.flops("attention/triton/window_7_17_17/wan-14b-720p") == pytest.approx(window)
+    for name in ("attention/flex/window_7_17_17_plan/wan-14b-720p", "attention/cuda/dense_fwd/x", "ops/dense/fwd/x"):
+        assert report.flops(name) is None
+
+
+def test_rates_are_shares_of_what_the_run_reached():
+    rows = [row for each in (ATTENTION, OPS) for row in _rows(each)]
+    products, copies = report.rates(rows)
+    shares = {row.result.name: share for row, share, _ in products}
+    tflops = 4 * 32760**2 * 128 * 12 / 9e-3 * 1e-12
+    assert shares["attention/cuda/dense_fwd/wan-1.3b-480p"] == pytest.approx(tflops / 800)
+    assert shares["ops/gate/fwd/wan"] == pytest.approx(500 / 800)
+    assert {row.result.name: share for row, share, _ in copies} == {"ops/modulate/fwd/wan": pytest.approx(0.9)}
+
+
+def _rows(each: Report) -> list[report.Row]:
+    source = report.Source(Path("x.json"), "x.json", each)
+    return [report.Row(source, result) for result in each.results]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("attention/cuda/dense/21x30x52", ("attention/cuda/dense/N", 32760)),
+        ("Forward pass, 2x3x4 tokens: full()", ("Forward pass, N tokens: full()", 24)),
+        ("select/top_k/115200_tiles64", ("select/top_k/N_tiles64", 115200)),
+        ("attention/cuda/dense/n4096", ("attention/cuda/dense/N", 4096)),
+        ("attention/cuda/dense_fwd/wan-14b-720p", None),
+        ("ops/modulate/fwd/tiny", None),
+    ],
+)
+def test_a_length_is_read_from_a_name(name, told):
+    assert report.length(name) == told
+
+
+def test_a_series_has_several_lengths_of_one_run():
+    one = _rows(ATTENTION)
+    found = report.series(one)
+    assert list(found) == ["attention/cuda/window/N"]
+    assert [tokens for tokens, _ in found["attention/cuda/window/N"]] == [7800, 32760, 126360]
+    first, last = one[2], _rows(_report(_row("attention/cuda/window/81x30x52", 1.0)))[0]
+    assert report.series([first, last]) == {}
+
+
+# ---- compare
+
+
+def _compare(tmp_path: Path, capsys, old: Report, new: Report, *options: object) -> tuple[int, dict[str, str], str]:
+    results.write(tmp_path / "old.json", old)
+    results.write(tmp_path / "new.json", new)
+    status, out, err = _run(capsys, "compare", tmp_path / "old.json", tmp_path / "new.json", *options)
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")]
+    return status, {row[0]: row[-1] for row in rows[1:]}, out + err
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("unit", "old", "new", "spread", "verdict"),
+    [
+        ("ms", 100.0, 106.0, 0.01, "worse"),
+        ("ms", 100.0, 104.0, 0.01, "within limit"),
+        ("ms", 100.0, 106.0, 0.04, "within spread"),
+        ("ms", 100.0, 90.0, 0.01, "better"),
+        ("TFLOP/s", 100.0, 90.0, 0.01, "worse"),
+        ("TFLOP/s", 100.0, 106.0, 0.01, "better"),
+        ("GiB", 1.0, 2.0, 0.0, "worse"),
+        ("ms", 0.0, 1.0, 0.0, "worse"),
+        ("fraction", 0.0, 1.0, 0.0, "better"),
+        ("ms", 0.0, 0.0, 0.0, "within spread"),
+    ],
+)
+def test_a_row_is_judged_by_limit_spread_and_direction(tmp_path, capsys, unit, old, new, spread, verdict):
+    before, after = (_report(_row("a", value, unit, spread=spread)) for value in (old, new))
+    status, verdicts, _ = _compare(tmp_path, capsys, before, after, "--fail-over", "5%")
+    assert verdicts == {"a": verdict}
+    assert status == (verdict == "worse")
+
+
+@pytest.mark.parametrize(("limit", "status"), [("5%", 1), ("5", 1), ("20%", 0), ("0.5%", 1)])
+def test_the_limit_decides(tmp_path, capsys, limit, status):
+    before, after = _report(_row("a", 100.0)), _report(_row("a", 110.0))
+    assert _compare(tmp_path, capsys, before, after, "--fail-over", limit)[0] == status
+
+
+@pytest.mark.parametrize("limit", ["-1%", "much", "nan", "inf"])
+def test_a_limit_that_is_no_percentage_is_refused(capsys, limit):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", "a", "b", f"--fail-over={limit}"])
+    assert stop.value.code == 2
+    assert f"{limit!r} must be a percentage like 5%" in capsys.readouterr().err
+
+
+def test_rows_of_one_run_alone_are_shown_and_fail_nothing(tmp_path, capsys):
+    before, after = _report(_row("a", 1.0), _row("b", 1.0)), _report(_row("c", 1.0), _row("a", 1.0))
+    status, verdicts, text = _compare(tmp_path, capsys, before, after, "--markdown", tmp_path / "deep" / "c.md")
+    assert status == 0
+    assert verdicts == {"a": "within spread", "b": "only in old", "c": "only in new"}
+    assert text.startswith("# Comparison\n\n1 within spread, 1 only in old, 1 only in new. The limit is 5 %.")
+    assert (tmp_path / "deep" / "c.md").read_text() == text
+
+
+def test_runs_without_a_common_row_are_refused(tmp_path, capsys):
+    status, _, text = _compare(tmp_path, capsys, _report(_row("a", 1.0)), _report(_row("b", 1.0)))
+    assert status == 1
+    assert "have no row in common" in text
+
+
+def test_another_machine_is_refused_unless_it_is_asked_for(tmp_path, capsys):
+    before, after = _report(_row("a", 1.0)), _report(_row("a", 1.0), gpu="NVIDIA H100")
+    status, _, text = _compare(tmp_path, capsys, before, after)
+    assert status == 1
+    assert "'NVIDIA H200'" in text
+    assert "--any-machine" in text
+    assert _compare(tmp_path, capsys, before, after, "--any-machine")[:2] == (0, {"a": "within spread"})
+
+
+def test_times_are_scaled_by_the_matrix_product_and_rates_are_not(tmp_path, capsys):
+    rows = (_row("a", 100.0), _row("b", 100.0, "TFLOP/s"))
+    before, after = _report(*rows, product=800.0), _report(*rows, product=900.0)
+    status, verdicts, text = _compare(tmp_path, capsys, before, after, "--scale")
+    assert status == 1
+    assert verdicts == {"a": "worse", "b": "within spread"}
+    assert "112.5 ms (111.4–113.6) | +12.5 %" in text
+    assert "scaled by 1.1250" in text
+    status, _, text = _compare(tmp_path, capsys, before, dataclasses.replace(after, cublas_tflops=None), "--scale")
+    assert status == 1
+    assert "new.json has no cublas_tflops" in text
+
+
+def test_a_unit_that_changed_is_refused_by_name(tmp_path, capsys):
+    status, _, text = _compare(tmp_path, capsys, _report(_row("a", 1.0)), _report(_row("a", 1.0, "s")))
+    assert status == 1
+    assert "a is in ms and in s" in text
+
+
+def test_folders_are_paired_file_by_file(folder, tmp_path, capsys):
+    new = tmp_path / "new"
+    worse = dataclasses.replace(ATTENTION, results=[_row("attention/torch-cudnn/dense_fwd/wan-1.3b-480p", 24.0)])
+    results.write(new / "h200" / "attention.json", worse)
+    results.write(new / "h200" / "other.json", ATTENTION)  # the same names, another file
+    status, out, _ = _run(capsys, "compare", folder, new)
+    assert status == 1
+    assert "| attention/torch-cudnn/dense_fwd/wan-1.3b-480p [h200/attention.json] | 12 ms (11.88–12.12) | 24 ms" in out
+    assert out.count("| only in old |") == len(ATTENTION.results) - 1 + len(OPS.results)
+    assert out.count("| only in new |") == len(ATTENTION.results)
+    status, _, err = _run(capsys, "compare", folder, new / "h200" / "other.json")
+    assert status == 1
+    assert "must be two files or two folders" in err
+
+
+def test_committed_results_are_reported_and_equal_to_themselves(capsys):
+    committed = Path(__file__).parents[1] / "benchmarks" / "results"
+    sources, _ = report.load([committed])
+    text = report.markdown(sources)
+    for source in sources:
+        for result in source.report.results:
+            assert f"| {result.name} | " in text
+    assert _run(capsys, "compare", committed, committed)[0] == 0
