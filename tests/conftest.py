@@ -1,4 +1,4 @@
-"""What every test gets: the same seeds, and a reason in place of a GPU test where there is no GPU.
+"""What every test gets: the same seeds, and a reason in place of a test that this machine cannot run.
 
 ``--record FILE`` leaves a JSON record of a run: where and when, and for each test how it ended and what it covered.
 """
@@ -63,11 +63,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marker, reason = "gpu", "no CUDA device"
     if torch.cuda.is_available():
-        return
+        marker, reason = "interpreter", "kernels are made for the GPU here; they are interpreted where there is none"
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

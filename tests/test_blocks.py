@@ -20,7 +20,7 @@ TILES = [((1, 1, 1), (1, 1, 1)), ((2, 2, 2), (2, 3, 4)), ((1, 5, 3), (3, 1, 7)),
 
 ON = [
     pytest.param("reference", "cpu", id="reference"),
-    pytest.param("triton", "cpu", id="interpreter"),
+    pytest.param("triton", "cpu", id="interpreter", marks=pytest.mark.interpreter),
     pytest.param("triton", "cuda", id="cuda", marks=pytest.mark.gpu),
 ]
 

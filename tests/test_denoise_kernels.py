@@ -15,13 +15,14 @@ from stattn.ops.denoise import DENOISE_STEP, DenoiseCall, denoise_step, philox_n
 from stattn.reference.denoise import conversion
 from stattn.reference.denoise_backward import denoise_step_backward
 
+CPU = pytest.param("cpu", marks=pytest.mark.interpreter)
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-DEVICES = ("cpu", CUDA)
+DEVICES = (CPU, CUDA)
 # (device, state, output)
 DTYPES = (
-    ("cpu", torch.float32, torch.float32),
-    ("cpu", torch.float32, torch.float16),
-    ("cpu", torch.float16, torch.float16),
+    pytest.param("cpu", torch.float32, torch.float32, marks=pytest.mark.interpreter),
+    pytest.param("cpu", torch.float32, torch.float16, marks=pytest.mark.interpreter),
+    pytest.param("cpu", torch.float16, torch.float16, marks=pytest.mark.interpreter),
     pytest.param("cuda", torch.float32, torch.float32, marks=pytest.mark.gpu),
     pytest.param("cuda", torch.float32, torch.bfloat16, marks=pytest.mark.gpu),
     pytest.param("cuda", torch.bfloat16, torch.bfloat16, marks=pytest.mark.gpu),
@@ -320,6 +321,7 @@ def test_empty_tensors_give_empty_results(device: str, size: tuple[int, ...]) ->
 # ---- errors
 
 
+@pytest.mark.interpreter
 def test_what_the_kernels_do_not_serve_is_refused_with_its_reason() -> None:
     x = torch.ones(SMALL[0])
     good = {"sigma": 0.5, "weights": (1.0, 0.5), "impl": "triton"}

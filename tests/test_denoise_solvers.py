@@ -15,7 +15,7 @@ RUNS = [
     (5, "reference", "cpu"),
     (20, "reference", "cpu"),
     (50, "reference", "cpu"),
-    (5, "triton", "cpu"),
+    pytest.param(5, "triton", "cpu", marks=pytest.mark.interpreter),
     *(pytest.param(steps, "triton", "cuda", marks=pytest.mark.gpu) for steps in (5, 20, 50)),
 ]
 every_run = pytest.mark.parametrize(("steps", "impl", "device"), RUNS)

@@ -16,11 +16,11 @@ from stattn.kernels import patchify_bwd, unpatchify
 from stattn.kernels.patchify import Geometry
 from stattn.ops.patchify import PATCHIFY, UNPATCHIFY, PatchifyCall, patchify3d, unpatchify3d
 
+CPU = pytest.param("cpu", marks=pytest.mark.interpreter)
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-DEVICES = ("cpu", CUDA)
+DEVICES = (CPU, CUDA)
 DTYPES = (
-    ("cpu", torch.float32),
-    ("cpu", torch.float16),
+    *(pytest.param("cpu", dtype, marks=pytest.mark.interpreter) for dtype in (torch.float32, torch.float16)),
     *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
 )
 # (batch, channels, (T, H, W), patch, features): every kernel, rows of a patch from 1 pixel to 16 bytes, ragged axes.
@@ -490,6 +490,7 @@ def test_auto_takes_the_kernels_on_a_gpu_and_the_reference_on_a_cpu():
         assert UNPATCHIFY.choose("auto", call).name == taken
 
 
+@pytest.mark.interpreter
 def test_what_the_kernels_do_not_serve_is_refused_with_the_reason():
     x, weight = torch.ones(1, 3, 2, 4, 4, dtype=torch.float64), torch.ones(5, 3, 1, 2, 2, dtype=torch.float64)
     with pytest.raises(

@@ -15,11 +15,11 @@ from stattn.kernels import qk_norm_rope as kernels
 from stattn.ops.qk_norm_rope import QK_NORM_ROPE, QKNormRopeCall, qk_norm_rope, qk_norm_rope_
 from stattn.rope import RopeTables, rope_tables
 
+CPU = pytest.param("cpu", marks=pytest.mark.interpreter)
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-DEVICES = ("cpu", CUDA)
+DEVICES = (CPU, CUDA)
 DTYPES = (
-    ("cpu", torch.float32),
-    ("cpu", torch.float16),
+    *(pytest.param("cpu", dtype, marks=pytest.mark.interpreter) for dtype in (torch.float32, torch.float16)),
     *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
 )
 
@@ -306,6 +306,7 @@ def test_only_the_gradients_that_are_needed_are_made(device: str) -> None:
 # ---- errors
 
 
+@pytest.mark.interpreter
 def test_what_the_kernels_do_not_serve_is_refused_with_its_reason() -> None:
     x = torch.ones(1, 4, 2, 6)
     qk_norm_rope(x, x, None, None, None, impl="triton")

@@ -17,7 +17,10 @@ from stattn.masks import FULL
 from stattn.ops.select import MOST_TILES, OPERATION, SelectCall
 from stattn.reference.select import tile_means
 
-ON = [pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
+ON = [
+    pytest.param("cpu", id="interpreter", marks=pytest.mark.interpreter),
+    pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
+]
 
 
 def tokens(grid: Grid, heads: int, key_heads: int, device: str, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,6 +184,7 @@ def test_triton_writes_all_of_its_lists_and_reads_nothing_unwritten(device: str)
             torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.interpreter
 def test_triton_refuses_rows_that_are_too_long_for_it() -> None:
     assert kernels.MOST_TILES == MOST_TILES
     assert dict(OPERATION.table(SelectCall("cuda", torch.bfloat16, 64, MOST_TILES)))["triton"] is None
@@ -195,7 +199,7 @@ def test_triton_refuses_rows_that_are_too_long_for_it() -> None:
     "impl, device",
     [
         ("reference", "cpu"),
-        pytest.param("triton", "cpu", id="interpreter"),
+        pytest.param("triton", "cpu", id="interpreter", marks=pytest.mark.interpreter),
         pytest.param("triton", "cuda", marks=pytest.mark.gpu),
     ],
 )
