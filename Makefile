@@ -36,8 +36,14 @@ smoke: $(call ready,test) ## the quick tests: under a minute
 gpu-test: $(call ready,test) ## the tests that need a GPU
 	$(PY) -m pytest -m gpu $(ARGS)
 
-bench: $(call ready,test) ## the benchmarks; results in build/benchmarks.json
-	$(PY) -m pytest benchmarks --benchmark-json=build/benchmarks.json $(ARGS)
+# The report is of what this run measured; it is written where a benchmark failed, too.
+bench: $(call ready,test) ## the benchmarks of this machine; their report: build/report/index.html
+	rm -rf build/results
+	@status=0; \
+	$(PY) -m pytest benchmarks -m "not slow" --results build/results --benchmark-json=build/benchmarks.json $(ARGS) \
+		|| status=$$?; \
+	$(PY) -m stattn.cli report build/results --out build/report || status=1; \
+	exit $$status
 
 lint: $(if $(SETUP),.venv/.stattn-lint) ## ruff and mypy
 	$(PY) -m ruff check .

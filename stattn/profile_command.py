@@ -87,7 +87,7 @@ def command_line(args: argparse.Namespace, out: Path) -> list[str]:
     if program is None:
         command = list(args.program)
     else:
-        command = [interpreter(args.program), "-m", "stattn.ranges", *program]
+        command = [interpreter(args.program), "-m", "stattn.with_ranges", *program]
     if args.tool == "nsys":
         found = ["nsys", "profile", "--trace=cuda,nvtx,cublas,cudnn", "--cuda-graph-trace=node"]
         if args.range is not None:
@@ -137,6 +137,7 @@ def _torch(args: argparse.Namespace, program: list[str] | None, out: Path) -> in
     import torch
 
     from stattn import ranges
+    from stattn.with_ranges import run_program
 
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -144,7 +145,7 @@ def _torch(args: argparse.Namespace, program: list[str] | None, out: Path) -> in
     ranges.enable("record")
     try:
         with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
-            status = ranges.run_program(program)
+            status = run_program(program)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
     finally:

@@ -14,6 +14,7 @@ import torch
 import stattn
 from stattn import cli, dit, profile_command, ranges, sampler
 from stattn.ops.modulate import MODULATE, ModulateCall
+from stattn.with_ranges import run_program
 
 
 @pytest.fixture
@@ -106,23 +107,23 @@ def test_a_program_is_run_as_python_runs_it(tmp_path, capsys, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text("import sys, beside\nprint(__name__, beside.WORD, sys.argv[1:])\nsys.exit(3)\n")
     argv, path = list(sys.argv), list(sys.path)
-    assert ranges.run_program([str(script), "a", "--b"]) == 3
+    assert run_program([str(script), "a", "--b"]) == 3
     assert capsys.readouterr().out == "__main__ beside ['a', '--b']\n"
-    assert ranges.run_program(["-m", "module", "-q"]) == 1
+    assert run_program(["-m", "module", "-q"]) == 1
     assert capsys.readouterr() == ("__main__ ['-q']\n", "stopped\n")
     assert (sys.argv, sys.path) == (argv, path)
     with pytest.raises(ValueError, match="must name a module"):
-        ranges.run_program(["-m"])
+        run_program(["-m"])
 
 
 def test_the_module_runs_a_program_with_ranges_on(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("from stattn import ranges\nprint(ranges.enabled())\n")
-    command = [sys.executable, "-m", "stattn.ranges", str(script)]
+    command = [sys.executable, "-m", "stattn.with_ranges", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if torch.version.cuda is None:
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == "stattn.ranges: kind='nvtx': this build of torch has no CUDA, and so no NVTX\n"
+        assert done.stderr == "stattn.with_ranges: kind='nvtx': this build of torch has no CUDA, and so no NVTX\n"
     else:
         assert (done.returncode, done.stdout) == (0, "True\n")
 
@@ -137,7 +138,7 @@ def _run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 PROGRAM = ("--", "stattn", "sample", "--caption", "a red disc", "--out", "clip.mp4")
-RUN = [sys.executable, "-m", "stattn.ranges", "-m", "stattn.cli", *PROGRAM[2:]]
+RUN = [sys.executable, "-m", "stattn.with_ranges", "-m", "stattn.cli", *PROGRAM[2:]]
 
 
 def test_ncu_gets_the_filters(capsys):

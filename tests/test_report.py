@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -320,3 +321,24 @@ def test_committed_results_are_reported_and_equal_to_themselves(capsys):
         for result in source.report.results:
             assert f"| {result.name} | " in text
     assert _run(capsys, "compare", committed, committed)[0] == 0
+
+
+# ---- where they are used
+
+
+def test_command_lines_in_workflows_and_the_readme_are_valid():
+    root = Path(__file__).parents[1]
+    targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE))
+    found = []
+    for path in (root / "README.md", *sorted((root / ".github" / "workflows").glob("*.yml"))):
+        text = re.sub(r"\n\s+--", " --", path.read_text())
+        for line in text.splitlines():
+            if make := re.search(r"run: make ([a-z-]+)$", line):
+                assert make[1] in targets
+            if command := re.search(r"(?:^|[ /])stattn ((?:compare|profile) [^`]*-.*)$", line):
+                arguments = shlex.split(command[1])
+                arguments = ["5%" if each == "$FAIL_OVER" else each for each in arguments]
+                assert cli._parser(arguments).parse_args(arguments).command == arguments[0]
+                found.append((path.name, arguments[0]))
+    assert found == [("README.md", "compare"), ("README.md", "profile"), ("gpu-benchmarks.yml", "compare")]
+    assert (root / ".ci" / "run").exists()
