@@ -239,7 +239,7 @@ def test_every_change_of_a_warm_call_gives_what_a_cold_one_does() -> None:
 def test_where_a_tensor_starts_is_part_of_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the CUDA kernels; on a CPU nothing asks for it."""
     given: list[Any] = [*torch.zeros(3, 1, 24, 2, 8).unbind(), GRID, masks.full(), *[None] * 4]
-    given += ["all", None, "auto", False]
+    given += ["all", None, "auto"]
     odd = torch.zeros(1 * 24 * 2 * 8 + 1)[1:].view(1, 24, 2, 8)
     assert memo.signature(*given) == memo.signature(odd, *given[1:])
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -294,6 +294,12 @@ def test_fake_tensors_compute_nothing() -> None:
     warm()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert isinstance(call(**{name: mode.from_tensor(torch.randn(2, 24, 2, 8)) for name in "qkv"}), FakeTensor)
+
+
+def test_a_sparse_tensor_is_refused_after_warm_calls() -> None:
+    warm()
+    with pytest.raises((RuntimeError, ValueError), match="strides"):
+        call(q=torch.zeros(2, 24, 2, 8).to_sparse())
 
 
 def test_lazily_negated_tensors_are_negated() -> None:

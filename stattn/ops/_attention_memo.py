@@ -27,6 +27,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _profiler_enabled = torch._C._autograd._profiler_enabled
+_is_grad_enabled = torch.is_grad_enabled
 _excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _AUTOGRAD = {"cpu": torch._C.DispatchKey.AutogradCPU, "cuda": torch._C.DispatchKey.AutogradCUDA}
 
@@ -77,11 +78,11 @@ def signature(
     globals_see: Any,
     scale: Any,
     impl: Any,
-    grad: bool,
-) -> Hashable | None:
+) -> tuple[Any, ...] | None:
     """Gather all that is read of a call but the values of its tensors; None for a call that is to be checked always.
 
-    Values that are equal but of other types (2 and 2.0, 1 and True) are told apart: not all of them are right.
+    Its last entry says whether a gradient is needed. Values that are equal but of other types (2 and 2.0, 1 and True)
+    are told apart: not all of them are right.
     """
     if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN or _transforms_active():
         return None
@@ -100,33 +101,36 @@ def signature(
         rest = (_region(q_region), _region(k_region), _tensor(k_frames), _tensor(valid))
         if False in rest:
             return None
-    return (
-        q.shape,
-        k.shape,
-        v.shape,
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        q.dtype,
-        k.dtype,
-        v.dtype,
-        q.device,
-        k.device,
-        v.device,
-        _keys_of(q).raw_repr(),
-        _keys_of(k).raw_repr(),
-        _keys_of(v).raw_repr(),
-        # The CUDA kernels ask for whole units of 16 bytes; which tensor has none is of no account here.
-        not q.is_cuda or not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-        places,
-        kinds,
-        seen,
-        rest,
-        globals_see,
-        scale,
-        impl,
-        grad,
-    )
+    try:
+        return (
+            q.shape,
+            k.shape,
+            v.shape,
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            q.dtype,
+            k.dtype,
+            v.dtype,
+            q.device,
+            k.device,
+            v.device,
+            _keys_of(q).raw_repr(),
+            _keys_of(k).raw_repr(),
+            _keys_of(v).raw_repr(),
+            # The CUDA kernels ask for whole units of 16 bytes; which tensor has none is of no account here.
+            not q.is_cuda or not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
+            places,
+            kinds,
+            seen,
+            rest,
+            globals_see,
+            scale,
+            impl,
+            _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        )
+    except RuntimeError:  # nested tensors have no shape, tensors of other layouts may have no strides
+        return None
 
 
 def _mask_signature(mask: Any) -> Hashable | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -53,16 +55,17 @@ def _mask_obstacle(problem: Problem, extras: Extras) -> str | None:
         return "does not serve block lists yet"
     if extras.k_frames is not None:
         return "does not serve k_frames yet"
-    return None if _is_dense(problem, extras) else _cuda_plan.why_not(problem)
+    return None if _is_dense(problem, extras.valid is not None) else _cuda_plan.why_not(problem)
 
 
-def _is_dense(problem: Problem, extras: Extras) -> bool:
-    """Say whether every query sees every key."""
+@lru_cache(maxsize=1024)
+def _is_dense(problem: Problem, valid: bool) -> bool:
+    """Say whether every query sees every key. valid: whether the call says which global tokens are real."""
     if any(mask != _FULL for mask in problem.masks):
         return False
     if problem.grid.globals == 0:
         return True
-    return extras.valid is None and (problem.globals_see == "all" or not problem.q_globals)
+    return not valid and (problem.globals_see == "all" or not problem.q_globals)
 
 
 def why_not(call: Any) -> str | None:
@@ -88,16 +91,24 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute attention: output [B, Nq, heads, D] like q, contiguous, and LSE [B, heads, Nq] in fp32."""
     batch, queries, heads, dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     if k.shape[1] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     valid = extras.valid if problem.grid.globals else None
     scale = max(problem.scale, LEAST_SCALE)
-    if _is_dense(problem, extras):
-        torch.ops.stattn.attention_forward(q, k, v, out, lse, scale, 0, None, [], None)
+    launch = _operation()
+    if _is_dense(problem, valid is not None):
+        launch(q, k, v, out, lse, scale, 0, None, [], None)
         return out, lse
     config, layout, plan = on_device(problem, heads, dim, valid is not None, q.device)
     valid = valid if valid is None else valid.contiguous()
-    torch.ops.stattn.attention_forward(q, k, v, out, lse, scale, config, plan, layout, valid)
+    launch(q, k, v, out, lse, scale, config, plan, layout, valid)
     return out, lse
+
+
+@cache
+def _operation() -> Callable[..., None]:
+    """Give the library's operation itself: by its name, each call would choose among overloads."""
+    operation: Callable[..., None] = torch.ops.stattn.attention_forward.default
+    return operation

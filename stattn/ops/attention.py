@@ -115,14 +115,12 @@ def attention(
         out, lse = torch.ops.stattn.attention(q, k, v, *_flatten(problem), *extras, deterministic, impl)
         return (out, lse) if return_lse else out
 
-    grad = torch.is_grad_enabled() and _any_requires_grad(q, k, v)
-    signature = _memo.signature(
-        q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, scale, impl, grad
-    )  # fmt: skip
+    signature = _memo.signature(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, scale, impl)
     known = None if signature is None else _memo.find(signature)
-    if known is None:
+    if signature is None or known is None:
         problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, scale)
         deterministic = _flags(deterministic, return_lse)
+        grad = _needs_grad(q, k, v)
         chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, grad))
         direct = signature is not None and _memo.direct(q, k, v, *extras)
         known = _memo.Known(problem, _flatten(problem), chosen.name, chosen.run, direct)
@@ -132,6 +130,7 @@ def attention(
     else:
         extras = _extras(known.problem, mask, k_frames, valid)
         deterministic = _flags(deterministic, return_lse)
+        grad = signature[-1]
     if known.name == "flash":  # has an autograd of its own
         return _dense.flash(q, k, v, known.problem.scale, return_lse)
     if not known.direct or not _memo.nobody_looks(q.device, grad):
@@ -153,10 +152,6 @@ def _flags(deterministic: bool | None, return_lse: bool) -> bool:
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse={return_lse!r} must be a boolean")
     return deterministic
-
-
-def _any_requires_grad(*tensors: object) -> bool:
-    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
 
 
 def _extras(
