@@ -113,7 +113,7 @@ def _label(row: Row, numbers: dict[int, int]) -> str:
 
 
 def _bars(rows: Sequence[Row], numbers: dict[int, int]) -> Any:
-    """Draw ratios as bars, and their range over the spread of the result as whiskers; rows of a baseline together."""
+    """Draw ratios as bars from 1, and their range over the result's spread as whiskers; rows of a baseline together."""
     compared = [row for row in rows if row.result.ratio is not None]
     if not compared:
         return None
@@ -125,20 +125,21 @@ def _bars(rows: Sequence[Row], numbers: dict[int, int]) -> Any:
         assert result.ratio is not None
         assert base is not None
         if result.unit in LOWER_IS_BETTER:
-            low, high = base.value / result.p80, base.value / result.p20 if result.p20 > 0 else result.ratio
+            low, high = base.value / result.p80, base.value / (result.p20 or result.value)
         else:
             low, high = result.p20 / base.value, result.p80 / base.value
         color = BETTER if low > 1 else WORSE if high < 1 else SOFT
-        axes.barh(place, result.ratio, color=color, height=0.7)
+        axes.barh(place, result.ratio - 1, left=1, color=color, height=0.7)
         axes.plot([low, high], [place, place], color="black", linewidth=1)
-        axes.annotate(
-            f" {result.ratio:.3g}× {base.name}", (max(high, result.ratio), place), fontsize=6.5, va="center"
-        )
-    axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
+        _beside(axes, place, f"{result.ratio:.3g}× {base.name}")
+    axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(compared)), [_label(row, numbers) for row in compared], fontsize=7)
     axes.set_ylim(len(compared) - 0.4, -0.6)
-    axes.set_xlim(0, 1.6 * max(row.result.ratio or 0 for row in compared))
-    axes.set_xlabel("times better than the baseline (dashed)", fontsize=8)
+    axes.set_xscale("log", base=2)
+    ratios = [row.result.ratio or 1 for row in compared]
+    axes.set_xlim(min(0.5, *ratios) / 1.2, max(2.0, *ratios) * 1.2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.set_xlabel("times better than the baseline", fontsize=8)
     _plain(axes)
     return figure
 
@@ -161,11 +162,11 @@ def _roofline(
     for axes, (found, what) in zip(grid[:, 0], panels, strict=True):
         for place, (_, share, words) in enumerate(found):
             axes.barh(place, 100 * share, color=PLAIN, height=0.7)
-            axes.annotate(f" {words}", (100 * share, place), fontsize=6.5, va="center")
+            _beside(axes, place, words)
         axes.axvline(100, color="black", linewidth=0.8, linestyle="--")
         axes.set_yticks(range(len(found)), [_label(row, numbers) for row, _, _ in found], fontsize=7)
         axes.set_ylim(len(found) - 0.4, -0.6)
-        axes.set_xlim(0, max(125, *(150 * share for _, share, _ in found)))
+        axes.set_xlim(0, 105 * max(1, *(share for _, share, _ in found)))
         axes.set_xlabel(what, fontsize=8)
         _plain(axes)
     return figure
@@ -197,6 +198,11 @@ def _lengths(found: dict[str, list[tuple[int, Row]]]) -> Any:
     axes.legend(fontsize=7)
     _plain(axes)
     return figure
+
+
+def _beside(axes: Any, place: int, words: str) -> None:
+    """Write to the right of the plot, beside a bar."""
+    axes.annotate(words, (1.01, place), xycoords=("axes fraction", "data"), fontsize=6.5, va="center")
 
 
 def _plain(axes: Any) -> None:
