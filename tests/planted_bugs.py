@@ -192,6 +192,62 @@ BUGS = (
         "following = torch.where(m == 0, following, torch.where(m == 1, kept, blend))\n",
         ("tests/test_denoise.py::test_a_known_region_without_noise_is_kept_bitwise_and_shields_from_nan",),
     ),
+    Bug(
+        "patch-read-with-the-stride-of-another-axis",
+        "kernels/patchify.py",
+        "        return (c * steps[1] + t * steps[2] + h * steps[3]) * VEC + w * steps[4], t, h, w\n",
+        "        return (c * steps[1] + t * steps[2] + h * steps[4]) * VEC + w * steps[4], t, h, w\n",
+        ("tests/test_patchify_kernels.py::test_small_integers_give_the_exact_tokens_and_gradients[cpu-dtype1]",),
+    ),
+    Bug(
+        "long-float32-sums-in-one-run",
+        "kernels/patchify_bwd.py",
+        "            if (e0 + BLOCK_E) % SPAN == 0:\n",
+        "            if e0 + BLOCK_E >= E:\n",
+        ("tests/test_patchify_kernels.py::test_long_float32_sums_do_not_lose_small_terms_beside_a_huge_one[features-results1-cpu]",),
+    ),
+    Bug(
+        "modulate-kernel-forgets-one-plus-scale",
+        "kernels/_rows.py",
+        "(1.0 + scales[i]) * factor[i])\n",
+        "scales[i] * factor[i])\n",
+        ("tests/test_modulate_kernels.py::test_every_number_of_tokens_around_a_tile_is_right[cpu]",),
+    ),
+    Bug(
+        "modulate-kernel-forgets-the-mean-of-the-variance",
+        "kernels/_rows.py",
+        "    rstd = tl.rsqrt(divide(sum_row(square), C) + eps)\n",
+        "    rstd = tl.rsqrt(divide(sum_row(square), C) + mean * mean + eps)\n",
+        ("tests/test_modulate_kernels.py::test_an_offset_of_a_thousand_and_an_outlier_cost_no_digits[layer-cpu]",),
+    ),
+    Bug(
+        "gate-of-the-first-frame-in-all",
+        "kernels/gate.py",
+        "group_address(gate, group, groups, gate_b, gate_r) + cols\n        shared",
+        "group_address(gate, group // groups * groups, groups, gate_b, gate_r) + cols\n        shared",
+        ("tests/test_modulate_kernels.py::test_the_sum_is_that_of_eager_pytorch_bit_by_bit_in_both_kernels[cpu-dtype1]",),
+    ),
+    Bug(
+        "rope-kernel-swaps-h-and-w",
+        "kernels/qk_norm_rope.py",
+        "    w = video % w_extent\n    h = video // w_extent % h_extent\n",
+        "    w = video // w_extent % h_extent % w_extent\n    h = video % w_extent % h_extent\n",
+        ("tests/test_qk_norm_rope_kernels.py::test_every_config_is_right[cpu-0]",),
+    ),
+    Bug(
+        "velocity-with-the-wrong-sign",
+        "kernels/denoise.py",
+        "    p = tl.where(to_output == 0, 0.0, to_output * o)\n",
+        "    p = tl.where(to_output == 0, 0.0, -to_output * o)\n",
+        ("tests/test_denoise_kernels.py::test_every_step_is_as_close_to_float64_as_eager_code[cpu-state0-output0-euler]",),
+    ),
+    Bug(
+        "higher-tile-wins-a-tie",
+        "kernels/select.py",
+        "            among = above + rank < most\n",
+        "            among = above + tl.sum(equal) - rank <= most\n",
+        ("tests/test_select_kernels.py::test_triton_lets_the_lower_tile_win_a_tie[interpreter]",),
+    ),
 )
 
 
