@@ -17,6 +17,7 @@ from stattn import plan
 HEADER = tl.constexpr(plan.HEADER)
 EXISTS = tl.constexpr(plan.EXISTS)
 NEAR_GUARD = tl.constexpr((1 << 29) + (1 << 19) + (1 << 9))  # above three fields of nine bits, for places in a box
+SPARE = tl.constexpr(1 << 28)  # a place that no end reaches: what is left of an end has not its first guard
 FLAT_GUARD = tl.constexpr(plan.EXISTS >> 1)  # of the field that a run of tokens without a mask counts in
 
 
@@ -148,7 +149,7 @@ def columns_of(box, step, factor, height, width, COLUMNS: tl.constexpr):
     column = tl.arange(0, COLUMNS)
     t, h, w = unravel(column, box[1], box[2])
     spare = column >= box[0] * box[1] * box[2]
-    place = tl.where(spare, NEAR_GUARD, (t << 20) + (h << 10) + w)
+    place = tl.where(spare, SPARE, (t << 20) + (h << 10) + w)
     field = h * (step[1] * factor[1]) + w * (step[2] * factor[2])
     field += tl.where(spare, EXISTS, t * (step[0] * factor[0]))
     row = (t * step[0] * height + h * step[1]) * width + w * step[2]
@@ -157,10 +158,13 @@ def columns_of(box, step, factor, height, width, COLUMNS: tl.constexpr):
 
 @triton.jit
 def is_near(place, at, length):
-    """Say which columns of the box at ``at`` lie within the interval: their packed places do not pass its end."""
+    """Say which columns of the box at ``at`` lie within the interval: their packed places do not pass its end.
+
+    A box of a listed tile may begin behind the end of the grid.
+    """
     end = NEAR_GUARD
     for axis in tl.static_range(3):
-        end += (tl.minimum(length[axis] - at[axis], 512) - 1) << (20 - 10 * axis)
+        end += (tl.maximum(tl.minimum(length[axis] - at[axis], 256), 0) - 1) << (20 - 10 * axis)
     return ((end - place) & NEAR_GUARD) == NEAR_GUARD
 
 

@@ -1,6 +1,7 @@
 """A seeded fuzzer of attention: random grids, masks, regions, ring caches, global tokens, heads, strides and gradients.
 
     python tests/fuzz.py --seeds 0 1000        python tests/fuzz.py --seeds 17 18        (the one-line repro of seed 17)
+    python tests/fuzz.py --seeds 0 1000 --impl triton --device cuda
 
 Each call is compared with a dense softmax over ``mask.allowed`` in float64: output, LSE and gradients. Each element's
 error is held against the magnitudes of the terms that it sums: four roundings of the call's type for each.
@@ -12,6 +13,7 @@ import argparse
 import math
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +26,10 @@ from stattn.grid import Grid, Region, Triple
 from stattn.masks import EMPTY, FULL, PARTIAL, Mask
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DIMS = (1, 2, 5, 8, 16, 33)
+# What Triton serves, and under its interpreter: calls that are drawn for it keep to these.
+TRITON_DTYPES = {"cuda": (torch.bfloat16, torch.float32, torch.float16), "cpu": (torch.float32, torch.float16)}
+TRITON_DIMS = (16, 64, 24, 16, 136, 64)
 
 
 @dataclass
@@ -90,16 +96,16 @@ def random_mask(rng: random.Random, shape: Triple, depth: int = 0) -> Mask:
     return masks.CONSTRUCTORS[kind].make()
 
 
-def random_lists(rng: random.Random, shape: Triple, batch: int, heads: int) -> BlockList:
+def random_lists(rng: random.Random, shape: Triple, batch: int, heads: int, device: str) -> BlockList:
     q_tile, k_tile = (tuple(rng.randint(1, n + 1) for n in shape) for _ in range(2))
     mask = random_mask(rng, shape) if rng.random() < 0.6 else None
     size = (rng.choice([1, batch]), rng.choice([1, heads]), tile_count(shape, q_tile), tile_count(shape, k_tile))
-    kinds = torch.randint(3, size, dtype=torch.int8)
+    kinds = torch.randint(3, size, dtype=torch.int8).to(device)
     if mask is None:
         kinds[kinds == PARTIAL] = EMPTY
     blocks = block_list(shape, q_tile, k_tile, kinds, mask)  # type: ignore[arg-type]
     if rng.random() < 0.5:  # unused entries may hold anything
-        used = torch.arange(blocks.index.shape[-1]) < blocks.count[..., None]
+        used = torch.arange(blocks.index.shape[-1], device=device) < blocks.count[..., None]
         index = torch.where(used, blocks.index, rng.choice([-1, 10**6])).to(torch.int32)
         blocks = BlockList(shape, blocks.q_tile, blocks.k_tile, blocks.count, index, blocks.partial, mask)
     if rng.random() < 0.4:
@@ -123,27 +129,34 @@ def strided(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
     if kind == "fused":
         return torch.stack([torch.full_like(x, torch.nan), x, torch.full_like(x, torch.nan)], dim=2)[:, :, 1]
     if kind == "offset":
-        flat = torch.full((x.numel() + 3,), torch.nan, dtype=x.dtype)
+        flat = torch.full((x.numel() + 3,), torch.nan, dtype=x.dtype, device=x.device)
         flat[3:] = x.reshape(-1)
         return flat[3:].view(x.shape)
     return x
 
 
-def random_call(seed: int, dtype: torch.dtype | None = None) -> Call | None:
-    """Draw a call; None when its mask has too many products."""
+def random_call(
+    seed: int, dtype: torch.dtype | None = None, impl: str = "auto", device: str = "cpu", dims: Sequence[int] = ()
+) -> Call | None:
+    """Draw a call that an implementation serves; None when its mask has too many products.
+
+    dtype, dims: those to draw from, where not all that the implementation serves.
+    """
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    dtype = dtype or DTYPES[seed % 4]
+    triton = impl == "triton"
+    dtypes = TRITON_DTYPES[torch.device(device).type] if triton else DTYPES
+    dtype = dtype or dtypes[seed % len(dtypes)]
     shape = (rng.randint(1, 7), rng.randint(1, 7), rng.randint(1, 9))
     grid = Grid(*shape, *rng.choice([(0, 0), (0, 0), (3, 0), (0, 4), (2, 3)]))
     batch, key_heads = rng.choice([0, 1, 1, 2, 3]), rng.choice([1, 2, 3])
-    heads, dim = key_heads * rng.choice([1, 2]), rng.choice([1, 2, 5, 8, 16, 33])
+    heads, dim = key_heads * rng.choice([1, 2]), rng.choice(dims or (TRITON_DIMS if triton else DIMS))
 
     mask: Mask | BlockList | list[Mask]
     try:
         lists = rng.random() < 0.25
         if lists:
-            mask = random_lists(rng, shape, max(batch, 1), heads)
+            mask = random_lists(rng, shape, max(batch, 1), heads, device)
         elif rng.random() < 0.25:
             mask = [random_mask(rng, shape) for _ in range(heads)]
         else:
@@ -190,27 +203,37 @@ def random_call(seed: int, dtype: torch.dtype | None = None) -> Call | None:
             if isinstance(mask, BlockList):
                 table = masks.full().allowed(grid, **see)
                 video = slice(grid.before, grid.before + grid.video)
-                table[video, video] = mask.allowed(b, h)
+                table[video, video] = mask.allowed(b, h).cpu()
                 table = table[rows][:, columns]
             else:
                 table = (mask[h] if isinstance(mask, list) else mask).allowed(grid, rows, columns.clamp(min=0), **see)
             allowed[b, h] = table & (columns >= 0)
 
     q, k, v = (
-        strided(rng, torch.randn(batch, n, h, dim, dtype=torch.float64).to(dtype))
+        strided(rng, torch.randn(batch, n, h, dim, dtype=torch.float64).to(device, dtype))
         for n, h in ((len(rows), heads), (len(columns), key_heads), (len(columns), key_heads))
     )
-    if rng.random() < 0.3:  # what sees nothing, or is never seen, is not read (but for lists, which read whole tiles)
-        q[~allowed.any(-1).transpose(1, 2)] = torch.nan
-        if not lists:
-            unseen = ~allowed.unflatten(1, (key_heads, -1)).any(2).any(2).transpose(1, 2)
-            k[unseen] = v[unseen] = torch.nan
-    dout = torch.randn(q.shape, dtype=torch.float64).to(dtype)
+    if rng.random() < 0.3:  # some of what sees nothing, or is never seen, is not read
+        if triton:  # which reads whole boxes: what is not real
+            is_real = torch.ones(batch, grid.tokens, dtype=torch.bool)
+            is_real[:, : grid.before] = valid[:, : grid.before]
+            is_real[:, grid.before + grid.video :] = valid[:, grid.before :]
+            q[~is_real[:, rows]] = torch.nan
+            gone = ~is_real[:, columns.clamp(min=0)] | (columns < 0)
+            k[gone] = v[gone] = torch.nan
+        else:
+            q[~allowed.any(-1).transpose(1, 2)] = torch.nan
+            if not lists:  # which read whole tiles
+                unseen = ~allowed.unflatten(1, (key_heads, -1)).any(2).any(2).transpose(1, 2)
+                k[unseen] = v[unseen] = torch.nan
+    dout = torch.randn(q.shape, dtype=torch.float64).to(device, dtype)
     if rng.random() < 0.2:
-        dout = torch.ones((), dtype=dtype).expand(q.shape)
+        dout = torch.ones((), dtype=dtype, device=device).expand(q.shape)
     elif rng.random() < 0.2:
         dout = dout.transpose(-1, -2).contiguous().transpose(-1, -2)
     dlse = torch.randn(batch, heads, len(rows), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    dlse = dlse.to(device)
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     wanted = rng.choice(["both", "both", "out", "lse"])
     return Call(
         grid, mask, q, k, v, allowed, dout if wanted != "lse" else None, dlse if wanted != "out" else None, options
@@ -242,9 +265,9 @@ def dense(call: Call) -> list[tuple[torch.Tensor, torch.Tensor]]:
     number; a sum of n terms in the accumulator's type adds about sqrt(n) roundings of that. Scores are summed in fp32
     (float64 for float64) whatever the type, and an error of a score is a relative error of its weight.
     """
-    q, k, v = (x.detach().double().nan_to_num() for x in (call.q, call.k, call.v))
-    dout = torch.zeros_like(q) if call.dout is None else call.dout.double()
-    dlse = torch.zeros(call.allowed.shape[:3]).double() if call.dlse is None else call.dlse.double()
+    q, k, v = (x.detach().cpu().double().nan_to_num() for x in (call.q, call.k, call.v))
+    dout = torch.zeros_like(q) if call.dout is None else call.dout.cpu().double()
+    dlse = torch.zeros(call.allowed.shape[:3]).double() if call.dlse is None else call.dlse.cpu().double()
     scale = call.options.get("scale", 1 / math.sqrt(q.shape[3]))
     group = q.shape[2] // k.shape[2]
     ke, ve = (x.repeat_interleave(group, 2) for x in (k, v))
@@ -293,7 +316,8 @@ def failure(call: Call, impl: str = "auto") -> str | None:
     for name, x, same in zip("qkv", leaves, before, strict=True):
         if not torch.equal(x.nan_to_num(), same.nan_to_num()):
             return f"{name} was modified"
-    for name, got, (true, rounding) in zip(NAMES, (out, lse, *grads), dense(call), strict=True):
+    for name, value, (true, rounding) in zip(NAMES, (out, lse, *grads), dense(call), strict=True):
+        got = value.detach().cpu()
         if got.shape != true.shape:
             return f"{name} has shape {tuple(got.shape)}, expected {tuple(true.shape)}"
         if not torch.equal(got.isneginf(), true.isneginf()) or got.isnan().any():
@@ -305,13 +329,17 @@ def failure(call: Call, impl: str = "auto") -> str | None:
     return None
 
 
-def check(seed: int, impl: str = "auto", dtype: torch.dtype | None = None) -> bool:
+def check(
+    seed: int, impl: str = "auto", dtype: torch.dtype | None = None, device: str = "cpu", dims: Sequence[int] = ()
+) -> bool:
     """Run one seed. Returns False when it drew no call; raises AssertionError with a repro when results differ."""
-    call = random_call(seed, dtype)
+    call = random_call(seed, dtype, impl, device, dims)
     if call is None:
         return False
     wrong = failure(call, impl)
-    assert wrong is None, f"{wrong}\n{call}\nrepro: python tests/fuzz.py --seeds {seed} {seed + 1} --impl {impl}"
+    repro = f"repro: python tests/fuzz.py --seeds {seed} {seed + 1} --impl {impl} --device {device}"
+    repro += f" --dims {' '.join(map(str, dims))}" * bool(dims)
+    assert wrong is None, f"{wrong}\n{call}\n{repro}"
     return True
 
 
@@ -319,11 +347,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Fuzz stattn.attention against a dense softmax.")
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 1000), metavar=("FIRST", "LAST"))
     parser.add_argument("--impl", default="auto")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dims", type=int, nargs="+", default=(), help="head dimensions to draw from")
     options = parser.parse_args()
     wrong = 0
     for seed in range(*options.seeds):
         try:
-            check(seed, options.impl)
+            check(seed, options.impl, None, options.device, options.dims)
         except AssertionError as error:
             wrong += 1
             print(f"seed {seed}: {error}", flush=True)

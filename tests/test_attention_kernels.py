@@ -144,6 +144,11 @@ NUMBERS: dict[str, tuple[Case, dict[str, Any]]] = {
     ),
     "lists, grouped": (Case(Grid(2, 5, 4), listed()), {"key_heads": 1}),
     "lists of one tile": (Case(Grid(2, 4, 5), lower(DILATED, (2, 4, 5), (2, 4, 5), (2, 2, 4)), heads=1), {}),
+    # The last box of a tile that reaches beyond the grid may begin behind it, and be smaller than a box of columns.
+    "lists of tiles beyond the grid": (
+        Case(Grid(1, 4, 5), lower(masks.full(), (1, 4, 5), (1, 3, 7), (1, 3, 7)), heads=1),
+        {},
+    ),
     "dim 24": (Case(Grid(2, 3, 4), WINDOW, heads=1), {"dim": 24}),
     "dim 40 in fp16": (Case(Grid(2, 3, 4), WINDOW, heads=1), {"dim": 40, "dtype": torch.float16}),
     "dim 136": (Case(Grid(2, 3, 4), WINDOW, heads=1), {"dim": 136}),

@@ -39,7 +39,8 @@ def test_the_fuzzer_sees_one_key_more_or_less() -> None:
 
 def test_the_fuzzer_prints_how_to_repeat_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "failure", lambda call, impl: "out is off")
-    with pytest.raises(AssertionError, match=r"out is off\n(.|\n)*repro: python tests/fuzz.py --seeds 3 4 --impl auto"):
+    repro = "repro: python tests/fuzz.py --seeds 3 4 --impl auto --device cpu"
+    with pytest.raises(AssertionError, match=rf"out is off\n(.|\n)*{repro}"):
         fuzz.check(3)
 
 
