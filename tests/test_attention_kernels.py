@@ -159,12 +159,17 @@ NUMBERS: dict[str, tuple[Case, dict[str, Any]]] = {
 
 
 def check_numbers(
-    case: Case, batch: int = 1, key_heads: int | None = None, dim: int = 16, dtype: torch.dtype = torch.float32
+    case: Case,
+    batch: int = 1,
+    key_heads: int | None = None,
+    dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> None:
     """Hold output, LSE and gradients of both against the formula in float64, by rule 1; inputs stay as they are."""
     rows, columns = len(case.rows()), len(case.columns())
-    tensors = draw(batch, rows, case.heads, dim, key_heads=key_heads, keys=columns, dtype=dtype)
-    gradients = (torch.randn_like(tensors[0]), torch.randn(batch, case.heads, rows, dtype=dtype))
+    tensors = draw(batch, rows, case.heads, dim, key_heads=key_heads, keys=columns, dtype=dtype, device=device)
+    gradients = (torch.randn_like(tensors[0]), torch.randn(batch, case.heads, rows, dtype=dtype, device=device))
     before = [x.clone() for x in tensors]
     got, eager = results(case, tensors, gradients, "triton"), results(case, tensors, gradients, None)
     exact = results(case, tuple(x.double() for x in tensors), gradients, None)  # type: ignore[arg-type]
@@ -248,17 +253,26 @@ GRID, MASK = Grid(1, 4, 5, 1, 2), masks.window(1, 3, 3)
 LISTS = lower(MASK, GRID.shape, (1, 4, 5), (1, 2, 5))
 
 
+Plain = tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]
+
+
+def random_call(dim: int = 16, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Plain:
+    tensors = draw(1, GRID.tokens, 2, dim, dtype=dtype, device=device)
+    return tensors, torch.randn_like(tensors[0]), torch.randn(1, 2, GRID.tokens, device=device)
+
+
 @pytest.fixture
-def plain() -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
-    tensors = draw(1, GRID.tokens, 2, 16)
-    return tensors, torch.randn_like(tensors[0]), torch.randn(1, 2, GRID.tokens)
+def plain() -> Plain:
+    return random_call()
 
 
-def test_views_transposes_and_expanded_heads_are_used_as_they_are(plain: Any) -> None:
+def check_views(plain: Plain) -> None:
+    """Slices of a wider tensor, [B, heads, N, D] and shared heads give the bits that contiguous tensors give."""
     tensors, dout, dlse = plain
+    dim = dout.shape[3]
     want = gradients(tensors, dout, dlse, GRID, MASK)
-    fused = torch.full((1, GRID.tokens, 5, 2, 19), torch.nan)  # of odd strides, with NaN between the heads
-    views = [fused[:, :, i, :, 2:18].copy_(x) for i, x in zip((0, 2, 4), tensors, strict=True)]
+    fused = dout.new_full((1, GRID.tokens, 5, 2, dim + 3), torch.nan)  # of odd strides, with NaN between the heads
+    views = [fused[:, :, i, :, 2 : dim + 2].copy_(x) for i, x in zip((0, 2, 4), tensors, strict=True)]
     held = fused.clone()
     assert same(gradients(tuple(views), dout, dlse, GRID, MASK), want)
     assert torch.equal(fused.nan_to_num(), held.nan_to_num())
@@ -270,18 +284,25 @@ def test_views_transposes_and_expanded_heads_are_used_as_they_are(plain: Any) ->
     assert torch.equal(stattn.attention(tensors[0], *expanded, GRID, MASK, impl="triton"), grouped)
 
 
-def test_the_gradient_of_the_output_may_have_any_strides(plain: Any) -> None:
+def check_strides_of_dout(plain: Plain) -> None:
     tensors, dout, dlse = plain
     want = gradients(tensors, dout, dlse, GRID, MASK)
     feature_first = dout.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     assert feature_first.stride(3) != 1
     assert same(gradients(tensors, feature_first, dlse.transpose(1, 2).contiguous().transpose(1, 2), GRID, MASK), want)
-    ones = torch.ones(())
-    number = gradients(tensors, ones.expand_as(dout), None, GRID, MASK)
+    number = gradients(tensors, torch.ones_like(dout[0, 0, 0, 0]).expand_as(dout), None, GRID, MASK)
     assert same(number, gradients(tensors, torch.ones_like(dout), None, GRID, MASK))
 
 
-def test_the_output_and_the_lse_have_gradients_of_their_own(plain: Any) -> None:
+def test_views_transposes_and_expanded_heads_are_used_as_they_are(plain: Plain) -> None:
+    check_views(plain)
+
+
+def test_the_gradient_of_the_output_may_have_any_strides(plain: Plain) -> None:
+    check_strides_of_dout(plain)
+
+
+def test_the_output_and_the_lse_have_gradients_of_their_own(plain: Plain) -> None:
     tensors, dout, dlse = plain
     both = gradients(tensors, dout, dlse, GRID, MASK)
     of_out, of_lse = (gradients(tensors, *each, GRID, MASK) for each in ((dout, None), (None, dlse)))
@@ -290,13 +311,15 @@ def test_the_output_and_the_lse_have_gradients_of_their_own(plain: Any) -> None:
         torch.testing.assert_close(a + b, whole, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_outside_the_tensors_is_read_or_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def check_guards(device: str = "cpu", dim: int = 24, given_dtype: torch.dtype = torch.float32) -> None:
     """Between guards of NaN, in memory full of NaN, behind views that end in NaN: not one comes through."""
     held: list[torch.Tensor] = []
     empty = torch.empty
 
-    def guarded(shape: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
-        flat = empty(math.prod(shape) + 2 * GUARD, dtype=dtype).fill_(torch.nan)
+    def guarded(shape: Any, dtype: torch.dtype = given_dtype, device: str = device) -> torch.Tensor:
+        if isinstance(shape, int):  # not ours
+            return empty(shape, dtype=dtype, device=device)
+        flat = empty(math.prod(shape) + 2 * GUARD, dtype=dtype, device=device).fill_(torch.nan)
         held.append(flat)
         return flat[GUARD:-GUARD].view(tuple(shape))
 
@@ -305,14 +328,14 @@ def test_nothing_outside_the_tensors_is_read_or_written(monkeypatch: pytest.Monk
     def new_empty(x: torch.Tensor, shape: Any, dtype: torch.dtype | None = None, **given: Any) -> torch.Tensor:
         return empty(shape, dtype=x.dtype, **given) if given else guarded(shape, dtype or x.dtype)  # Triton's own
 
-    for mask, valid in ((MASK, torch.tensor([[True, False, True]])), (grouped, None)):
+    for mask, valid in ((MASK, torch.tensor([[True, False, True]], device=device)), (grouped, None)):
         held.clear()
-        tensors = tuple(guarded(x.shape).copy_(x) for x in draw(1, GRID.tokens, 2, 24, key_heads=1))
+        tensors = tuple(guarded(x.shape).copy_(x) for x in draw(1, GRID.tokens, 2, dim, key_heads=1))
         if valid is not None:  # what is not real may be anything
             for x in tensors:
                 x[:, GRID.tokens - 2] = torch.nan
         dout = guarded(tensors[0].shape).normal_()
-        with monkeypatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "empty", guarded)
             patch.setattr(torch, "empty_like", lambda x: guarded(x.shape, x.dtype))
             patch.setattr(torch.Tensor, "new_empty", new_empty)
@@ -322,6 +345,10 @@ def test_nothing_outside_the_tensors_is_read_or_written(monkeypatch: pytest.Monk
             assert flat[:GUARD].isnan().all()
             assert flat[-GUARD:].isnan().all()
         assert not any(x.isnan().any() for x in found)
+
+
+def test_nothing_outside_the_tensors_is_read_or_written() -> None:
+    check_guards()
 
 
 def test_offsets_of_64_bits_are_taken_when_one_sample_is_that_long_and_give_the_same_bits(
@@ -370,7 +397,7 @@ def test_a_sample_depends_on_nothing_but_itself_bitwise() -> None:
             assert same(alone, [x[one] for x in together])
 
 
-def test_reruns_give_the_same_bits(plain: Any) -> None:
+def test_reruns_give_the_same_bits(plain: Plain) -> None:
     tensors, dout, dlse = plain
     mask = MASK | masks.temporal()
     first = gradients(tensors, dout, dlse, GRID, mask, deterministic=True)
