@@ -217,7 +217,11 @@ def make_plan(
 
 def wide(*tensors: torch.Tensor) -> bool:
     """Say whether offsets within one head of x [B, N, heads, D] need 64 bits."""
-    return any(x.shape[1] * x.stride(1) + x.shape[3] >= 2**31 for x in tensors)
+    for x in tensors:
+        _, tokens, _, dim = x.shape
+        if tokens * x.stride(1) + dim >= 2**31:
+            return True
+    return False
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
@@ -227,24 +231,40 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
 
 def strides(**tensors: torch.Tensor) -> dict[str, int]:
     """Name the strides of [B, N, heads, D] tensors as kernels do."""
-    names = ("batch", "token", "head")
-    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(names)}
+    found = {}
+    for name, x in tensors.items():
+        batch, token, head = _stride_names(name)
+        found[batch], found[token], found[head], _ = x.stride()
+    return found
+
+
+@functools.cache
+def _stride_names(name: str) -> tuple[str, str, str]:
+    return f"{name}_batch", f"{name}_token", f"{name}_head"
 
 
 def shared_arguments(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) -> dict[str, Any]:
     """Give the arguments of all attention kernels that a problem decides."""
-    grid = problem.grid
-    return {
+    _, tokens, heads, dim = q.shape
+    return _decided(problem, tokens, heads, heads // k.shape[2], dim) | {
         "frames": extras.k_frames,
         "valid": None if extras.valid is None else extras.valid.contiguous().view(torch.uint8),
-        "q_tokens": q.shape[1], "heads": q.shape[2], "group": q.shape[2] // k.shape[2],
+        "slots": 1 if extras.k_frames is None else extras.k_frames.shape[0],
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def _decided(problem: Problem, tokens: int, heads: int, group: int, dim: int) -> dict[str, Any]:
+    """Give the arguments that are no tensors, and change with none."""
+    grid = problem.grid
+    return {
+        "q_tokens": tokens, "heads": heads, "group": group,
         "before": grid.before, "after": grid.after, "q_first": grid.before if problem.q_globals else 0,
         "q_video": problem.q_box.video, "k_video": problem.k_box.video,
-        "slots": 1 if extras.k_frames is None else extras.k_frames.shape[0],
         "scale": abs(problem.scale) or 1.0,
         "SIGN": int(np.sign(problem.scale)),
-        "DIM": q.shape[3],
-        "WIDTH": max(16, triton.next_power_of_2(q.shape[3])),
+        "DIM": dim,
+        "WIDTH": max(16, triton.next_power_of_2(dim)),
         "GLOBALS": grid.globals > 0,
         "SEE_ALL": problem.globals_see == "all",
     }  # fmt: skip
@@ -278,12 +298,12 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the output [B, Nq, heads, D] and the LSE [B, heads, Nq] (natural log, fp32)."""
     batch, tokens, heads, dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     made = make_plan(problem, heads, dim, q.element_size(), extras.k_frames is not None, False, CONFIGS, q.device)
-    global_tiles = triton.cdiv(problem.grid.globals, made.config.rows) if problem.q_globals else 0
+    global_tiles = -(-problem.grid.globals // made.config.rows) if problem.q_globals else 0
     with on_device(q):
         attention_forward[(batch * heads * (made.tiles + global_tiles),)](
             q, k, v, out, lse, global_tiles=global_tiles, INT64=wide(k, v), **strides(q=q, k=k, v=v),
