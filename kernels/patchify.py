@@ -505,5 +505,6 @@ def specializations() -> Iterator[Specialization]:
             constants |= {} if pos else {"gPos": None}
             options = {"num_warps": config.warps, "num_stages": config.stages}
             label = f"{fn.__name__}/{name}/{config.tokens}x{config.features}x{config.taps}"
+            label += "/streaming" if config.streaming else ""
             yield Specialization(label, fn, describe(dtype), constants, options, tuple(PLAIN))
         seen.add(kernel)
