@@ -1,0 +1,601 @@
+"""The proof of the Triton attention, on a GPU: masks bit by bit, numbers against float64, layout, order, graphs.
+
+    python -m pytest -m gpu tests/test_attention_proof.py --record benchmarks/results/h200/attention_proof.json
+
+Tests run apart, several at a time, since most of their time goes into compiling. What each covered is in the record.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import fuzz
+import numpy as np
+import pytest
+import torch
+from probes import BIG_GRIDS, GRIDS, Case, check, counts_by_axis
+from test_attention import (
+    SHIFTS,
+    assert_rule_1,
+    check_compiled,
+    check_operations,
+    check_shift,
+    draw,
+    largest_score,
+    results,
+)
+from test_attention_kernels import (
+    NUMBERS,
+    check_guards,
+    check_numbers,
+    check_strides_of_dout,
+    check_views,
+    gradients,
+    listed,
+    random_call,
+    same,
+)
+from test_probes import REGIONS, UNIONS
+
+import stattn
+from stattn import masks, plan
+from stattn.blocks import block_list, lower, tile_count
+from stattn.grid import Grid, Region, Triple
+from stattn.kernels import attention as forward
+from stattn.kernels import attention_bwd as backward
+from stattn.kernels.attention import Config
+from stattn.masks import CONSTRUCTORS, EMPTY, FULL, PARTIAL, Mask
+
+pytestmark = [pytest.mark.gpu, pytest.mark.apart]
+DEVICE = "cuda"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PLACES = {"forward": (forward, "CONFIGS"), "dq": (backward, "DQ_CONFIGS"), "dkdv": (backward, "DKDV_CONFIGS")}
+Covered = dict[str, int]
+
+
+def configs(place: str) -> tuple[Config, ...]:
+    module, name = PLACES[place]
+    return getattr(module, name)
+
+
+def use(patch: pytest.MonkeyPatch, place: str, *chosen: Config) -> None:
+    """Let one kernel use these configs alone."""
+    patch.setattr(*PLACES[place], chosen)
+
+
+def use_first(patch: pytest.MonkeyPatch, dim: int, size: int) -> None:
+    """Let each kernel use the first config that serves a head dimension, so that no two are compiled."""
+    for place in PLACES:
+        use(patch, place, next(c for c in configs(place) if dim in c.widths and c.bytes == size))
+
+
+def video(case: Case) -> int:
+    return len(case.rows()) * len(case.columns()) * case.heads
+
+
+# --- production lengths: proof 3 -------------------------------------------------------------------------------------
+
+LENGTHS: dict[Triple, tuple[Mask, ...]] = {
+    (21, 30, 52): (masks.full(), masks.spatial() | masks.temporal(), masks.window(9, 13, 25, causal=True)),
+    (21, 45, 80): (masks.window(7, 17, 17), masks.temporal(), masks.window(5, 9, 9, dilation=(2, 2, 3))),
+    (30, 48, 80): (masks.sliding_tile((6, 8, 8), (3, 3, 3)), masks.window(1, 24, 40, stride=(1, 8, 8))),
+    (33, 45, 80): (masks.radial(((0, None, None), (2, 21, 41), (8, 9, 9))), masks.frame_causal(3, 9, 3)),
+}
+CASES = [(shape, number) for shape, found in LENGTHS.items() for number in range(len(found))]
+
+
+class Seen:
+    """Which keys queries see, made on the device for a part of them at a time."""
+
+    def __init__(self, mask: Mask, shape: Triple) -> None:
+        self.shape = shape
+        self.products = [[torch.from_numpy(r.matrix()).to(DEVICE) for r in p] for p in mask.products(shape)]
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Booleans [len(rows), N]"""
+        _, height, width = self.shape
+        t, h, w = rows // (height * width), rows // width % height, rows % width
+        table = torch.zeros(len(rows), *self.shape, dtype=torch.bool, device=DEVICE)
+        for of_t, of_h, of_w in self.products:
+            table |= of_t[t][:, :, None, None] & of_h[h][:, None, :, None] & of_w[w][:, None, None, :]
+        return table.flatten(1)
+
+
+def by_formula(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, seen: Seen, rows: torch.Tensor,
+    keys: torch.Tensor,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Output, LSE and dQ of some rows, dK and dV of some keys, of one head [N, D], in the dtype of the tensors.
+
+    Sums over chunks of queries are taken in fp32 at least: the formula's products and weights are what is rounded.
+    """
+    scale = 1 / math.sqrt(q.shape[1])
+    total = torch.promote_types(q.dtype, torch.float32)
+    dk, dv = (torch.zeros(len(keys), q.shape[1], dtype=total, device=DEVICE) for _ in range(2))
+
+    def part(some: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scores = ((q[some] @ k.T) * scale).masked_fill(~seen(some), -torch.inf)
+        lse = torch.logsumexp(scores, -1)
+        p = torch.exp(scores - lse[:, None])
+        out = p @ v
+        return lse, p, out, (dout[some] * out).sum(-1, keepdim=True)
+
+    for some in torch.arange(len(q), device=DEVICE).split(512):
+        _, p, _, delta = part(some)
+        mine = p[:, keys]
+        ds = mine * (dout[some] @ v[keys].T - delta) * scale
+        dv += mine.T @ dout[some]
+        dk += ds.T @ q[some]
+    lse, p, out, delta = part(rows)
+    dq = (p * (dout[rows] @ v.T - delta) * scale) @ k
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def edges(mask: Mask, shape: Triple) -> torch.Tensor:
+    """First and last rows of query tiles: 64 of them, with the first and the last of all."""
+    box = Region((0, 0, 0), shape)
+    config = configs("forward")[0]
+    walk = plan.by_query(mask, Grid(*shape), box, box, config.rows, config.columns)
+    axes = []
+    for extent, tile, step in zip(walk.rows.extent, walk.tile, walk.steps, strict=True):
+        x = np.arange(extent)
+        place = x // step % tile
+        axes.append(x[(place == 0) | (place == tile - 1) | (x == extent - 1)])
+    chosen = [np.random.choice(axis, 64) for axis in axes]
+    rows = np.ravel_multi_index(tuple(chosen), walk.rows.extent)
+    return torch.from_numpy(np.unique([0, Grid(*shape).video - 1, *rows]))
+
+
+@pytest.mark.parametrize("shape, number", CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_long_calls_are_within_rule_1_at_sampled_rows_and_keys(shape: Triple, number: int) -> Covered:
+    mask, n = LENGTHS[shape][number], Grid(*shape).video
+    tensors = draw(1, n, 1, 128, dtype=torch.bfloat16, device=DEVICE)
+    dout = torch.randn_like(tensors[0])
+    rows = torch.cat([torch.randint(n, (64,)), edges(mask, shape)]).unique().to(DEVICE)
+    keys = torch.randint(n, (64,)).unique().to(DEVICE)
+    out, lse, dq, dk, dv = gradients(tensors, dout, None, shape, mask)
+    got = {"out": out[0, rows, 0], "lse": lse[0, 0, rows], "dq": dq[0, rows, 0]}
+    got |= {"dk": dk[0, keys, 0], "dv": dv[0, keys, 0]}
+    flat = [x[0, :, 0] for x in (*tensors, dout)]
+    seen = Seen(mask, shape)
+    eager = by_formula(*flat, seen, rows, keys)
+    exact = by_formula(*(x.double() for x in flat), seen, rows, keys)
+    for name, value in got.items():
+        rounded = eager[name].to(value.dtype)
+        assert_rule_1(f"{mask} on {shape}: {name}", value, rounded, exact[name], largest_score(tensors))
+    return {"tokens": n, "rows": len(rows), "keys": len(keys)}
+
+
+@pytest.mark.parametrize("shape", LENGTHS, ids=str)
+def test_every_row_of_a_long_call_counts_its_keys(shape: Triple) -> Covered:
+    n = Grid(*shape).video
+    examples = [mask for constructor in CONSTRUCTORS.values() for mask in constructor.examples(shape)]
+    covered = Counter[str]()
+    for mask in [*LENGTHS[shape], *examples]:
+        q, k, v = torch.zeros(1, n, 1, 128, device=DEVICE).bfloat16(), *draw(1, n, 1, 128, device=DEVICE)[:2]
+        _, lse = stattn.attention(q, k.bfloat16(), v.bfloat16(), shape, mask, return_lse=True, impl="triton")
+        counted = torch.exp(lse[0, 0].double())
+        want = counts_by_axis(mask, Grid(*shape)).to(DEVICE)
+        assert torch.equal(counted.round().long(), want), mask
+        covered.update(masks=1, rows=n)
+    return covered
+
+
+def test_a_long_forward_takes_the_memory_of_its_output_and_lse() -> Covered:
+    shape = (21, 45, 80)
+    n, heads = Grid(*shape).video, 4
+    q, k, v = draw(1, n, heads, 128, dtype=torch.bfloat16, device=DEVICE)
+    for mask in LENGTHS[shape]:
+        stattn.attention(q, k, v, shape, mask, impl="triton")  # plans stay
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out, lse = stattn.attention(q, k, v, shape, mask, return_lse=True, impl="triton")
+        taken = torch.cuda.max_memory_allocated() - before
+        assert taken <= out.nbytes + lse.nbytes + (1 << 20)
+    return {"masks": len(LENGTHS[shape])}
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_every_constructor_is_seen_as_it_is_on_awkward_grids(name: str, dtype: str) -> Covered:
+    dim, covered = {"bf16": 128, "fp16": 64, "fp32": 64}[dtype], Counter[str]()
+    for turn, shape in enumerate([*GRIDS, *BIG_GRIDS]):
+        examples, tokens = CONSTRUCTORS[name].examples(shape), Grid(*shape).video
+        for number, mask in enumerate(examples):
+            part = len(examples) if tokens > 2048 else 1 if tokens <= 60 else min(4, len(examples))
+            if number % part != turn % part:
+                continue  # on larger grids some of the examples, others on each grid
+            last = (tokens - 1) // dim
+            only = None if tokens <= 2048 else sorted({0, last // 2, last})
+            case = Case(Grid(*shape), mask, heads=1)
+            check(case, impl="triton", device=DEVICE, dtype=DTYPES[dtype], dim=dim, only=only)
+            covered.update(calls=1, pairs=video(case) if only is None else tokens * dim * len(only))
+    return covered | {"grids": len(GRIDS + BIG_GRIDS)}
+
+
+PLAIN_SHAPES: list[Triple] = [(3, 5, 7), (2, 9, 16), (7, 9, 10)]
+
+
+def telling(dim: int) -> Iterator[Case]:
+    """A few cases for each config: each kind of mask, an overlapping union with global tokens, and block lists."""
+    for number, constructor in enumerate(CONSTRUCTORS.values()):
+        shape = PLAIN_SHAPES[number % 3]
+        yield Case(Grid(*shape), constructor.examples(shape)[-1], heads=1)
+    yield Case(Grid(6, 7, 8, 3, 18), UNIONS[1], heads=1)
+    yield Case(Grid(2, 5, 4), listed())
+
+
+EVERY = [(place, index) for place in PLACES for index in range(len(configs(place)))]
+
+
+@pytest.mark.parametrize("place, index", EVERY)
+def test_every_config_sees_what_masks_allow_and_gives_the_same_bits_50_times(place: str, index: int) -> Covered:
+    config, covered = configs(place)[index], Counter[str]()
+    dim = config.widths[-1]
+    dtype = torch.float32 if config.bytes == 4 else torch.bfloat16
+    with pytest.MonkeyPatch.context() as patch:
+        use_first(patch, dim, config.bytes)
+        use(patch, place, config)
+        for case in telling(dim):
+            check(case, impl="triton", device=DEVICE, dtype=dtype, dim=dim)
+            covered.update(calls=1, pairs=video(case))
+        grid, mask = Grid(6, 7, 8), masks.window(3, 3, 5)
+        tensors = draw(2, grid.tokens, 2, dim, dtype=dtype, device=DEVICE)
+        dout = torch.randn_like(tensors[0])
+        first = gradients(tensors, dout, None, grid, mask)
+        for _ in range(50):
+            assert same(gradients(tensors, dout, None, grid, mask), first)
+            covered.update(reruns=1)
+    return covered
+
+
+def option_cases(kind: str) -> Iterator[Case]:
+    """Calls with more than a mask."""
+    last = [examples[-1] for c in CONSTRUCTORS.values() if (examples := c.examples((3, 5, 7)))]
+    if kind == "globals":
+        for (before, after), see, padded in itertools.product(
+            ((3, 0), (0, 5), (2, 4), (70, 61)), ("all", "globals"), (False, True)
+        ):
+            valid = (torch.arange(before + after) % 3 != 1) if padded else None
+            for mask in last:
+                yield Case(Grid(3, 5, 7, before, after), mask, valid=valid, options={"globals_see": see})
+        valid = torch.tensor([True, False, True, True])
+        yield Case(Grid(3, 4, 5, 1, 3), masks.window(3, 3, 3), valid=valid, q_globals=False)
+    if kind == "unions":
+        for mask, shape in itertools.product(UNIONS, [(6, 7, 8), (7, 9, 10), (8, 8, 5)]):
+            yield Case(Grid(*shape), mask, heads=1)
+    if kind == "heads":
+        yield Case(Grid(5, 6, 7, 0, 3), [masks.window(3, 3, 3), masks.spatial(), masks.frame_causal(2)] * 2, heads=6)
+        yield Case(Grid(5, 6, 7), [UNIONS[0], masks.full(), masks.temporal()], heads=3)
+    if kind == "regions":
+        for (q_region, k_region), constructor in itertools.product(REGIONS, CONSTRUCTORS.values()):
+            options = {"q_region": q_region, "k_region": k_region}
+            for mask in {*constructor.examples((6, 7, 8))[:3], *constructor.examples((6, 7, 8))[-2:]}:
+                yield Case(Grid(6, 7, 8, 0, 2), mask, options=options)
+    if kind == "rings":
+        for held in ([0, 1, 2], [4, 5, 2, 3], [-1, 3, -1, 0, 5], [-1]):
+            frames = torch.tensor(held, dtype=torch.int32)
+            options = {"q_region": Region((3, 0, 0), (2, 4, 5)), "k_frames": frames}
+            for mask in (masks.full(), masks.frame_causal(2, 4, 1), masks.window(3, 3, 3), masks.temporal()):
+                yield Case(Grid(6, 4, 5, 1, 2), mask, options=options)
+            part = options | {"k_region": Region((0, 1, 0), (6, 2, 5))}
+            yield Case(Grid(6, 4, 5, 1, 2), masks.window(3, 3, 3), options=part)
+    if kind == "lists":
+        generator = torch.Generator().manual_seed(0)
+        for shape, q_tile, k_tile in (
+            ((5, 6, 7), (2, 3, 4), (3, 2, 4)),
+            ((8, 12, 16), (4, 8, 8), (2, 4, 8)),
+            ((8, 12, 16), (4, 8, 16), (4, 4, 4)),
+            ((1, 4, 5), (1, 3, 7), (1, 3, 7)),
+        ):
+            sizes = (1, 2, tile_count(shape, q_tile), tile_count(shape, k_tile))
+            kinds = torch.tensor([EMPTY, PARTIAL, FULL], dtype=torch.int8)[torch.randint(3, sizes, generator=generator)]
+            window = masks.window(*(min(3, n) for n in shape))
+            yield Case(Grid(*shape), block_list(shape, q_tile, k_tile, kinds, window))
+            yield Case(Grid(*shape), block_list(shape, q_tile, k_tile, torch.where(kinds == FULL, kinds, EMPTY)))
+            yield Case(Grid(*shape), lower(window, shape, q_tile, k_tile))
+
+
+@pytest.mark.parametrize("kind", ["globals", "unions", "heads", "regions", "rings", "lists"])
+def test_calls_with_more_than_a_mask_see_what_they_should(kind: str) -> Covered:
+    covered = Counter[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        use_first(patch, 64, 2)
+        for case in option_cases(kind):
+            check(case, impl="triton", device=DEVICE, dtype=torch.bfloat16, dim=64)
+            covered.update(calls=1, pairs=video(case))
+    return covered
+
+
+AROUND = [n + d for n in (16, 32, 64, 128, 256) for d in range(-2, 3)]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_every_length_around_each_tile_is_seen_whole(dtype: str) -> Covered:
+    covered = Counter[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        use_first(patch, 64, 4 if dtype == "fp32" else 2)
+        for n in AROUND:
+            for mask in (masks.full(), masks.window(1, 1, min(n, 33), causal=True)):
+                case = Case(Grid(1, 1, n), mask, heads=1)
+                check(case, impl="triton", device=DEVICE, dtype=DTYPES[dtype], dim=64)
+                covered.update(calls=1, pairs=n * n)
+            case = Case(Grid(1, 2, 3, n, 0), masks.full(), heads=1)
+            check(case, impl="triton", device=DEVICE, dtype=DTYPES[dtype], dim=64)
+    return covered | {"lengths": len(AROUND)}
+
+
+# --- numbers: proof 1, 4, 6 ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", range(3))
+def test_results_and_gradients_are_within_rule_1(part: int, dtype: str) -> Covered:
+    chosen = list(NUMBERS.values())[part::3]
+    with pytest.MonkeyPatch.context() as patch:
+        for case, given in chosen:
+            dim = max(16, 1 << (given.get("dim", 16) - 1).bit_length())
+            with patch.context() as inner:
+                use_first(inner, dim, 4 if dtype == "fp32" else 2)
+                check_numbers(case, **(given | {"dtype": DTYPES[dtype], "device": DEVICE}))
+    return {"calls": len(chosen)}
+
+
+@pytest.mark.parametrize("dim", [40, 64, 80, 128, 192, 256])
+def test_every_head_dimension_is_within_rule_1_in_every_dtype(dim: int) -> Covered:
+    cases = [Case(Grid(5, 9, 11), masks.full()), Case(Grid(4, 9, 11, 0, 5), masks.window(3, 5, 5))]
+    for case, dtype in itertools.product(cases, DTYPES.values()):
+        check_numbers(case, batch=2, dim=dim, dtype=dtype, device=DEVICE)
+    return {"calls": len(cases) * len(DTYPES)}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_large_and_lone_values_stay_within_rule_1(dtype: str) -> Covered:
+    case, kind, covered = Case(Grid(4, 9, 9), masks.window(3, 5, 3)), DTYPES[dtype], Counter[str]()
+    for size, spoil in itertools.product((1.0, 3.0, 30.0), ("none", "outlier", "one-hot")):
+        q, k, v = (x * size for x in draw(1, case.grid.tokens, 2, 64, dtype=kind, device=DEVICE))
+        if spoil == "outlier":
+            q[..., 3] *= 100
+        if spoil == "one-hot":
+            k[:, 7] *= 50
+        dout = (torch.randn_like(q), torch.zeros(1, 2, case.grid.tokens, device=DEVICE))
+        got, eager = (results(case, (q, k, v), dout, impl) for impl in ("triton", None))
+        exact = results(case, (q.double(), k.double(), v.double()), dout, None)
+        for name in got:
+            rounded = eager[name].to(got[name].dtype)
+            assert_rule_1(f"{spoil} x {size} {name}", got[name], rounded, exact[name], largest_score((q, k, v)))
+        covered.update(calls=1)
+    return covered
+
+
+def test_a_shift_of_all_scores_changes_nothing() -> Covered:
+    lengths = (1, 63, 64, 65, 127, 128)
+    with pytest.MonkeyPatch.context() as patch:
+        use_first(patch, 64, 4)
+        for shift, tokens in itertools.product(SHIFTS, lengths):
+            check_shift(shift, tokens, "triton", DEVICE, 64)
+    return {"shifts": len(SHIFTS), "lengths": len(lengths)}
+
+
+def test_whole_numbers_are_summed_exactly() -> Covered:
+    grid = Grid(4, 16, 16)
+    for dtype in DTYPES.values():
+        q = torch.zeros(1, 1024, 1, 64, dtype=dtype, device=DEVICE)
+        k = torch.randint(-2, 3, q.shape, device=DEVICE).to(dtype)
+        v = torch.randint(-2, 3, q.shape, device=DEVICE) * (torch.rand(q.shape, device=DEVICE) < 0.3)
+        out = stattn.attention(q, k, v.to(dtype), grid, impl="triton")
+        assert torch.equal(out, (v.sum(1, keepdim=True).float() / 1024).to(dtype).expand_as(out))
+    return {"dtypes": len(DTYPES)}
+
+
+# --- memory and layout: proof 5, 9 to 12 -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_nothing_outside_the_tensors_is_read_or_written_and_views_are_used_as_they_are(dtype: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        use_first(patch, 64, 4 if dtype == "fp32" else 2)
+        for dim in (64, 40):
+            check_guards(DEVICE, dim, DTYPES[dtype])
+        plain = random_call(64, DTYPES[dtype], DEVICE)
+        check_views(plain)
+        check_strides_of_dout(plain)
+
+
+def test_offsets_beyond_two_to_the_31_are_right_in_a_fused_projection_of_720p() -> Covered:
+    """Wan 14B with guidance: 2.32e9 elements; the last sample's last heads lie behind 2^31."""
+    shape, mask = (21, 45, 80), masks.window(5, 9, 9)
+    fused = torch.randn(2, 75_600, 3, 40, 128, dtype=torch.bfloat16, device=DEVICE)
+    assert fused.numel() > 2**31
+    q, k, v = fused[:, :, :, 36:].unbind(2)
+    dout = torch.randn_like(fused[:, :, 0])[:, :, 36:]
+    found = gradients((q, k, v), dout, None, shape, mask)
+    alone = [x[1:, :, 2:].contiguous() for x in (q, k, v, dout)]
+    want = gradients(tuple(alone[:3]), alone[3], None, shape, mask)
+    assert torch.equal(found[1][1:, 2:], want[1])
+    assert all(torch.equal(x[1:, :, 2:], y) for x, y in zip(found[:1] + found[2:], want[:1] + want[2:], strict=True))
+    return {"elements": fused.numel()}
+
+
+def test_offsets_beyond_two_to_the_31_within_a_sample_are_right() -> Covered:
+    shape, mask = (42, 45, 80), masks.window(3, 9, 9)
+    fused = torch.randn(1, 151_200, 3, 40, 128, dtype=torch.bfloat16, device=DEVICE)
+    q, k, v = fused[:, :, :, 39:].unbind(2)
+    assert forward.wide(k, v)
+    dout = torch.randn_like(fused[:, :, 0])[:, :, 39:]
+    alone = [x.contiguous() for x in (q, k, v, dout)]
+    assert not forward.wide(*alone)
+    want = gradients(tuple(alone[:3]), alone[3], None, shape, mask)
+    assert same(gradients((q, k, v), dout, None, shape, mask), want)
+    return {"elements": fused.numel()}
+
+
+def test_64_bit_offsets_give_the_bits_of_32() -> Covered:
+    grid, every = Grid(4, 9, 11, 2, 3), 0
+    tensors = draw(2, grid.tokens, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    dout = torch.randn_like(tensors[0])
+    for mask in (
+        masks.full(),
+        masks.window(3, 3, 5),
+        UNIONS[2],
+        lower(masks.spatial(), grid.shape, (2, 4, 8), (2, 4, 8)),
+    ):
+        moved = mask if isinstance(mask, Mask) else block_list(
+            grid.shape, (2, 4, 8), (2, 4, 8), mask.kinds().to(DEVICE), masks.spatial()
+        )  # fmt: skip
+        want = gradients(tensors, dout, None, grid, moved)
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (forward, backward):
+                patch.setattr(module, "wide", lambda *given: True)
+            assert same(gradients(tensors, dout, None, grid, moved), want)
+        every += 1
+    return {"masks": every}
+
+
+@pytest.mark.parametrize(
+    "batch, heads, shape", [(16_384, 4, (1, 1, 7)), (36_000, 4, (3, 1, 2)), (65_536, 1, (1, 1, 1))]
+)
+def test_as_many_heads_and_samples_as_there_are_places_are_served(batch: int, heads: int, shape: Triple) -> Covered:
+    case = Case(Grid(*shape), masks.temporal(), heads=heads)
+    tensors = draw(batch, case.grid.video, heads, 16, dtype=torch.float32, device=DEVICE)
+    given = (torch.randn_like(tensors[0]), torch.zeros(batch, heads, case.grid.video, device=DEVICE))
+    got, want = results(case, tensors, given, "triton"), results(case, tensors, given, None)
+    for name in got:
+        # Where one key is seen dS is 0, or what rounding leaves of dout . v - delta: eps |dout| |v|.
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=2e-5)
+    return {"heads": batch * heads}
+
+
+def test_an_empty_batch_returns_at_once() -> None:
+    empty = tuple(torch.randn(0, 24, 2, 64, device=DEVICE) for _ in range(3))
+    found = gradients(empty, torch.randn(0, 24, 2, 64, device=DEVICE), None, (2, 3, 4))
+    assert [len(x) for x in found] == [0] * 5
+
+
+# --- order, streams, graphs, compile: proof 16 to 20 -----------------------------------------------------------------
+
+
+def test_250_runs_beside_another_stream_give_the_same_bits() -> Covered:
+    grid, noise, other = Grid(5, 12, 16, 3, 5), torch.randn(2048, 2048, device=DEVICE), torch.cuda.Stream()
+    calls = [masks.window(3, 5, 7), masks.full(), [masks.spatial(), UNIONS[0]]]
+    tensors = draw(2, grid.tokens, 2, 128, key_heads=1, dtype=torch.bfloat16, device=DEVICE)
+    dout = torch.randn_like(tensors[0])
+    for mask in calls:
+        first = gradients(tensors, dout, None, grid, mask, deterministic=True)
+        for _ in range(250):
+            with torch.cuda.stream(other):
+                noise @ noise
+            assert same(gradients(tensors, dout, None, grid, mask, deterministic=True), first)
+    return {"masks": len(calls), "reruns": 250 * len(calls)}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_sample_depends_on_nothing_but_itself_bitwise(dtype: str) -> Covered:
+    grid = Grid(4, 9, 16, 0, 7)
+    tensors = draw(3, grid.tokens, 4, 64, key_heads=2, dtype=DTYPES[dtype], device=DEVICE)
+    dout = torch.randn_like(tensors[0])
+    valid = torch.tensor([7, 2, 5], device=DEVICE)
+    found = (masks.full(), masks.window(3, 5, 5), UNIONS[2])
+    for mask in found:
+        together = gradients(tensors, dout, None, grid, mask, valid=valid)
+        for one in (slice(i, i + 1) for i in range(3)):
+            alone = gradients(tuple(x[one] for x in tensors), dout[one], None, grid, mask, valid=valid[one])
+            assert same(alone, [x[one] for x in together])
+    return {"masks": len(found)}
+
+
+def test_kernels_run_on_the_stream_they_are_called_on() -> None:
+    grid, mask = Grid(4, 9, 16), masks.window(3, 5, 5)
+    tensors = draw(2, grid.tokens, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    dout = torch.randn_like(tensors[0])
+    want = gradients(tensors, dout, None, grid, mask)
+    torch.cuda.synchronize()
+    stream, noise = torch.cuda.Stream(), torch.randn(4096, 4096, device=DEVICE)
+    copies = [torch.zeros_like(x) for x in (*tensors, dout)]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for _ in range(20):
+            noise = (noise @ noise).clamp(-1, 1)  # keeps the copies back: another stream would read zeros
+        for x, y in zip(copies, (*tensors, dout), strict=True):
+            x.copy_(y)
+        found = gradients(tuple(copies[:3]), copies[3], None, grid, mask)
+    stream.synchronize()
+    assert same(found, want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_kernels_run_on_the_device_of_their_tensors() -> None:
+    grid, mask = Grid(4, 9, 16, 0, 3), masks.window(3, 5, 5)
+    tensors = draw(2, grid.tokens, 2, 64, dtype=torch.bfloat16, device="cuda:0")
+    dout = torch.randn_like(tensors[0])
+    want = gradients(tensors, dout, None, grid, mask)
+    assert torch.cuda.current_device() == 0
+    found = gradients(tuple(x.to("cuda:1") for x in tensors), dout.to("cuda:1"), None, grid, mask)
+    assert all(x.device == torch.device("cuda:1") for x in found)
+    assert same([x.to("cuda:0") for x in found], want)
+
+
+def test_a_graph_replays_with_new_inputs_and_holds_its_kernels_only() -> Covered:
+    grid, mask = Grid(4, 9, 16, 2, 3), masks.window(3, 5, 5)
+    valid = torch.tensor([[True, True, False, True, True]], device=DEVICE)
+    tensors = [x.requires_grad_() for x in draw(1, grid.tokens, 2, 64, dtype=torch.bfloat16, device=DEVICE)]
+    dout = torch.randn_like(tensors[0]).detach()
+
+    def call() -> list[torch.Tensor]:
+        out, lse = stattn.attention(*tensors, grid, mask, valid=valid, return_lse=True, impl="triton")
+        return [out, lse, *torch.autograd.grad(out, tensors, dout)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = call()
+        for _ in range(20):
+            with torch.no_grad():
+                for x in (*tensors, dout):
+                    x.normal_()
+            graph.replay()
+            replayed = [x.detach().clone() for x in captured]
+            assert same(replayed, call())
+        stream.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            graph.replay()
+            stream.synchronize()
+    names = [each.name for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = Counter(name for name in names if name.startswith("attention_"))
+    expected = {"attention_forward": 1, "attention_delta": 1, "attention_dq": 1, "attention_dkdv": 2}
+    assert kernels == expected, names
+    return {"replays": 20, "kernels": sum(kernels.values())}
+
+
+def test_the_operations_pass_opcheck() -> None:
+    check_operations("triton", DEVICE)
+
+
+def test_a_compiled_call_equals_an_eager_one_and_follows_the_grid() -> None:
+    check_compiled("triton", DEVICE, "inductor", dim=64)
+
+
+# --- the fuzzer: proof 23 --------------------------------------------------------------------------------------------
+
+SEEDS = 6
+
+
+@pytest.mark.parametrize("first", range(0, 8 * SEEDS, SEEDS))
+def test_random_calls_agree_with_a_dense_softmax(first: int) -> Covered:
+    """With one config a kernel; ``python tests/fuzz.py --impl triton --device cuda`` draws more."""
+    with pytest.MonkeyPatch.context() as patch:
+        for place in PLACES:
+            use(patch, place, *(next(c for c in configs(place) if 16 in c.widths and c.bytes == s) for s in (2, 4)))
+        calls = sum(fuzz.check(seed, "triton", None, DEVICE, (16,)) for seed in range(first, first + SEEDS))
+    return {"calls": calls}
