@@ -65,7 +65,7 @@ class Job(NamedTuple):
 
 
 class Scratch:
-    """Memory for gathered rows that is used again and again, and the slab that it holds."""
+    """Memory for gathered rows that is used again, for fresh pages cost as much as the copy; and the slab it holds."""
 
     def __init__(self) -> None:
         self._held = torch.empty(0)
@@ -128,9 +128,11 @@ def _runs(tiles: list[_Place], most: int) -> Iterator[list[_Place]]:
     yield run
 
 
-def take(x: torch.Tensor, batch: torch.Tensor, rows: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+def take(
+    x: torch.Tensor, batch: torch.Tensor, rows: torch.Tensor, heads: torch.Tensor, scratch: Scratch | None = None
+) -> torch.Tensor:
     """Gather rows of x [B, N, heads, D] as [samples * tiles, heads, rows, D]; a view where they lie together."""
-    x = _pick(_pick(_pick(x, 0, batch), 2, heads), 1, rows.reshape(-1))
+    x = _pick(_pick(_pick(x, 0, batch), 2, heads), 1, rows.reshape(-1), scratch)
     return x.unflatten(1, rows.shape).flatten(0, 1).transpose(1, 2)
 
 
@@ -145,7 +147,7 @@ def take_keys(x: torch.Tensor, job: Job, heads: torch.Tensor, scratch: Scratch) 
         return found[:, job.first : job.first + job.k.shape[1]].transpose(1, 2)
     scratch.slab = None
     if not job.boxes or _consecutive(job.k.reshape(-1)):
-        return take(x, job.batch, job.k, heads)
+        return take(x, job.batch, job.k, heads, scratch)
     x = _pick(_pick(x, 0, job.batch), 2, heads)
     found = scratch.space((len(x), *job.k.shape, *x.shape[2:]), x)
     for tile, keys, box, corner in job.placed():
@@ -200,12 +202,14 @@ def _view(x: torch.Tensor, box: Box, corner: int) -> torch.Tensor:
     return x.as_strided((x.shape[0], *box.sizes, *x.shape[2:]), strides, x.storage_offset() + corner * rows)
 
 
-def _pick(x: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+def _pick(x: torch.Tensor, dim: int, index: torch.Tensor, scratch: Scratch | None = None) -> torch.Tensor:
     if _consecutive(index):
         return x.narrow(dim, int(index[0]), len(index))
-    if x.is_contiguous():
+    if not x.is_contiguous():
+        return x[(slice(None),) * dim + (index,)]  # index_select would copy row by row
+    if scratch is None:
         return x.index_select(dim, index)
-    return x[(slice(None),) * dim + (index,)]  # of strided tensors, index_select copies row by row
+    return torch.index_select(x, dim, index, out=scratch.space((*x.shape[:dim], len(index), *x.shape[dim + 1 :]), x))
 
 
 def _consecutive(index: torch.Tensor) -> bool:
