@@ -313,9 +313,9 @@ def attention(
     return out, lse
 
 
-def specializations_of(name: str, fn: Any, configs: tuple[Config, ...], **more: Any) -> Iterator[Specialization]:
+def specializations_of(name: str, fn: Any, configs: tuple[Config, ...]) -> Iterator[Specialization]:
     """List what a launcher compiles of an attention kernel: every config at its widest head, for plain masks; and the
-    first one for all that a call may have at once, and for block lists. more: further constants.
+    first one for all that a call may have at once, and for block lists.
     """
     optional = {"frames": "*i32", "valid": "*u8", "partial": "*u8", "count": "*i32", "offset": "*i32", "index": "*i32"}
     optional = {each: kind for each, kind in optional.items() if each in fn.arg_names}
@@ -329,11 +329,11 @@ def specializations_of(name: str, fn: Any, configs: tuple[Config, ...], **more: 
             "GLOBALS": kind != "plain", "Q_GLOBALS": kind != "plain", "SEE_ALL": True,
             "OVERLAP": kind == "everything", "INT64": kind == "everything",
         }  # fmt: skip
-        constants = {each: value for each, value in constants.items() if each in fn.arg_names} | more
+        constants = {each: value for each, value in constants.items() if each in fn.arg_names}
         constants |= {each: None for each in optional if each not in present}
         types = {each: optional[each] for each in present} | {"walks": "*i32", "scale": "fp32"}
         types |= dict.fromkeys(("lse", "delta"), "*fp32")
-        types |= dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "gradient"), f"*{dtype}")
+        types |= dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), f"*{dtype}")
         types |= {each: "i32" for each in fn.arg_names if each not in types and each not in constants}
         options = {"num_warps": config.warps, "num_stages": config.stages}
         label = f"{name}-{dtype}-{width}-{config.rows}x{config.columns}-{kind}"

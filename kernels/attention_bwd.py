@@ -1,4 +1,4 @@
-"""Attention over a video grid, backward: a kernel for dQ and one for dK or dV, none with atomics.
+"""Attention over a video grid, backward: one kernel for dQ, one for dK and dV, none with atomics.
 
 Scores are computed anew, box by box, and turned into P by the LSE of the forward pass; with delta = rowsum(dout * out)
 - dLSE, from a kernel of its own::
@@ -9,9 +9,8 @@ Scores are computed anew, box by box, and turned into P by the LSE of the forwar
 dQ tiles the queries and walks the keys, as the forward pass does. dK and dV tile the keys and walk the queries; heads
 that share keys (GQA) are added up by the same program. Sums are fp32 and in a fixed order: every gradient is bitwise
 reproducible and independent of the batch. P and dS are rounded to the inputs' dtype before they are multiplied (fp32
-inputs: three TF32 products each), gradients once. Bound by the tensor cores: eight products against the five of a
-kernel that adds dQ up with atomics. dK and dV are computed one after the other: both sums at once leave a thread too
-few registers, which costs more than to compute the scores again.
+inputs: three TF32 products each), gradients once. Bound by the tensor cores: seven products against the five of a
+kernel that adds dQ up with atomics.
 """
 
 from __future__ import annotations
@@ -54,9 +53,9 @@ DQ_CONFIGS = (
     Config(16, 16, 2, 1, (16, 32, 64, 128), 4, 0.4),
 )
 DKDV_CONFIGS = (
-    Config(128, 64, 8, 3, (128,), 2, 1.0),
-    Config(64, 64, 4, 2, (128,), 2, 0.82),
-    Config(64, 64, 4, 3, (16, 32, 64), 2, 1.0),
+    Config(128, 32, 8, 3, (128,), 2, 1.0),
+    Config(64, 32, 4, 3, (128,), 2, 0.95),
+    Config(64, 64, 4, 2, (16, 32, 64), 2, 1.0),
     Config(64, 32, 8, 2, (256,), 2, 1.0),
     Config(16, 16, 2, 2, (16, 32, 64, 128, 256), 2, 0.15),
     Config(64, 32, 8, 1, (16, 32, 64, 128), 4, 1.0),
@@ -191,38 +190,27 @@ def _score_queries(context, row, near, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _probability(context, scores, row, near):
-    lse = tl.load(context.lse + row, mask=near, other=-float("inf"))
-    lse = tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
-    return tl.exp2(scores * context.exponent - lse[None, :])
-
-
-@triton.jit
-def _take_for_dk(context, state, scores, row, near, queries, DIM: tl.constexpr, WIDTH: tl.constexpr):
+def _take_queries(context, state, scores, row, near, queries, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    dk, dv = state
+    value = tl.load(context.lse + row, mask=near, other=-float("inf"))
+    value = tl.where(value == -float("inf"), float("inf"), value * LOG2E)
+    p = tl.exp2(scores * context.exponent - value[None, :])
     douts = walking.load_rows(context.dout, row, context.dout_token, near, DIM, WIDTH)
-    p = _probability(context, scores, row, near)
+    dv = tl.dot(p.to(douts.dtype), douts, dv, input_precision=PRECISION)
     dp = tl.dot(context.own_v, tl.trans(douts), input_precision=PRECISION)
     ds = p * (dp - tl.load(context.delta + row, mask=near, other=0.0)[None, :])
-    return (tl.dot(ds.to(queries.dtype), queries, state[0], input_precision=PRECISION),)
-
-
-@triton.jit
-def _take_for_dv(context, state, scores, row, near, queries, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    douts = walking.load_rows(context.dout, row, context.dout_token, near, DIM, WIDTH)
-    p = _probability(context, scores, row, near)
-    return (tl.dot(p.to(douts.dtype), douts, state[0], input_precision=PRECISION),)
+    return tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION), dv
 
 
 @triton.jit(do_not_specialize=(*COUNTS, "members", "k_tokens"))
 def attention_dkdv(
-    q, k, v, dout, lse, delta, gradient, walks, frames, valid, offset, index, partial,
+    q, k, v, dout, lse, delta, dk, dv, walks, frames, valid, offset, index, partial,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, dout_batch, dout_token, dout_head,
     q_tokens, k_tokens, heads, group, members, before, after, q_first, q_video, k_video, tiles, global_tiles, slots,
     list_samples, list_heads, list_rows, list_most, list_programs, list_t, list_h, list_w,
     scale,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIGN: tl.constexpr,
     GLOBALS: tl.constexpr, Q_GLOBALS: tl.constexpr, SEE_ALL: tl.constexpr, OVERLAP: tl.constexpr, INT64: tl.constexpr,
-    OF_VALUES: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) % (tiles + global_tiles)
     sets = heads // members  # of query heads whose gradients one program adds up
@@ -256,14 +244,12 @@ def attention_dkdv(
     keys = walking.load_rows(k, row.to(tl.int64), k_token, real, DIM, WIDTH)
     if SIGN != 1:
         keys = keys * SIGN
-    values = keys
-    if not OF_VALUES:
-        values = walking.load_rows(v, row.to(tl.int64), v_token, real, DIM, WIDTH)
+    values = walking.load_rows(v, row.to(tl.int64), v_token, real, DIM, WIDTH)
     segment_from = 2
     if Q_GLOBALS:
         segment_from = 0 if SEE_ALL else tl.where(is_global, 0, 2)
 
-    state = (tl.zeros([ROWS, WIDTH], tl.float32),)
+    state = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
     for member in range(members):
         head = (chosen * members + member).to(tl.int64)
         context = ByKey(
@@ -278,15 +264,18 @@ def attention_dkdv(
             entry_from = lists * list_most + tl.load(offset + at)
             entries = tl.load(offset + at + 1) - tl.load(offset + at)
         state = walking.visit(
-            _score_queries, _take_for_dv if OF_VALUES else _take_for_dk, context, state,
-            walk, rows, known, is_global, place,
+            _score_queries, _take_queries, context, state, walk, rows, known, is_global, place,
             q_first, before, after, q_video, segment_from, 1,
             None, 1, valid if Q_GLOBALS else None, index, partial, entry_from, entries, (list_t, list_h, list_w),
             COLUMNS, DIM, WIDTH, OVERLAP, INT64,
         )  # fmt: skip
-    value = tl.where(real[:, None], state[0] if OF_VALUES else state[0] * (scale * SIGN), 0.0)
-    gradient += (batch * k_tokens * sets + chosen) * DIM
-    walking.store_rows(gradient, row.to(tl.int64), sets * DIM, value, exists, DIM, WIDTH)
+    gradient_k, gradient_v = state
+    keep = tl.where(real, 1.0, 0.0)[:, None]
+    place_of_first = (batch * k_tokens * sets + chosen) * DIM
+    gradient_k = tl.where(keep > 0, gradient_k * (scale * SIGN), 0.0)
+    gradient_v = tl.where(keep > 0, gradient_v, 0.0)
+    walking.store_rows(dk + place_of_first, row.to(tl.int64), sets * DIM, gradient_k, exists, DIM, WIDTH)
+    walking.store_rows(dv + place_of_first, row.to(tl.int64), sets * DIM, gradient_v, exists, DIM, WIDTH)
 
 
 def attention_backward(
@@ -337,13 +326,11 @@ def attention_backward(
         if extras.k_frames is not None:  # tiles of slots, not of frames
             planned["tiles"] = made.tiles // grid.t * shared["slots"]
         global_tiles = triton.cdiv(grid.globals, made.config.rows)
-        listed = _lists_by_key(problem, extras, made)
-        for of_values, gradient in enumerate(sums):
-            attention_dkdv[(batch * (heads // members) * (planned["tiles"] + global_tiles),)](
-                q, k, v, dout, lse, delta, gradient, k_tokens=k.shape[1], members=members, global_tiles=global_tiles,
-                Q_GLOBALS=problem.q_globals and grid.globals > 0, INT64=wide(q, dout), OF_VALUES=bool(of_values),
-                **given, **planned, **listed,
-            )  # fmt: skip
+        attention_dkdv[(batch * (heads // members) * (planned["tiles"] + global_tiles),)](
+            q, k, v, dout, lse, delta, *sums, k_tokens=k.shape[1], members=members, global_tiles=global_tiles,
+            Q_GLOBALS=problem.q_globals and grid.globals > 0, INT64=wide(q, dout),
+            **given, **planned, **_lists_by_key(problem, extras, made),
+        )  # fmt: skip
     if members != group:
         for gradient, parts in zip((dk, dv), sums, strict=True):
             gradient.copy_(parts.unflatten(2, (-1, group)).sum(3))
@@ -367,9 +354,8 @@ def _lists_by_key(problem: Problem, extras: Extras, made: Plan) -> dict[str, Any
 
 def specializations() -> Iterator[Specialization]:
     """List what ``attention_backward`` compiles."""
-    yield from specializations_of("dq", attention_dq, DQ_CONFIGS)
-    yield from specializations_of("dk", attention_dkdv, DKDV_CONFIGS, OF_VALUES=False)
-    yield from specializations_of("dv", attention_dkdv, DKDV_CONFIGS, OF_VALUES=True)
+    for name, fn, configs in (("dq", attention_dq, DQ_CONFIGS), ("dkdv", attention_dkdv, DKDV_CONFIGS)):
+        yield from specializations_of(name, fn, configs)
     for dtype in ("bf16", "fp32"):
         types = dict.fromkeys(("out", "dout"), f"*{dtype}") | dict.fromkeys(("dlse", "delta"), "*fp32")
         types |= dict.fromkeys(("dout_batch", "dout_token", "dout_head", "tokens", "heads"), "i32")
