@@ -32,7 +32,8 @@ class Specialization(NamedTuple):
     name: for people. fn: the ``triton.jit`` function. types: argument name -> type ("*bf16", "i32", "fp32"), in order.
     constants: argument name -> value, of its constexprs (a None stands for an absent pointer). options: num_warps and
     num_stages. unaligned: arguments that are no multiple of 16; all other pointers and integers are. local: bytes of
-    local memory that it may take at most on sm_90 and later; a file that allows any says why.
+    local memory that it may take at most on sm_90 and later; a file that allows any says why. only: the one capability
+    to compile a variant for that takes long, None for all.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Specialization(NamedTuple):
     options: Mapping[str, int]
     unaligned: tuple[str, ...] = ()
     local: int = 0
+    only: int | None = None
 
 
 class Needs(NamedTuple):
@@ -94,6 +96,7 @@ def main() -> None:
         for stem in args.stems
         for kernel in specializations(stem)
         for capability in args.capability
+        if kernel.only in (None, capability)
     ]
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         for row in pool.map(_row, jobs):

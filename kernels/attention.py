@@ -337,7 +337,9 @@ def specializations_of(name: str, fn: Any, configs: tuple[Config, ...]) -> Itera
         types |= {each: "i32" for each in fn.arg_names if each not in types and each not in constants}
         options = {"num_warps": config.warps, "num_stages": config.stages}
         label = f"{name}-{dtype}-{width}-{config.rows}x{config.columns}-{kind}"
-        yield Specialization(label, fn, types, constants, options, tuple(set(COUNTS) & set(fn.arg_names)), SPILLS[kind])
+        counts = tuple(set(COUNTS) & set(fn.arg_names))
+        only = None if kind == "plain" else 90
+        yield Specialization(label, fn, types, constants, options, counts, SPILLS[kind], only)
 
 
 def specializations() -> Iterator[Specialization]:
