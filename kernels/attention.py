@@ -247,7 +247,7 @@ def shared_arguments(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras:
     """Give the arguments of all attention kernels that a problem decides."""
     _, tokens, heads, dim = q.shape
     return _decided(problem, tokens, heads, heads // k.shape[2], dim) | {
-        "frames": extras.k_frames,
+        "frames": None if extras.k_frames is None else extras.k_frames.contiguous(),
         "valid": None if extras.valid is None else extras.valid.contiguous().view(torch.uint8),
         "slots": 1 if extras.k_frames is None else extras.k_frames.shape[0],
     }
