@@ -22,6 +22,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("stattn", "kernels", "tests", "pyproject.toml")
 REFERENCE = "stattn/reference/attention.py"
+PLANS = "tests/test_plan.py::test_tables_show_what_the_mask_allows_in_parts_of_the_grid_and_both_ways"
+ATTENTION = "tests/test_attention_kernels.py::test_results_and_gradients_are_within_rule_1"
 AWKWARD = "tests/test_probes.py::test_every_constructor_is_seen_as_it_is_on_awkward_grids"
 
 
@@ -247,6 +249,76 @@ BUGS = (
         "            among = above + rank < most\n",
         "            among = above + tl.sum(equal) - rank <= most\n",
         ("tests/test_select_kernels.py::test_triton_lets_the_lower_tile_win_a_tie[interpreter]",),
+    ),
+    Bug(
+        "plan-lets-a-row-see-one-column-more",
+        "stattn/plan.py",
+        "np.where(none, 0, hi - first)\n",
+        "np.where(none, 0, np.minimum(hi - first + 1, last - first))\n",
+        (f"{PLANS}[(3, 5, 4)]", f"{ATTENTION}[window]"),
+    ),
+    Bug(
+        "plan-loses-a-guard-bit",
+        "stattn/plan.py",
+        "width = (2 * columns.extent[axis]).bit_length()",
+        "width = (columns.extent[axis] // 2).bit_length()",
+        (f"{PLANS}[(3, 5, 4)]", f"{ATTENTION}[window]"),
+    ),
+    Bug(
+        "plan-cuts-a-union-apart-one-column-too-late",
+        "stattn/plan.py",
+        "np.minimum(mine.hi, theirs.lo - 1)), mine.step))\n",
+        "np.minimum(mine.hi, theirs.lo)), mine.step))\n",
+        ("tests/test_plan.py::test_products_cut_apart_allow_what_their_union_allows",),
+    ),
+    Bug(
+        "keys-behind-a-listed-tile-are-near",
+        "kernels/_walk.py",
+        "256), 0) - 1) << (20 - 10 * axis)\n",
+        "256), 0)) << (20 - 10 * axis)\n",
+        (f"{ATTENTION}[lists of tiles beyond the grid]",),
+    ),
+    Bug(
+        "last-partial-box-dropped",
+        "kernels/_walk.py",
+        "return tl.cdiv(length[0], box[0]) * tl.cdiv(length[1], box[1]) * tl.cdiv(length[2], box[2])\n",
+        "return tl.cdiv(length[0], box[0]) * tl.cdiv(length[1], box[1]) * (length[2] // box[2])\n",
+        (f"{ATTENTION}[full]",),
+    ),
+    Bug(
+        "offsets-of-long-samples-in-32-bits",
+        "kernels/attention.py",
+        "if tokens * x.stride(1) + dim >= 2**31:\n",
+        "if tokens * x.stride(1) + dim >= 2**32:\n",
+        ("tests/test_attention_kernels.py::test_offsets_of_64_bits_are_taken_when_one_sample_is_that_long",),
+    ),
+    Bug(
+        "sign-of-the-scale-ignored",
+        "kernels/attention.py",
+        '"SIGN": int(np.sign(problem.scale)),\n',
+        '"SIGN": 1,\n',
+        (f"{ATTENTION}[negative scale]",),
+    ),
+    Bug(
+        "only-the-mask-of-triton-dq-is-wrong",
+        "kernels/attention_bwd.py",
+        "(tl.zeros([ROWS, WIDTH], tl.float32),), walk, rows, exists,",
+        "(tl.zeros([ROWS, WIDTH], tl.float32),), walk, (rows[0], rows[1], tl.where(exists, rows[2] // 2, 0)), exists,",
+        (f"{ATTENTION}[window]",),
+    ),
+    Bug(
+        "strides-of-dout-ignored-in-delta",
+        "kernels/attention_bwd.py",
+        "right = walking.load_rows(dout, row, dout_token, exists, DIM, WIDTH)",
+        "right = walking.load_rows(dout, row, heads * DIM, exists, DIM, WIDTH)",
+        ("tests/test_attention_kernels.py::test_the_gradient_of_the_output_may_have_any_strides",),
+    ),
+    Bug(
+        "lse-with-the-wrong-sign-in-dk-and-dv",
+        "kernels/attention_bwd.py",
+        "p = tl.exp2(scores * context.exponent - value[None, :])\n",
+        "p = tl.exp2(scores * context.exponent + value[None, :])\n",
+        (f"{ATTENTION}[full]",),
     ),
 )
 
