@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,17 +70,18 @@ def test_overlapping_products_count_no_key_twice(tiles: pytest.MonkeyPatch) -> N
     force(tiles, 64, 32)
     # No axis alone can cut the one out of the other, nor a dilated window out of a dense one.
     for mask in (
-        masks.window(3, 1, 3) | masks.window(1, 3, 4),
-        masks.window(3, 2, 2, dilation=(1, 2, 2)) | masks.window(1, 3, 3) | masks.temporal(),
+        masks.window(2, 1, 3) | masks.window(1, 3, 4),
+        masks.window(2, 2, 2, dilation=(1, 2, 2)) | masks.window(1, 3, 3) | masks.temporal(),
     ):
-        check(Case(Grid(3, 4, 4), mask, heads=1), impl="triton", dim=64)
+        assert forward.plan.disjoint(mask.products((2, 4, 4)))[1]
+        check(Case(Grid(2, 4, 4), mask, heads=1), impl="triton", dim=32)
 
 
 def test_global_tokens_are_seen_by_all_or_by_each_other() -> None:
-    for see in ("all", "globals"):
-        case = Case(Grid(1, 3, 4, 3, 2), masks.window(1, 3, 3), heads=1, options={"globals_see": see})
+    for see, valid in (("all", None), ("globals", torch.tensor([True, False, True, True, False]))):
+        options = {"globals_see": see}
+        case = Case(Grid(1, 3, 4, 3, 2), masks.window(1, 3, 3), heads=1, valid=valid, options=options)
         check(case, impl="triton", dim=32)
-    check(replace(case, valid=torch.tensor([True, False, True, True, False])), impl="triton", dim=32)
 
 
 def listed(partial: bool = True) -> BlockList:
@@ -404,8 +404,7 @@ def test_reruns_give_the_same_bits(plain: Plain) -> None:
     tensors, dout, dlse = plain
     mask = MASK | masks.temporal()
     first = gradients(tensors, dout, dlse, GRID, mask, deterministic=True)
-    for _ in range(2):
-        assert same(gradients(tensors, dout, dlse, GRID, mask, deterministic=True), first)
+    assert same(gradients(tensors, dout, dlse, GRID, mask, deterministic=True), first)
 
 
 # --- registration and choice -----------------------------------------------------------------------------------------
