@@ -28,7 +28,7 @@ from stattn.reference.walk import block_rows, walk
 
 # What is gathered at once. On a CPU it should stay in the cache and in memory that the allocator hands out again.
 CHUNK_BYTES = {"cpu": 12 << 20, "cuda": 1 << 30}
-BIAS_BYTES = 64 << 20  # of masks as additive scores that are kept for further tiles
+BIAS_BYTES = 32 << 20  # of masks as additive scores that are kept for further tiles
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
