@@ -32,6 +32,8 @@ struct AttentionPlan {
     // Global tokens before and after the video, whether q holds them too, and its tiles of them.
     int before, after, q_globals, line_tiles, line_record;
     const uint8_t* valid;  // [B, before + after], which of them are real; or null
+    // Tiles in pieces (csrc/attention_bwd.h): the pieces of each head, the tiles that they are of, where these are listed.
+    int pieces, split_tiles, split_record;
 };
 struct AttentionForward {
     Strided q, k, v, out;
@@ -43,5 +45,52 @@ struct AttentionForward {
     const AttentionPlan* plan;  // or null
 };
 cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream);
+
+// What the backward reads of its queries, as it was prepared: two numbers in fp32 for each row, first the LSE to base 2 of
+// all rows, +inf where a row sees nothing, then rowsum(dout out) - dlse of all rows: [2][B * heads][rows()].
+//
+// Rows of a head: those of the global queries before the video, those of the video as lines of the last axis, those after;
+// each part and each line is padded with 0 to a multiple of 4. Where the last axis has a step, its residue classes lie one
+// after the other in a line, padded each. Without a plan, or with a q that has no global tokens, before and after are 0.
+struct AttentionStats {
+    float* data;
+    int before, after, shape[3], step;  // shape: (T, H, W) of the queries
+    static constexpr int padded(int count) { return (count + 3) / 4 * 4; }
+    int class_width() const { return padded((shape[2] + step - 1) / step); }  // of a residue class
+    int64_t line_width() const { return int64_t{class_width()} * step; }
+    int64_t rows() const { return padded(before) + shape[0] * line_width() * shape[1] + padded(after); }
+};
+
+// csrc/attention_bwd_prepare.cu: fills the stats of a call. Strides of dout and out are multiples of 16 bytes.
+struct AttentionPrepare {
+    Strided out, dout;
+    const float *lse, *dlse;  // [B, heads, queries]; dlse may be null
+    AttentionStats stats;
+    int batch, heads, head_dim, queries;
+    bool bf16;
+};
+cudaError_t attention_backward_prepare(const AttentionPrepare& call, cudaStream_t stream);
+
+// The gradients, from stats that were prepared. Addresses and strides are multiples of 16 bytes, scale is positive, there
+// are queries and keys.
+struct AttentionBackward {
+    Strided q, k, v, dout;
+    Strided dq, dk, dv;  // contiguous
+    AttentionStats stats;
+    float* dq_sum;   // fp32 sums of dq in the order of csrc/attention_bwd_kv.cuh, zeros at first; or null
+    float* partial;  // of key tiles in pieces, as csrc/attention_bwd.h says; or null
+    int batch, heads, key_heads, head_dim, queries, keys;
+    float scale;
+    bool bf16;
+    int config;
+    const AttentionPlan* plan;  // or null
+};
+
+// csrc/attention_bwd_dq.cu: dq alone, in an order that depends on each row alone. The plan is the forward's.
+cudaError_t attention_backward_dq(const AttentionBackward& call, cudaStream_t stream);
+
+// csrc/attention_bwd_kv.cu: dk and dv; and, with dq_sum, dq's sums, whose order is not fixed. The plan is that of
+// csrc/attention_bwd.h.
+cudaError_t attention_backward_kv(const AttentionBackward& call, cudaStream_t stream);
 
 }  // namespace stattn
