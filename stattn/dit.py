@@ -483,7 +483,7 @@ def save(model: DiT, path: str | Path, **notes: Any) -> None:
     notes: anything JSON holds, e.g. the training's steps and seed.
     """
     path = _weights_path(path)
-    _safetensors().save_file({name: each.detach().contiguous() for name, each in model.state_dict().items()}, path)
+    safetensors().save_file({name: each.detach().contiguous() for name, each in model.state_dict().items()}, path)
     path.with_suffix(".json").write_text(json.dumps({"config": asdict(model.config), **notes}, indent=2) + "\n")
 
 
@@ -500,7 +500,7 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.
     config = DiTConfig(**json.loads(path.with_suffix(".json").read_text())["config"])
     with torch.device("meta"):
         model = DiT(config)
-    tensors: Mapping[str, Tensor] = _safetensors().load_file(path, device=str(device))
+    tensors: Mapping[str, Tensor] = safetensors().load_file(path, device=str(device))
     model.load_state_dict({name: each.to(dtype) for name, each in tensors.items()}, strict=True, assign=True)
     return model.eval()
 
@@ -512,7 +512,8 @@ def _weights_path(path: str | Path) -> Path:
     return path
 
 
-def _safetensors() -> Any:
+def safetensors() -> Any:
+    """Import safetensors.torch; raise ImportError naming the extra when it is missing."""
     try:
         import safetensors.torch
     except ImportError as error:

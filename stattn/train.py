@@ -30,6 +30,7 @@ from stattn import checks, dit, masks, media, results, world
 from stattn.accelerate import accelerate
 from stattn.dit import DiT
 from stattn.masks import Mask
+from stattn.metrics import synth
 from stattn.sampler import FlowMatching, sample
 from stattn.trainer import PRESETS, Recipe, Trainer, materialize_attention
 
@@ -273,10 +274,15 @@ def train(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``stattn train`` to a parser."""
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny", help="what is trained (default: tiny)")
+    parser.add_argument(
+        "--preset", choices=sorted([*PRESETS, *synth.PRESETS]), default="tiny", help="what is trained (default: tiny)"
+    )
     parser.add_argument("--out", type=Path, default=None, help="folder of the run (default: runs/PRESET)")
     parser.add_argument(
-        "--minutes", type=float, default=None, help="length of the run (default: 8.5, unless --steps is given)"
+        "--minutes",
+        type=float,
+        default=None,
+        help="length of the run (default: 8.5, of extractors 1, unless --steps is given)",
     )
     parser.add_argument("--steps", type=int, default=None, help="length of the run in steps")
     parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
@@ -307,6 +313,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run ``stattn train`` with the options of ``add_arguments``; returns the exit code, 130 after Ctrl-C."""
+    if args.preset in synth.PRESETS:
+        return _train_extractor(args)
     if args.evaluate is not None:
         return _evaluate_weights(args)
     given = {name: getattr(args, name) for name in ("batch", "learning_rate", "seed")}
@@ -336,6 +344,25 @@ def main(args: argparse.Namespace) -> int:
     print(
         json.dumps({"steps": record["steps"], "minutes": record["minutes"], **record["evaluation"]["masks"]}, indent=2)
     )
+    return 0
+
+
+def _train_extractor(args: argparse.Namespace) -> int:
+    given = {name: getattr(args, name) for name in ("batch", "learning_rate", "seed")}
+    recipe = dataclasses.replace(
+        synth.PRESETS[args.preset], **{name: value for name, value in given.items() if value is not None}
+    )
+    record = synth.train(
+        recipe,
+        args.out if args.out is not None else Path("runs") / args.preset,
+        minutes=1.0 if args.minutes is None and args.steps is None else args.minutes,
+        steps=args.steps,
+        device=args.device,
+        log_every=args.log_every,
+        command=_command(args),
+        quiet=args.quiet,
+    )
+    print(json.dumps(record["held_out"]))
     return 0
 
 
