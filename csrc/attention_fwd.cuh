@@ -472,7 +472,7 @@ __global__ void __launch_bounds__(S::THREADS, 1) attention_forward(const __grid_
         }
         barrier_init_fence();
     }
-    if (S::PLANNED && p.box_rows < S::BN) clear_behind_boxes<S>(p, shared);
+    if (S::PLANNED && p.box_rows < S::BN) clear_behind_boxes<S>(p, shared + S::V_AT, STAGES * S::CHUNKS);
     if (S::PLANNED && p.valid) note_valid<S>(p, barriers + S::VALID);
     __syncthreads();
 

@@ -166,13 +166,13 @@ struct BoxMask {
 };
 
 // Fills rows behind the end of key boxes with 0: no copy writes there, and a weight of 0 does not make up for a NaN.
+// chunks: of 64 columns, one after the other from `first` on.
 template <typename S>
-__device__ __forceinline__ void clear_behind_boxes(const Parameters& p, uint32_t shared) {
+__device__ __forceinline__ void clear_behind_boxes(const Parameters& p, uint32_t first, int chunks) {
     const int words = (S::BN - p.box_rows) * 32;
-    for (int i = threadIdx.x; i < STAGES * S::CHUNKS * words; i += S::THREADS) {
+    for (int i = threadIdx.x; i < chunks * words; i += S::THREADS) {
         const uint32_t chunk = i / words, word = i % words;
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared + S::V_AT + chunk * S::BOX_CHUNK + p.box_rows * 128 + word * 4),
-                     "r"(0)
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(first + chunk * S::BOX_CHUNK + p.box_rows * 128 + word * 4), "r"(0)
                      : "memory");
     }
     proxy_fence();

@@ -67,20 +67,20 @@ void copy_bytes_cuda(Tensor src, Tensor dst) {
 
 using torch::headeronly::ScalarType;
 
-// Checks one of q, k, v and out, and gives what the kernels need of it.
+// Checks a tensor of tokens, and gives what the kernels need of it.
 stattn::Strided strided(const Tensor& x, const Tensor& q, const char* name) {
     STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index(),
-                    "stattn::attention_forward: ", name, " is not on the CUDA device of q");
-    STD_TORCH_CHECK(x.dim() == 4, "stattn::attention_forward: ", name, " has ", x.dim(), " dimensions, expected 4");
-    STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), "stattn::attention_forward: ", name, " has another dtype than q");
+                    "stattn::attention: ", name, " is not on the CUDA device of q");
+    STD_TORCH_CHECK(x.dim() == 4, "stattn::attention: ", name, " has ", x.dim(), " dimensions, expected 4");
+    STD_TORCH_CHECK(x.scalar_type() == q.scalar_type(), "stattn::attention: ", name, " has another dtype than q");
     STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(3) == q.size(3),
-                    "stattn::attention_forward: ", name, " has another batch or head dimension than q");
+                    "stattn::attention: ", name, " has another batch or head dimension than q");
     const stattn::Strided result{x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-    STD_TORCH_CHECK(x.stride(3) == 1, "stattn::attention_forward: ", name, " has a last stride other than 1");
+    STD_TORCH_CHECK(x.stride(3) == 1, "stattn::attention: ", name, " has a last stride other than 1");
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(result.data) % 16 == 0 &&
                         (result.batch % 8 == 0 || x.size(0) == 1) && (result.head % 8 == 0 || x.size(2) == 1) &&
                         result.token % 8 == 0,
-                    "stattn::attention_forward: ", name, " has an address or a stride that is no multiple of 16 bytes");
+                    "stattn::attention: ", name, " has an address or a stride that is no multiple of 16 bytes");
     return result;
 }
 
@@ -89,10 +89,10 @@ stattn::AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const 
                                      const std::vector<int64_t>& layout, const std::optional<Tensor>& valid) {
     STD_TORCH_CHECK(data.is_cuda() && data.get_device_index() == q.get_device_index() && data.is_contiguous() &&
                         data.scalar_type() == ScalarType::Int,
-                    "stattn::attention_forward: plan must be a contiguous int32 tensor on the device of q");
-    STD_TORCH_CHECK(layout.size() == 22, "stattn::attention_forward: layout has ", layout.size(), " integers, not 22");
+                    "stattn::attention: plan must be a contiguous int32 tensor on the device of q");
+    STD_TORCH_CHECK(layout.size() == 22, "stattn::attention: layout has ", layout.size(), " integers, not 22");
     for (const int64_t each : layout)
-        STD_TORCH_CHECK(0 <= each && each < INT32_MAX, "stattn::attention_forward: layout has ", each);
+        STD_TORCH_CHECK(0 <= each && each < INT32_MAX, "stattn::attention: layout has ", each);
     stattn::AttentionPlan plan{};
     plan.data = static_cast<const int32_t*>(data.const_data_ptr());
     int64_t queries = 1, keys = 1, rows = 1;
@@ -104,7 +104,7 @@ stattn::AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const 
         plan.steps[axis] = static_cast<int>(layout[12 + axis]);
         queries *= layout[axis], keys *= layout[3 + axis], rows *= layout[6 + axis];
         STD_TORCH_CHECK(layout[6 + axis] > 0 && layout[9 + axis] > 0 && layout[12 + axis] > 0,
-                        "stattn::attention_forward: an empty tile");
+                        "stattn::attention: an empty tile");
     }
     plan.stacked = static_cast<int>(layout[15]);
     plan.tiles = static_cast<int>(layout[16]);
@@ -119,21 +119,68 @@ stattn::AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const 
         STD_TORCH_CHECK(valid->is_cuda() && valid->get_device_index() == q.get_device_index() && valid->is_contiguous() &&
                             valid->scalar_type() == ScalarType::Bool && valid->dim() == 2 &&
                             valid->size(0) == q.size(0) && valid->size(1) == layout[17] + layout[18],
-                        "stattn::attention_forward: valid must be contiguous booleans [B, before + after]");
+                        "stattn::attention: valid must be contiguous booleans [B, before + after]");
         plan.valid = static_cast<const uint8_t*>(valid->const_data_ptr());
     }
-    STD_TORCH_CHECK(queries == q.size(1) && keys == k.size(1), "stattn::attention_forward: the plan is for ", queries,
+    STD_TORCH_CHECK(queries == q.size(1) && keys == k.size(1), "stattn::attention: the plan is for ", queries,
                     " queries and ", keys, " keys");
     STD_TORCH_CHECK(rows <= 64 && plan.stacked < 3,
-                    "stattn::attention_forward: the plan's tiles do not fit");
+                    "stattn::attention: the plan's tiles do not fit");
     return plan;
+}
+
+// layout: of the stats, (T, H, W) of the queries, their step on the last axis, global tokens before and after.
+stattn::AttentionStats attention_stats(const Tensor& data, const Tensor& q, const std::vector<int64_t>& layout) {
+    STD_TORCH_CHECK(layout.size() == 6, "stattn::attention: the stats' layout has ", layout.size(), " integers, not 6");
+    for (const int64_t each : layout)
+        STD_TORCH_CHECK(0 <= each && each < INT32_MAX, "stattn::attention: the stats' layout has ", each);
+    stattn::AttentionStats stats{};
+    stats.data = static_cast<float*>(data.mutable_data_ptr());
+    for (int axis = 0; axis < 3; ++axis) stats.shape[axis] = static_cast<int>(layout[axis]);
+    stats.step = static_cast<int>(layout[3]);
+    stats.before = static_cast<int>(layout[4]);
+    stats.after = static_cast<int>(layout[5]);
+    STD_TORCH_CHECK(stats.step > 0, "stattn::attention: the stats' step is 0");
+    STD_TORCH_CHECK(layout[0] * layout[1] * layout[2] + layout[4] + layout[5] == q.size(1),
+                    "stattn::attention: the stats are for other queries than q's ", q.size(1));
+    STD_TORCH_CHECK(data.is_cuda() && data.get_device_index() == q.get_device_index() && data.is_contiguous() &&
+                        data.scalar_type() == ScalarType::Float &&
+                        data.numel() == 2 * q.size(0) * q.size(2) * stats.rows(),
+                    "stattn::attention: stats must be contiguous float32 [2, B, heads, ", stats.rows(), "]");
+    return stats;
+}
+
+const float* row_values(const Tensor& x, const Tensor& q, const char* name) {
+    STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index() &&
+                        x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.dim() == 3 &&
+                        x.size(0) == q.size(0) && x.size(1) == q.size(2) && x.size(2) == q.size(1),
+                    "stattn::attention: ", name, " must be a contiguous float32 [B, heads, N]");
+    return static_cast<const float*>(x.const_data_ptr());
+}
+
+void check_elements(const Tensor& q, double scale) {
+    STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half,
+                    "stattn::attention: q must be bfloat16 or float16");
+    STD_TORCH_CHECK(scale > 0.0 && scale < 1e30, "stattn::attention: scale ", scale, " must be positive");
+}
+
+// Checks what q, k and v are to each other.
+void check_sizes(const Tensor& q, const Tensor& k, const Tensor& v) {
+    const int64_t keys = k.size(1), key_heads = k.size(2), heads = q.size(2), head_dim = q.size(3);
+    STD_TORCH_CHECK(v.size(1) == keys && v.size(2) == key_heads, "stattn::attention: k and v differ in shape");
+    STD_TORCH_CHECK(key_heads > 0 && heads % key_heads == 0, "stattn::attention: ", key_heads,
+                    " heads of k do not divide the ", heads, " of q");
+    STD_TORCH_CHECK(head_dim % 8 == 0 && head_dim > 0 && head_dim <= 128, "stattn::attention: head dimension ", head_dim,
+                    " must be a multiple of 8, at most 128");
+    STD_TORCH_CHECK(keys > 0, "stattn::attention: there are no keys");
+    STD_TORCH_CHECK(q.size(1) < INT32_MAX - 256 && keys < INT32_MAX - 256 && q.size(0) * heads < INT32_MAX,
+                    "stattn::attention: sizes beyond 2^31");
 }
 
 void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, int64_t config,
                             std::optional<Tensor> plan, std::vector<int64_t> layout, std::optional<Tensor> valid) {
     stattn::AttentionForward call{};
-    STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half,
-                    "stattn::attention_forward: q must be bfloat16 or float16");
+    check_elements(q, scale);
     call.bf16 = q.scalar_type() == ScalarType::BFloat16;
     call.q = strided(q, q, "q");
     call.k = strided(k, q, "k");
@@ -141,20 +188,9 @@ void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse
     call.out = strided(out, q, "out");
     const int64_t batch = q.size(0), queries = q.size(1), heads = q.size(2), head_dim = q.size(3);
     const int64_t keys = k.size(1), key_heads = k.size(2);
-    STD_TORCH_CHECK(v.size(1) == keys && v.size(2) == key_heads, "stattn::attention_forward: k and v differ in shape");
-    STD_TORCH_CHECK(out.size(1) == queries && out.size(2) == heads, "stattn::attention_forward: out differs from q");
-    STD_TORCH_CHECK(key_heads > 0 && heads % key_heads == 0, "stattn::attention_forward: ", key_heads,
-                    " heads of k do not divide the ", heads, " of q");
-    STD_TORCH_CHECK(head_dim % 8 == 0 && head_dim > 0 && head_dim <= 128, "stattn::attention_forward: head dimension ",
-                    head_dim, " must be a multiple of 8, at most 128");
-    STD_TORCH_CHECK(keys > 0, "stattn::attention_forward: there are no keys");
-    STD_TORCH_CHECK(lse.is_cuda() && lse.scalar_type() == ScalarType::Float && lse.is_contiguous() &&
-                        lse.dim() == 3 && lse.size(0) == batch && lse.size(1) == heads && lse.size(2) == queries,
-                    "stattn::attention_forward: lse must be a contiguous float32 [B, heads, N]");
-    STD_TORCH_CHECK(queries < INT32_MAX && keys < INT32_MAX - 256 && batch * heads < INT32_MAX,
-                    "stattn::attention_forward: sizes beyond 2^31");
-    STD_TORCH_CHECK(scale > 0.0 && scale < 1e30, "stattn::attention_forward: scale ", scale, " must be positive");
-    call.lse = static_cast<float*>(lse.mutable_data_ptr());
+    check_sizes(q, k, v);
+    STD_TORCH_CHECK(out.size(1) == queries && out.size(2) == heads, "stattn::attention: out differs from q");
+    call.lse = const_cast<float*>(row_values(lse, q, "lse"));
     call.batch = static_cast<int>(batch);
     call.heads = static_cast<int>(heads);
     call.key_heads = static_cast<int>(key_heads);
@@ -173,6 +209,68 @@ void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse
     check_launch(stattn::attention_forward(call, current_stream(device)), "stattn::attention_forward");
 }
 
+void attention_backward_prepare_cuda(Tensor dout, std::optional<Tensor> dlse, Tensor out, Tensor lse, Tensor stats,
+                                     std::vector<int64_t> stats_layout) {
+    check_elements(out, 1.0);
+    stattn::AttentionPrepare call{};
+    call.out = strided(out, out, "out");
+    call.dout = strided(dout, out, "dout");
+    STD_TORCH_CHECK(dout.size(1) == out.size(1) && dout.size(2) == out.size(2) && out.size(3) <= 128,
+                    "stattn::attention: dout differs from out");
+    call.lse = row_values(lse, out, "lse");
+    call.dlse = dlse ? row_values(*dlse, out, "dlse") : nullptr;
+    call.stats = attention_stats(stats, out, stats_layout);
+    call.batch = static_cast<int>(out.size(0));
+    call.heads = static_cast<int>(out.size(2));
+    call.head_dim = static_cast<int>(out.size(3));
+    call.queries = static_cast<int>(out.size(1));
+    call.bf16 = out.scalar_type() == ScalarType::BFloat16;
+    const int32_t device = out.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    check_launch(stattn::attention_backward_prepare(call, current_stream(device)), "stattn::attention_backward_prepare");
+}
+
+// Checks what all kernels of the backward take.
+stattn::AttentionBackward backward_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& dout,
+                                        const Tensor& stats, const std::vector<int64_t>& stats_layout, double scale,
+                                        int64_t config) {
+    check_elements(q, scale);
+    stattn::AttentionBackward call{};
+    call.q = strided(q, q, "q");
+    call.k = strided(k, q, "k");
+    call.v = strided(v, q, "v");
+    call.dout = strided(dout, q, "dout");
+    check_sizes(q, k, v);
+    STD_TORCH_CHECK(dout.size(1) == q.size(1) && dout.size(2) == q.size(2), "stattn::attention: dout differs from q");
+    call.stats = attention_stats(stats, q, stats_layout);
+    call.batch = static_cast<int>(q.size(0));
+    call.heads = static_cast<int>(q.size(2));
+    call.key_heads = static_cast<int>(k.size(2));
+    call.head_dim = static_cast<int>(q.size(3));
+    call.queries = static_cast<int>(q.size(1));
+    call.keys = static_cast<int>(k.size(1));
+    call.scale = static_cast<float>(scale);
+    call.bf16 = q.scalar_type() == ScalarType::BFloat16;
+    call.config = static_cast<int>(config);
+    return call;
+}
+
+void attention_backward_dq_cuda(Tensor q, Tensor k, Tensor v, Tensor dout, Tensor stats, Tensor dq,
+                                std::vector<int64_t> stats_layout, double scale, int64_t config,
+                                std::optional<Tensor> plan, std::vector<int64_t> layout, std::optional<Tensor> valid) {
+    stattn::AttentionBackward call = backward_call(q, k, v, dout, stats, stats_layout, scale, config);
+    call.dq = strided(dq, q, "dq");
+    STD_TORCH_CHECK(dq.size(1) == q.size(1) && dq.size(2) == q.size(2), "stattn::attention: dq differs from q");
+    stattn::AttentionPlan planned{};
+    if (plan) {
+        planned = attention_plan(*plan, q, k, layout, valid);
+        call.plan = &planned;
+    }
+    const int32_t device = q.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    check_launch(stattn::attention_backward_dq(call, current_stream(device)), "stattn::attention_backward_dq");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
@@ -180,6 +278,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
     m.def(
         "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, int config, "
         "Tensor? plan, int[] layout, Tensor? valid) -> ()");
+    m.def(
+        "attention_backward_prepare(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor(a!) stats, "
+        "int[] stats_layout) -> ()");
+    m.def(
+        "attention_backward_dq(Tensor q, Tensor k, Tensor v, Tensor dout, Tensor stats, Tensor(a!) dq, "
+        "int[] stats_layout, float scale, int config, Tensor? plan, int[] layout, Tensor? valid) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stattn, CPU, m) {
@@ -189,4 +293,6 @@ STABLE_TORCH_LIBRARY_IMPL(stattn, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(stattn, CUDA, m) {
     m.impl("copy_bytes", TORCH_BOX(&copy_bytes_cuda));
     m.impl("attention_forward", TORCH_BOX(&attention_forward_cuda));
+    m.impl("attention_backward_prepare", TORCH_BOX(&attention_backward_prepare_cuda));
+    m.impl("attention_backward_dq", TORCH_BOX(&attention_backward_dq_cuda));
 }

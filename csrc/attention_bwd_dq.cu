@@ -1,0 +1,75 @@
+// The host's side of dQ: which kernel, which tiles, which tensor maps beside those of the forward.
+#include "attention_bwd_dq.cuh"
+
+#include <algorithm>
+
+#include "attention_launch.h"
+
+namespace stattn {
+namespace {
+
+using attention_bwd::attention_dq;
+using attention_bwd::DqParameters;
+using attention_bwd::DqShape;
+using attention_fwd::behind;
+
+cudaError_t map_dout(const AttentionForward& like, const Strided& dout, DqParameters* p) {
+    const int slab[3] = {1, 1, attention_fwd::ROWS}, steps[3] = {1, 1, 1};
+    cudaError_t error = attention_fwd::map_for(like, behind(dout, p->q_first), like.heads, p->q_shape, p->slab, p->steps,
+                                               &p->dout_map, &p->dout_x);
+    attention_fwd::Heads places;  // those of the video
+    for (int side = 0; side < 2 && p->globals > 0; ++side) {
+        const int tokens = side == 0 ? p->before : p->after;
+        if (tokens == 0 || error != cudaSuccess) continue;
+        const int shape[3] = {1, 1, tokens}, first = side == 0 ? 0 : like.queries - tokens;
+        error = attention_fwd::map_for(like, behind(dout, first), like.heads, shape, slab, steps, &p->dout_line[side],
+                                       &places);
+    }
+    return error;
+}
+
+template <typename S>
+cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
+    const AttentionForward like{call.q,    call.k,         call.v,        call.dq,      nullptr,   call.batch,
+                                call.heads, call.key_heads, call.head_dim, call.queries, call.keys, call.scale,
+                                call.bf16,  call.config,    call.plan};
+    DqParameters p{};
+    attention_fwd::Launch launch;
+    cudaError_t error = attention_fwd::describe<S>(like, &p, &launch);
+    if (error == cudaSuccess) error = map_dout(like, call.dout, &p);
+    if (error == cudaSuccess) error = attention_fwd::allow_shared_memory<attention_dq<S>>(launch.device);
+    if (error != cudaSuccess) return error;
+    p.stats = call.stats.data;
+    p.places = attention_bwd::StatsPlaces(call.stats);
+    p.of_delta = call.stats.rows() * call.batch * call.heads;
+    p.scale = call.scale;
+    const int blocks = S::PLANNED ? p.tiles : std::min(p.tiles, launch.processors);
+    attention_dq<S><<<blocks, S::THREADS, launch.shared, stream>>>(p);
+    return cudaGetLastError();
+}
+
+// The list of tiles: warpgroups and rows of a key box, by head dimension.
+template <typename Element>
+cudaError_t choose(const AttentionBackward& call, cudaStream_t stream) {
+    const int config = call.config + (call.head_dim > 64 ? 0 : 100) + (call.plan ? 10 : 0);
+    switch (config) {
+        case 0: return launch<DqShape<Element, 128, 3, 64, false>>(call, stream);
+        case 1: return launch<DqShape<Element, 128, 2, 128, false>>(call, stream);
+        case 10: return launch<DqShape<Element, 128, 3, 64, true>>(call, stream);
+        case 100: return launch<DqShape<Element, 64, 3, 96, false>>(call, stream);
+        case 101: return launch<DqShape<Element, 64, 3, 64, false>>(call, stream);
+        case 102: return launch<DqShape<Element, 64, 2, 128, false>>(call, stream);
+        case 110: return launch<DqShape<Element, 64, 3, 64, true>>(call, stream);
+        case 111: return launch<DqShape<Element, 64, 3, 96, true>>(call, stream);
+        default: return cudaErrorInvalidValue;
+    }
+}
+
+}  // namespace
+
+cudaError_t attention_backward_dq(const AttentionBackward& call, cudaStream_t stream) {
+    if (call.batch == 0 || call.queries == 0) return cudaSuccess;
+    return call.bf16 ? choose<__nv_bfloat16>(call, stream) : choose<__half>(call, stream);
+}
+
+}  // namespace stattn
