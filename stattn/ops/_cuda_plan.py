@@ -18,7 +18,6 @@ from stattn.masks import Mask
 from stattn.ops._cuda_tiles import (
     AXES,
     ROWS,
-    WARPGROUPS,
     Boxes,
     Rows,
     Tiling,
@@ -68,15 +67,17 @@ def why_not(problem: Problem) -> str | None:
 
 
 @lru_cache(maxsize=128)
-def layout(problem: Problem, heads: int, head_dim: int, valid: bool = False) -> tuple[int, list[int], np.ndarray]:
+def layout(
+    problem: Problem, heads: int, head_dim: int, valid: bool = False, kernel: str = "forward"
+) -> tuple[int, list[int], np.ndarray]:
     """Plan a problem: the kernel's configuration, its integers (AttentionPlan in csrc/stattn.h), the plan's array.
 
-    valid: whether the call says which global tokens are real.
+    valid: whether the call says which global tokens are real. kernel: "forward" or "dq".
     """
     masks = tuple(dict.fromkeys(problem.masks))
     of_head = [masks.index(mask) for mask in problem.masks] if len(problem.masks) > 1 else [0] * heads
     q_box, k_box, products = _geometry(problem, masks)
-    tiling = choose(q_box, k_box, products, head_dim)
+    tiling = choose(q_box, k_box, products, head_dim, kernel)
     line = Line(problem.grid.before, problem.grid.after, k_box.video, problem.q_globals, problem.globals_see, valid)
     array, line_tiles, line_record = encode(tiling, products, of_head, line)
     integers = [*q_box.extent, *k_box.extent, *tiling.slab, *tiling.box, *tiling.steps, tiling.stacked]
@@ -87,10 +88,10 @@ def layout(problem: Problem, heads: int, head_dim: int, valid: bool = False) -> 
 
 @lru_cache(maxsize=1024)  # captured graphs go on reading plans: few are ever given up
 def on_device(
-    problem: Problem, heads: int, head_dim: int, valid: bool, device: torch.device
+    problem: Problem, heads: int, head_dim: int, valid: bool, device: torch.device, kernel: str = "forward"
 ) -> tuple[int, list[int], torch.Tensor]:
     """Give the plan of a problem with its array on a device, copied there once."""
-    number, integers, array = layout(problem, heads, head_dim, valid)
+    number, integers, array = layout(problem, heads, head_dim, valid, kernel)
     return number, integers, torch.from_numpy(array).to(device)
 
 
@@ -145,6 +146,7 @@ class _MaskTable:
     def __init__(self, tiling: Tiling) -> None:
         self._width = 64 if tiling.config.box <= 64 else 128
         self._slab = tiling.slab
+        self._warpgroups = tiling.warpgroups
         self._known: dict[tuple[int, bytes], int] = {}
         self._masks: list[np.ndarray] = []
         self._length = 0
@@ -196,9 +198,9 @@ class _MaskTable:
         joined = np.full((len(different), ROWS, masks.shape[1]), -1, np.int32)
         for axis, place in enumerate(np.unravel_index(row, self._slab)):
             joined &= masks[different[:, axis, None] + place]
-        ends = np.cumsum([len(each) * WARPGROUPS for each in records])[:-1]
+        ends = np.cumsum([len(each) * self._warpgroups for each in records])[:-1]
         parts = np.split(inverse.reshape(-1), ends)
-        return joined, [part.reshape(-1, WARPGROUPS) for part in parts]
+        return joined, [part.reshape(-1, self._warpgroups) for part in parts]
 
 
 class _Entries(NamedTuple):
@@ -228,7 +230,7 @@ def _video_list(tiling: Tiling, products: Sequence[Product], table: _MaskTable, 
 
 def _line_list(tiling: Tiling, table: _MaskTable, line: Line) -> _List:
     """List the tiles of the global queries."""
-    step = ROWS * WARPGROUPS
+    step = ROWS * tiling.warpgroups
     sides = ((BEFORE, line.before), (AFTER, line.after)) if line.queries else ()
     corners = [(0, 0, first, kind) for kind, tokens in sides for first in range(0, tokens, step)]
     entries = [_line_boxes(tiling, table, line, len(corners), with_video=line.see == "all")]
@@ -248,12 +250,12 @@ def _line_boxes(tiling: Tiling, table: _MaskTable, line: Line, tiles: int, with_
             boxes.append((0, 0, start + first, 1))
             masked.append(count < tiling.config.box or (is_global and line.valid))
             sees = [table.line(axis, tiling.slab[axis], count) for axis in AXES]
-            masks.append([(*sees, number if is_global and line.valid else 0)] * WARPGROUPS)
+            masks.append([(*sees, number if is_global and line.valid else 0)] * tiling.warpgroups)
     return _Entries(
         np.repeat(np.arange(tiles), len(boxes)),
         np.tile(np.array(masked, bool), tiles),
         np.tile(np.array(boxes, np.int64).reshape(-1, 4), (tiles, 1)),
-        np.tile(np.array(masks, np.int64).reshape(-1, WARPGROUPS, 4), (tiles, 1, 1)),
+        np.tile(np.array(masks, np.int64).reshape(-1, tiling.warpgroups, 4), (tiles, 1, 1)),
     )
 
 
@@ -300,7 +302,7 @@ def _axis_masks(
 ) -> np.ndarray:
     """Number the masks of an axis for boxes ``at`` of tiles ``place``, or UNSEEN: [boxes, warpgroups]."""
     slab, extent = tiling.slab[axis], tiling.box[axis]
-    groups = WARPGROUPS if axis == tiling.stacked else 1
+    groups = tiling.warpgroups if axis == tiling.stacked else 1
     count = len(boxes.number)
     lo, hi = (x.reshape(count, groups, slab) for x in (rows.lo, rows.hi))
     # Every box of every tile of the axis, those seen whole as one.
@@ -314,7 +316,7 @@ def _axis_masks(
     spans[spans[..., 0] >= spans[..., 1]] = 0
     seen = spans.any((2, 3))
     numbers[i, b] = np.where(seen, table.find(axis, spans.reshape(-1, slab, 2)).reshape(-1, groups), UNSEEN)
-    return np.broadcast_to(numbers[place, at], (len(at), WARPGROUPS)) if groups == 1 else numbers[place, at]
+    return np.broadcast_to(numbers[place, at], (len(at), tiling.warpgroups)) if groups == 1 else numbers[place, at]
 
 
 class _List:
@@ -334,7 +336,8 @@ class _List:
         """Lay the list out in records of four, from record ``start`` on. groups: the numbers of the masks."""
         tiles = len(self.corners)
         first_box = start + 2 * tiles + np.cumsum(self._count) - self._count
-        masks = WARPGROUPS * self._masked
+        warpgroups = self.masks.shape[1]
+        masks = warpgroups * self._masked
         first_mask_record = start + 2 * tiles + len(self._boxes) + np.cumsum(masks) - masks
         lists = np.stack([first_box, self._count, first_mask_record, self._masked], 1)
         header = np.concatenate([self.corners, lists], 1)
@@ -345,7 +348,7 @@ class _List:
         inside = np.arange(len(self.masks)) - (np.cumsum(self._masked) - self._masked)[self._tile_of_mask]
         at = (np.cumsum(masks) - masks)[self._tile_of_mask] + inside
         found = np.zeros((int(masks.sum()), 4), np.int64)
-        for group in range(WARPGROUPS):
+        for group in range(warpgroups):
             found[at + group * of_tile, 0] = groups[:, group]
             found[at + group * of_tile, 3] = self.masks[:, group, 3]
         return np.concatenate([header.reshape(-1, 4), self._boxes, found])

@@ -17,19 +17,30 @@ from stattn.tables import Product, Rule
 
 AXES = (0, 1, 2)
 ROWS = 64  # of a warpgroup's slab
-WARPGROUPS = 3
 
 
 class Config(NamedTuple):
-    """An entry of csrc/attention_fwd.cu's list. cost: the time of a key box, in those of the first entry's."""
+    """An entry of a kernel's list in csrc/. cost: the time of a box, in those of the first entry's."""
 
     number: int
-    box: int  # rows of a key box
+    box: int  # rows of a box
     cost: float
+
+
+class Kernel(NamedTuple):
+    """What tiles a kernel takes: the warpgroups that share one, and its list by head dimension."""
+
+    warpgroups: int
+    configs: dict[int, tuple[Config, ...]]
 
 
 # Fitted to windows and sliding tiles on an H200, see benchmarks/NOTES.md.
 CONFIGS = {128: (Config(0, 64, 1.0), Config(1, 80, 1.15)), 64: (Config(0, 128, 1.0),)}
+KERNELS = {
+    "forward": Kernel(3, CONFIGS),
+    "dq": Kernel(3, {128: (Config(0, 64, 1.0),), 64: (Config(0, 64, 1.0), Config(1, 96, 1.4))}),
+    "kv": Kernel(2, {128: (Config(0, 64, 1.0),), 64: (Config(0, 64, 1.0),)}),
+}
 MASKED = 0.38  # the cost of masking a box, in those of a box
 LEFT_OUT = 0.5  # the saving by a box that a warpgroup leaves out, in its share of the box
 TILE = 3.0  # the cost of beginning and ending a tile, in those of a box
@@ -37,7 +48,7 @@ CANDIDATES = 40  # of tile extents, the best of which are tried with every exten
 
 
 class Tiling(NamedTuple):
-    """How a problem is cut.
+    """How a problem is cut; of the kernel of dK and dV, read keys for queries and queries for keys.
 
     steps: an axis with a step is cut within its residue classes, of which extents count the members. slab: a
     warpgroup's part of a query tile. stacked: the axis on which slabs lie in a row.
@@ -50,11 +61,11 @@ class Tiling(NamedTuple):
     stacked: int
     box: Triple
     config: Config
+    warpgroups: int
 
     @property
     def tile(self) -> Triple:
-        t, h, w = (n * (WARPGROUPS if axis == self.stacked else 1) for axis, n in enumerate(self.slab))
-        return t, h, w
+        return _times(self.slab, self.stacked, self.warpgroups)
 
 
 class Rows(NamedTuple):
@@ -107,8 +118,11 @@ def common_steps(products: Sequence[Sequence[Product]]) -> Triple | None:
     return steps[0], steps[1], steps[2]
 
 
-def choose(q_box: Region, k_box: Region, products: Sequence[Sequence[Product]], head_dim: int) -> Tiling:
+def choose(
+    q_box: Region, k_box: Region, products: Sequence[Sequence[Product]], head_dim: int, kernel: str = "forward"
+) -> Tiling:
     """Choose the extents of tiles and boxes: the least time by a count of boxes, of those with masks, and of tiles."""
+    warpgroups, configs = KERNELS[kernel]
     flat = [product for each in products for product in each]
     steps = common_steps(products)
     assert steps is not None
@@ -120,9 +134,10 @@ def choose(q_box: Region, k_box: Region, products: Sequence[Sequence[Product]], 
     )
     candidates = []
     for slab in _extents(q_shape, ROWS):
-        part = sum(product_of([float(visits(p[a], a, slab[a]).length.sum()) for a in AXES]) for p in flat) / WARPGROUPS
+        part = sum(product_of([float(visits(p[a], a, slab[a]).length.sum()) for a in AXES]) for p in flat)
+        part /= warpgroups
         for stacked in AXES:
-            tile = _times(slab, stacked)
+            tile = _times(slab, stacked, warpgroups)
             visited = sum(product_of([float(visits(p[a], a, tile[a]).length.sum()) for a in AXES]) for p in flat)
             tiles = product_of(tile_counts(q_box, steps, tile)) * len(products)
             share = part / visited if visited else 1.0
@@ -130,11 +145,11 @@ def choose(q_box: Region, k_box: Region, products: Sequence[Sequence[Product]], 
             candidates.append((guess, slab[0], slab[1], stacked, slab))
     best: tuple[float, Tiling] | None = None
     for _, _, _, stacked, slab in sorted(candidates)[:CANDIDATES]:
-        tile = _times(slab, stacked)
+        tile = _times(slab, stacked, warpgroups)
         tiles = product_of(tile_counts(q_box, steps, tile)) * len(products)
         counts = _Memo(partial(_count, visits, tile))
-        shares = _Memo(partial(_share, visits, slab, tile))
-        for config in CONFIGS[head_dim]:
+        shares = _Memo(partial(_share, visits, slab, tile, warpgroups))
+        for config in configs[head_dim]:
             for box in _extents(k_shape, config.box):
                 if 2 * product_of(box) <= config.box < product_of(k_shape):
                     continue
@@ -148,7 +163,7 @@ def choose(q_box: Region, k_box: Region, products: Sequence[Sequence[Product]], 
                     saved = LEFT_OUT * (1 - share)
                     cost += config.cost * (boxes - masked + (1 + MASKED) * (1 - saved) * masked)
                 if best is None or (cost, -box[2], -box[1]) < (best[0], -best[1].box[2], -best[1].box[1]):
-                    best = cost, Tiling(q_box, k_box, steps, slab, stacked, box, config)
+                    best = cost, Tiling(q_box, k_box, steps, slab, stacked, box, config, warpgroups)
     assert best is not None
     return best[1]
 
@@ -180,19 +195,21 @@ def _count(visits: _Memo, tile: Triple, rule: Rule, axis: int, extent: int) -> t
     return int(boxes.number.sum()), int((boxes.whole_to - boxes.whole_from).sum())
 
 
-def _share(visits: _Memo, slab: Triple, tile: Triple, rule: Rule, axis: int, extent: int) -> float:
+def _share(
+    visits: _Memo, slab: Triple, tile: Triple, warpgroups: int, rule: Rule, axis: int, extent: int
+) -> float:
     """Give the share of the boxes of a stacked axis of which a warpgroup sees something."""
     all_rows, part = visits(rule, axis, tile[axis]), visits(rule, axis, slab[axis])
     boxes = int((-(-all_rows.length // extent)).sum())
     if boxes == 0 or len(part.first) < len(all_rows.first):
         return 1.0
-    first = all_rows.first[np.minimum(np.arange(len(part.first)) // WARPGROUPS, len(all_rows.first) - 1)]
+    first = all_rows.first[np.minimum(np.arange(len(part.first)) // warpgroups, len(all_rows.first) - 1)]
     from_box, to_box = (part.first - first) // extent, (part.first - first + part.length - 1) // extent
-    return min(1.0, int(np.where(part.length > 0, to_box - from_box + 1, 0).sum()) / (WARPGROUPS * boxes))
+    return min(1.0, int(np.where(part.length > 0, to_box - from_box + 1, 0).sum()) / (warpgroups * boxes))
 
 
-def _times(slab: Triple, stacked: int) -> Triple:
-    t, h, w = (n * (WARPGROUPS if axis == stacked else 1) for axis, n in enumerate(slab))
+def _times(slab: Triple, stacked: int, warpgroups: int) -> Triple:
+    t, h, w = (n * (warpgroups if axis == stacked else 1) for axis, n in enumerate(slab))
     return t, h, w
 
 
