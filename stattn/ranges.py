@@ -1,9 +1,8 @@
 """Named ranges around operations, layers and sampling steps, by which a profiler finds its way. Off by default.
 
 Names are stattn.<operation>, stattn.layer.<i> and stattn.step.<i>, counted from 0. Ranges change no result. Under
-torch.compile they are left out, and a CUDA graph has those of its capture only. Call `enable` before the first
-operation, since what was chosen for a call may be remembered without its range, or run the program by
-`python -m stattn.with_ranges`.
+torch.compile they are left out, and a CUDA graph has those of its capture only. `python -m stattn.with_ranges` runs a
+program with them.
 """
 
 from __future__ import annotations

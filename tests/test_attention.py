@@ -353,6 +353,36 @@ def test_explain_says_who_serves_and_why_others_do_not(monkeypatch: pytest.Monke
     assert "needs compute capability 8.0, this device has 7.5" in on_gpu
 
 
+def test_kernels_that_add_up_in_no_fixed_order_are_refused_where_one_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(stattn.explain.__globals__, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr("stattn.ops._dense.flash_version", lambda: 3)
+    meta = [x.to("meta").bfloat16() for x in draw(1, 24, 2, 64)]
+
+    def lines(deterministic: bool | None) -> dict[str, str]:
+        table = stattn.explain(*meta, GRID, device="cuda", deterministic=deterministic)
+        return {line.split()[0]: line for line in table.replace("*", " ").splitlines()[1:]}
+
+    for name in ("sdpa", "flash"):
+        assert "serves it" in lines(True)[name]  # no gradient is needed
+    meta[1].requires_grad_()
+    for name in ("sdpa", "flash"):
+        assert "serves it" in lines(None)[name]
+        assert "in no fixed order, and deterministic=True" in lines(True)[name]
+    assert "serves it" in lines(True)["triton"]
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "in no fixed order" in lines(None)["sdpa"]
+        assert "serves it" in lines(False)["sdpa"]
+    finally:
+        torch.use_deterministic_algorithms(before)
+    # On a CPU PyTorch's kernel goes head by head.
+    q, k, v = (x.requires_grad_() for x in draw(1, 24, 2, 64))
+    assert stattn.attention(q, k, v, GRID, impl="sdpa", deterministic=True).requires_grad
+
+
 def test_every_reason_against_dense_attention_is_named() -> None:
     q, k, v = draw(1, 24, 2, 64)
     grid = Grid(2, 3, 3, 0, 6)

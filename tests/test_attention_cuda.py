@@ -39,7 +39,7 @@ def planned_masks(shape: Triple) -> list[Mask]:
 
 # --- what is served ---------------------------------------------------------------------------------------------------
 
-SERVED = AttentionCall("cuda", (9, 0), torch.bfloat16, 128, 4, 2, None, False, None)
+SERVED = AttentionCall("cuda", (9, 0), torch.bfloat16, 128, 4, 2, None, False, None, False)
 
 
 @pytest.mark.parametrize(

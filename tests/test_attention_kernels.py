@@ -432,7 +432,7 @@ def test_what_the_kernels_do_not_serve_is_said_in_a_sentence(changes: dict[str, 
     from stattn.ops.attention import OPERATION, AttentionCall
 
     (triton,) = [each for each in OPERATION.implementations if each.name == "triton"]
-    call = AttentionCall("cuda", (8, 0), torch.bfloat16, 128, 4, 2, "mask spatial()", True, None)
+    call = AttentionCall("cuda", (8, 0), torch.bfloat16, 128, 4, 2, "mask spatial()", True, None, False)
     assert triton.why_not(call) is None
     assert triton.why_not(call._replace(**changes)) == reason
 

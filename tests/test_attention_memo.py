@@ -6,6 +6,7 @@ import copy
 import pickle
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from test_attention_arguments import BAD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stattn
-from stattn import masks
+from stattn import masks, ranges
 from stattn.blocks import BlockList, lower
 from stattn.grid import Grid, Region
 from stattn.ops import _attention_memo as memo
@@ -239,7 +240,7 @@ def test_every_change_of_a_warm_call_gives_what_a_cold_one_does() -> None:
 def test_where_a_tensor_starts_is_part_of_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the CUDA kernels; on a CPU nothing asks for it."""
     given: list[Any] = [*torch.zeros(3, 1, 24, 2, 8).unbind(), GRID, masks.full(), *[None] * 4]
-    given += ["all", None, "auto"]
+    given += ["all", None, "auto", False]
     odd = torch.zeros(1 * 24 * 2 * 8 + 1)[1:].view(1, 24, 2, 8)
     assert memo.signature(*given) == memo.signature(odd, *given[1:])
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -400,3 +401,20 @@ def test_a_gradient_adds_little_to_a_warm_call_on_a_gpu(mask: masks.Mask) -> Non
     with torch.no_grad():
         alone = median(1000, lambda: known.run(q, k, v, known.problem, memo.NO_EXTRAS), torch.cuda.synchronize)
     assert took <= 30 or (known.name != "cuda" and took - alone <= 15), f"{took:.1f} us, {alone:.1f} by {known.name}"
+
+
+def test_ranges_that_are_switched_on_later_are_seen_by_warm_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    warm()
+    opened: list[str] = []
+
+    @contextmanager
+    def note(name: str) -> Iterator[None]:
+        opened.append(name)
+        yield
+
+    monkeypatch.setattr(ranges, "_open", note)
+    warm()
+    assert opened == ["stattn.attention"] * 2
+    monkeypatch.setattr(ranges, "_open", None)
+    warm()
+    assert len(opened) == 2

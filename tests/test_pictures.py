@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -118,3 +120,10 @@ def test_a_new_constructor_joins_the_page(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_page_in_the_documentation_is_the_one_that_is_drawn() -> None:
     page = Path(__file__).parents[1] / "docs" / "masks.svg"
     assert page.read_text(encoding="utf-8") == pictures.draw_page(), "run: python -m stattn.pictures"
+
+
+def test_the_page_is_drawn_by_the_module_of_the_masks(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-W", "error", "-m", "stattn.masks", "--out", str(tmp_path / "masks.svg")]
+    subprocess.run(command, check=True, cwd=root)
+    assert (tmp_path / "masks.svg").read_text(encoding="utf-8") == pictures.draw_page()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from stattn import ranges
 from stattn.blocks import BlockList
 from stattn.grid import Grid, Region
 from stattn.masks import Mask
@@ -78,6 +79,7 @@ def signature(
     globals_see: Any,
     scale: Any,
     impl: Any,
+    deterministic: bool,
 ) -> tuple[Any, ...] | None:
     """Gather all that is read of a call but the values of its tensors; None for a call that is to be checked always.
 
@@ -127,6 +129,8 @@ def signature(
             globals_see,
             scale,
             impl,
+            deterministic,
+            ranges.enabled(),  # what was chosen without them opens none
             _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         )
     except RuntimeError:  # nested tensors have no shape, tensors of other layouts may have no strides

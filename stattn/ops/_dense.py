@@ -13,6 +13,7 @@ from stattn.problem import Extras, Problem
 
 _aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
+UNORDERED = "its backward adds up in no fixed order, and deterministic=True asks for one"
 
 
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
@@ -26,6 +27,8 @@ def sdpa_why_not(call: Any) -> str | None:
         return f"has no kernel for device {call.device}"
     if call.dtype == torch.float64:
         return "has no float64 kernel on CUDA that returns the LSE"
+    if call.ordered:
+        return UNORDERED
     if call.head_dim % 8 or call.head_dim > 256:
         return f"head dimension {call.head_dim} must be a multiple of 8, at most 256"
     if call.capability < (8, 0):
@@ -189,6 +192,8 @@ def flash_why_not(call: Any) -> str | None:
         return f"runs on CUDA, the tensors are on {call.device}"
     if call.dtype not in HALF:
         return f"takes bfloat16 and float16, not {str(call.dtype).removeprefix('torch.')}"
+    if call.ordered:
+        return UNORDERED
     most = {4: 128, 3: 256, 2: 256}[version]
     if call.head_dim % 8 or call.head_dim > most:
         return f"head dimension {call.head_dim} must be a multiple of 8, at most {most}, for flash-attn {version}"

@@ -115,13 +115,15 @@ def attention(
         out, lse = torch.ops.stattn.attention(q, k, v, *_flatten(problem), *extras, deterministic, impl)
         return (out, lse) if return_lse else out
 
-    signature = _memo.signature(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, scale, impl)
+    deterministic = _flags(deterministic, return_lse)
+    signature = _memo.signature(
+        q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, scale, impl, deterministic
+    )
     known = None if signature is None else _memo.find(signature)
     if signature is None or known is None:
         problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, scale)
-        deterministic = _flags(deterministic, return_lse)
         grad = _needs_grad(q, k, v)
-        chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, grad))
+        chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, grad, deterministic))
         direct = signature is not None and _memo.direct(q, k, v, *extras)
         known = _memo.Known(problem, _flatten(problem), chosen.name, chosen.run, direct)
         # Whether Triton's interpreter is on is for the environment to say, each time.
@@ -129,7 +131,6 @@ def attention(
             _memo.keep(signature, known)
     else:
         extras = _extras(known.problem, mask, k_frames, valid)
-        deterministic = _flags(deterministic, return_lse)
         grad = signature[-1]
     if known.name == "flash":  # has an autograd of its own
         return _dense.flash(q, k, v, known.problem.scale, return_lse)
@@ -144,7 +145,7 @@ def attention(
 
 
 def _flags(deterministic: bool | None, return_lse: bool) -> bool:
-    """Check two arguments that no implementation is chosen by, and give ``deterministic``."""
+    """Check two arguments that are of no account for the problem, and give ``deterministic``."""
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     elif not isinstance(deterministic, bool):
@@ -197,6 +198,7 @@ def explain(
     k_frames: torch.Tensor | None = None,
     valid: torch.Tensor | None = None,
     globals_see: str = "all",
+    deterministic: bool | None = None,
 ) -> str:
     """Say which implementation serves a call of ``attention``, and why the others do not.
 
@@ -204,7 +206,7 @@ def explain(
     than q's. Returns a table, one line an implementation.
     """
     problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, None)
-    call = _call(q, k, v, problem, extras, _needs_grad(q, k, v))
+    call = _call(q, k, v, problem, extras, _needs_grad(q, k, v), _flags(deterministic, False))
     if device is not None:
         call = call._replace(device=torch.device(device).type, capability=_capability(torch.device(device)))
     rows = OPERATION.table(call)
@@ -232,10 +234,17 @@ class AttentionCall(NamedTuple):
     dense: str | None  # None when every query sees every key, else what stands against it
     lists: bool
     obstacle: str | None  # what in tensors, masks or a needed gradient stands against the CUDA kernels
+    ordered: bool  # whether gradients are needed that are bitwise reproducible
 
 
 def _call(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras, grad: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    problem: Problem,
+    extras: Extras,
+    grad: bool,
+    deterministic: bool,
 ) -> AttentionCall:
     return AttentionCall(
         q.device.type,
@@ -247,6 +256,7 @@ def _call(
         _not_dense(problem, extras),
         extras.block_index is not None,
         _cuda.obstacle(q, k, v, problem, extras, grad),
+        grad and deterministic,
     )
 
 
@@ -383,9 +393,9 @@ def _triple(values: tuple[int, ...]) -> Triple:
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    *arguments, _, impl = rest
+    *arguments, deterministic, impl = rest
     problem, extras = _problem(*arguments[:7]), Extras(*arguments[7:])
-    chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, grad=False))
+    chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, False, deterministic))
     if chosen.name == "flash":
         raise ValueError("impl='flash' is not available under torch.compile; call it eagerly or choose another impl")
     return chosen.run(q, k, v, problem, extras)
@@ -401,9 +411,9 @@ def _backward(
     lse: torch.Tensor,
     *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    *arguments, _, impl = rest
+    *arguments, deterministic, impl = rest
     problem, extras = _problem(*arguments[:7]), Extras(*arguments[7:])
-    chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, grad=True))
+    chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, True, deterministic))
     backward = {"sdpa": _dense.sdpa_backward, "triton": _triton_backward, "reference": _reference_backward}
     run = backward[chosen.name]
     return run(dout, dlse, q, k, v, out, lse, problem, extras)

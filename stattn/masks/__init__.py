@@ -498,9 +498,3 @@ def _coordinates(grid: Grid, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.
     """Give the (t, h, w) of token indices; global tokens get some coordinate inside the grid."""
     place = (tokens - grid.before).clamp(0, grid.video - 1)
     return place // (grid.h * grid.w), place // grid.w % grid.h, place % grid.w
-
-
-if __name__ == "__main__":
-    from stattn.pictures import main
-
-    main()
