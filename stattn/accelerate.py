@@ -11,6 +11,7 @@ from torch import nn
 
 from stattn.grid import Grid, Triple
 from stattn.modules import (
+    CrossAttention,
     DenoiseStep,
     GatedResidual,
     Impl,
@@ -25,7 +26,7 @@ from stattn.modules import (
     describe_mask,
 )
 
-_MODULES = (Patchify3D, SpaceTimeAttention, ModulatedNorm, GatedResidual, QKNormRope, DenoiseStep)
+_MODULES = (Patchify3D, SpaceTimeAttention, CrossAttention, ModulatedNorm, GatedResidual, QKNormRope, DenoiseStep)
 _ATTENTION_STEMS = ("attention", "qk_norm_rope")
 
 

@@ -28,9 +28,12 @@ from torch import Tensor, nn
 
 from stattn import ranges
 from stattn.blocks import BlockList
+from stattn.cache import LayerCache, RollingKVCache
 from stattn.grid import Grid, Triple, as_grid
+from stattn.masks import full
 from stattn.modules import (
     CrossAttention,
+    FeedForward,
     GatedResidual,
     Impl,
     Masks,
@@ -178,10 +181,22 @@ CONFIGS: dict[str, DiTConfig] = {
 }
 
 
+class EncodedText(NamedTuple):
+    """What a DiT makes of a text alone: the same in every step of a sampler.
+
+    tokens: [B, L, dim]. valid: as it was given. keys: the keys and values of each CrossBlock, none of joint ones.
+    """
+
+    tokens: Tensor
+    valid: Tensor | None
+    keys: tuple[tuple[Tensor, Tensor], ...]
+
+
 class Layout(NamedTuple):
-    """Where the tokens of one call are, the same for all blocks.
+    """Where the tokens of one call are, the same for all blocks but for the mask and the cache.
 
     frames: number of frames when the modulation is per frame, else None. mask: overrides every layer's mask, or None.
+    cache: of the block's attention, or None.
     """
 
     grid: Grid
@@ -189,19 +204,19 @@ class Layout(NamedTuple):
     frames: int | None
     text_valid: Tensor | None
     mask: Masks | BlockList | None
+    cache: LayerCache | None = None
 
 
 def _modulation(table: Tensor, e: Tensor) -> tuple[Tensor, ...]:
     """Add a block's table [1, K, C] to the projected noise level [..., K, C] in fp32 or wider; K tensors [..., C]."""
-    return (table.to(_wide(table)) + e.to(_wide(e))).unbind(-2)
+    return (table + e.to(_wide(e))).unbind(-2)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _feed_forward(dim: int, ffn_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+Text = Tensor | tuple[Tensor, Tensor]  # of a block: tokens, or the keys and values of its cross-attention
 
 
 class CrossBlock(nn.Module):
@@ -213,17 +228,22 @@ class CrossBlock(nn.Module):
         self.norm1 = ModulatedNorm(dim, eps=eps, impl=impl)
         self.attn1 = SpaceTimeAttention(dim, heads, head_dim, qk_norm=config.qk_norm, eps=eps, mask=mask, impl=impl)
         self.norm2 = ModulatedNorm(dim, affine=True, eps=eps, impl=impl)
-        self.attn2 = CrossAttention(dim, heads, head_dim, qk_norm=config.qk_norm, eps=eps)
+        self.attn2 = CrossAttention(dim, heads, head_dim, qk_norm=config.qk_norm, eps=eps, impl=impl)
         self.norm3 = ModulatedNorm(dim, eps=eps, impl=impl)
-        self.ffn = _feed_forward(dim, config.ffn_dim)
+        self.ffn = FeedForward(dim, config.ffn_dim)
         self.add = GatedResidual(impl=impl)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
 
-    def forward(self, x: Tensor, text: Tensor, e: Tensor, e_text: Tensor | None, at: Layout) -> tuple[Tensor, Tensor]:
-        """Return video x [B, N, C] and text [B, L, C] after the block; e [B, 6, C] or [B, frames or N, 6, C]."""
+    def forward(self, x: Tensor, text: Text, e: Tensor, e_text: Tensor | None, at: Layout) -> tuple[Tensor, Text]:
+        """Return video x [B, N, C] after the block, and text as it came: [B, L, C], or keys and values made of it.
+
+        e: [B, 6, C] or [B, frames or N, 6, C].
+        """
         shift1, scale1, gate1, shift3, scale3, gate3 = _modulation(self.scale_shift_table, e)
         h = self.norm1(x, scale1, shift1, at.frames)
-        x, h = self.add.then(self.norm2, x, self.attn1(h, at.grid, rope=at.rope, mask=at.mask), gate1, frames=at.frames)
+        x, h = self.add.then(
+            self.norm2, x, self.attn1(h, at.grid, rope=at.rope, mask=at.mask, cache=at.cache), gate1, frames=at.frames
+        )
         x, h = self.add.then(self.norm3, x, self.attn2(h, text, at.text_valid), None, scale3, shift3, at.frames)
         return self.add(x, self.ffn(h), gate3, at.frames), text
 
@@ -239,7 +259,7 @@ class JointBlock(nn.Module):
             dim, config.heads, config.head_dim, qk_norm=config.qk_norm, eps=eps, mask=mask, impl=impl
         )
         self.norm2 = ModulatedNorm(dim, eps=eps, impl=impl)
-        self.ffn = _feed_forward(dim, config.ffn_dim)
+        self.ffn = FeedForward(dim, config.ffn_dim)
         self.add = GatedResidual(impl=impl)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
         self.text_scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
@@ -251,7 +271,8 @@ class JointBlock(nn.Module):
         both = [x.shape[1], text.shape[1]]
 
         h = torch.cat((self.norm1(x, scale1, shift1, at.frames), self.norm1(text, t_scale1, t_shift1)), dim=1)
-        a, t_a = self.attn1(h, at.grid, rope=at.rope, valid=at.text_valid, mask=at.mask).split(both, dim=1)
+        h = self.attn1(h, at.grid, rope=at.rope, valid=at.text_valid, mask=at.mask, cache=at.cache)
+        a, t_a = h.split(both, dim=1)
         x, h = self.add.then(self.norm2, x, a, gate1, scale2, shift2, at.frames)
         text, t_h = self.add.then(self.norm2, text, t_a, t_gate1, t_scale2, t_shift2)
         f, t_f = self.ffn(torch.cat((h, t_h), dim=1)).split(both, dim=1)
@@ -319,44 +340,64 @@ class DiT(nn.Module):
         self,
         x: Tensor,
         timestep: Tensor,
-        text: Tensor | None = None,
+        text: Tensor | EncodedText | None = None,
         text_valid: Tensor | None = None,
         *,
         known: Tensor | None = None,
         known_mask: Tensor | None = None,
         mask: Masks | BlockList | None = None,
+        dense_layers: int = 0,
+        cache: RollingKVCache | None = None,
+        tokens: bool = False,
     ) -> Tensor:
         """Predict [B, out_channels, T, H, W] from a noisy video x [B, in_channels, T, H, W], in the weights' dtype.
 
         timestep: the noise level in [0, 1000]: [B], per frame of tokens [B, T/pt], or per token [B, N]. text: token ids
-        [B, L], or features [B, L, text_dim]; None is no text at all, the same as text_valid = 0. text_valid: [B]
-        counts, or [B, L] booleans, of real text tokens; the rest has no influence. known [B, in_channels, T, H, W],
-        known_mask [B, 1, T, H, W]: the part of the video that is given (mask 1, read nowhere else) to a model with
-        masked_input; None means nothing is. mask: replaces the mask of every SpaceTimeAttention for this call. Raises
-        ValueError or TypeError when an argument does not fit the config.
+        [B, L], or features [B, L, text_dim], or what ``encode_text`` made of them; None is no text at all, the same as
+        text_valid = 0. text_valid: [B] counts, or [B, L] booleans, of real text tokens; the rest has no influence.
+        known [B, in_channels, T, H, W], known_mask [B, 1, T, H, W]: the part of the video that is given (mask 1, read
+        nowhere else) to a model with masked_input; None means nothing is. mask: replaces the mask of every
+        SpaceTimeAttention for this call. dense_layers: the first so many attend fully. cache: x is the chunk that was
+        opened last in it, and attends to the frames before it that it holds. tokens: return patches as
+        ``predict_tokens`` does. Raises ValueError or TypeError when an argument does not fit the config.
         """
-        tokens, grid = self.predict_tokens(x, timestep, text, text_valid, known=known, known_mask=known_mask, mask=mask)
+        predicted, grid = self.predict_tokens(
+            x,
+            timestep,
+            text,
+            text_valid,
+            known=known,
+            known_mask=known_mask,
+            mask=mask,
+            dense_layers=dense_layers,
+            cache=cache,
+        )
+        if tokens:
+            return predicted
         impl = impl_for(self.patchify.impl, "patchify")
-        return unpatchify3d(tokens, grid.shape, self.config.patch, self.config.out_channels, impl=impl)
+        return unpatchify3d(predicted, grid.shape, self.config.patch, self.config.out_channels, impl=impl)
 
     def predict_tokens(
         self,
         x: Tensor,
         timestep: Tensor,
-        text: Tensor | None = None,
+        text: Tensor | EncodedText | None = None,
         text_valid: Tensor | None = None,
         *,
         known: Tensor | None = None,
         known_mask: Tensor | None = None,
         mask: Masks | BlockList | None = None,
+        dense_layers: int = 0,
+        cache: RollingKVCache | None = None,
     ) -> tuple[Tensor, Grid]:
         """Predict as ``forward`` does; returns the patches, tokens [B, N, pt*ph*pw*out_channels], and their grid."""
         x = self.model_input(x, known, known_mask)
         tokens = self.patchify(x)
-        text = self.embed_text(text, text_valid, x.shape[0])
+        text, text_valid, keys = self._text(text, text_valid, x.shape[0])
         grid = self.patchify.grid(x, after=text.shape[1] if self.config.kind == "joint" else 0)
         frames = self._check_timestep(timestep, x.shape[0], grid)
-        at = Layout(grid, self.rope(grid, x.device), frames, text_valid if text.shape[1] else None, mask)
+        rope = self.rope(grid, x.device) if cache is None else self._chunk_rope(cache, grid)
+        at = Layout(grid, rope, frames, text_valid if text.shape[1] else None, mask)
 
         # The noise level is embedded in the weights' precision even where autocast would round it, as Wan does.
         with torch.autocast(x.device.type, enabled=False):
@@ -366,11 +407,79 @@ class DiT(nn.Module):
                 # Frames may differ in noise; the text, which all of them read, follows the noisiest.
                 temb_text = temb if timestep.ndim == 1 else self.embed_time(timestep.amax(dim=1))
                 e_text = self._project_time(self.text_time_proj, temb_text)
-        for block in ranges.each("layer", self.blocks):
-            tokens, text = block(tokens, text, e, e_text, at)
+        for layer, block in enumerate(ranges.each("layer", self.blocks)):
+            here = at._replace(
+                mask=full() if layer < dense_layers else mask, cache=None if cache is None else cache.layer(layer)
+            )
+            if keys:
+                tokens, _ = block(tokens, keys[layer], e, e_text, here)
+            else:
+                tokens, text = block(tokens, text, e, e_text, here)
 
         shift, scale = _modulation(self.scale_shift_table, temb.unsqueeze(-2))
         return self.proj_out(self.norm_out(tokens, scale, shift, frames)), grid
+
+    def encode_text(self, text: Tensor, text_valid: Tensor | None = None) -> EncodedText:
+        """Do once what all calls with one text share: embed it, and project it to the keys of cross-attention."""
+        tokens = self.embed_text(text, text_valid, len(text))
+        blocks = [block for block in self.blocks if isinstance(block, CrossBlock)]
+        return EncodedText(tokens, text_valid, tuple(block.attn2.keys_and_values(tokens) for block in blocks))
+
+    def kv_cache(
+        self,
+        batch: int,
+        size: tuple[int, int],
+        *,
+        chunk: int,
+        window: int,
+        sinks: int = 0,
+        text_len: int = 0,
+        rebase: bool = False,
+    ) -> RollingKVCache:
+        """Make an empty cache for videos of (H, W); the rest as in `RollingKVCache`, frames being those of tokens.
+
+        text_len: the text tokens of every call.
+        """
+        weight, config = self.proj_out.weight, self.config
+        height, width = (-(-n // p) for n, p in zip(size, config.patch[1:], strict=True))
+        return RollingKVCache(
+            config.layers,
+            batch,
+            (height, width),
+            config.heads,
+            config.head_dim,
+            chunk=chunk,
+            window=window,
+            sinks=sinks,
+            after=text_len if config.kind == "joint" else 0,
+            rebase=rebase,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+
+    def _chunk_rope(self, cache: RollingKVCache, grid: Grid) -> RopeTables:
+        """Rotate the chunk by the places of its frames, and have the cache rotate what it holds by theirs."""
+        cache.check(grid)
+
+        def tables(of: Grid, positions: Tensor) -> RopeTables:
+            config = self.config
+            return rope_tables(
+                of, config.head_dim, split=config.rope_split, theta=config.rope_theta, t_positions=positions
+            )
+
+        return cache.ropes(tables)
+
+    def _text(
+        self, text: Tensor | EncodedText | None, text_valid: Tensor | None, batch: int
+    ) -> tuple[Tensor, Tensor | None, tuple[tuple[Tensor, Tensor], ...]]:
+        """Return text tokens, which of them are real, and the keys and values that were made of them before."""
+        if not isinstance(text, EncodedText):
+            return self.embed_text(text, text_valid, batch), text_valid, ()
+        if text_valid is not None:
+            raise ValueError("text_valid is given beside an encoded text, which holds its own")
+        if len(text.tokens) != batch:
+            raise ValueError(f"text was encoded for a batch of {len(text.tokens)}, x has {batch}")
+        return text
 
     def model_input(self, x: Tensor, known: Tensor | None, known_mask: Tensor | None) -> Tensor:
         """Check x and join it on channels with what is known: [x | known * mask | mask]."""

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stattn.blocks import BlockList
+from stattn.cache import LayerCache
 from stattn.grid import Grid, Triple, as_grid
 from stattn.masks import Mask, full
 from stattn.ops._dispatch import NAMES, impl_for
@@ -266,7 +267,11 @@ class QKNormRope(nn.Module):
 
 
 def _norm_and_rotate(
-    module: QKNormRope | SpaceTimeAttention, q: Tensor, k: Tensor, rope: RopeTables | None
+    module: QKNormRope | SpaceTimeAttention,
+    q: Tensor,
+    k: Tensor,
+    rope: RopeTables | None,
+    k_rope: RopeTables | None = None,
 ) -> tuple[Tensor, Tensor]:
     return qk_norm_rope(
         q,
@@ -274,6 +279,7 @@ def _norm_and_rotate(
         None if module.norm_q is None else module.norm_q.weight,
         None if module.norm_k is None else module.norm_k.weight,
         rope,
+        k_rope=k_rope,
         across_heads=module.qk_norm == "across_heads",
         eps=module.eps,
         interleaved=module.interleaved,
@@ -330,17 +336,22 @@ class SpaceTimeAttention(nn.Module):
         rope: RopeTables | None = None,
         valid: Tensor | None = None,
         mask: Masks | BlockList | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Attend. x [B, grid.tokens, dim]: video tokens with grid.before and grid.after global tokens around them.
 
         rope: tables of ``stattn.rope_tables`` for this grid, or None for no rotation. valid: which global tokens are
-        real, [B] counts or [B, before + after] booleans. mask: used in place of ``self.mask`` for this call. Returns
-        [B, grid.tokens, dim].
+        real, [B] counts or [B, before + after] booleans. mask: used in place of ``self.mask`` for this call. cache: x
+        holds a few frames of the grid, whose keys and values are written there, and attends to all that it holds; its
+        mask is ANDed to the other, and global tokens see each other only. Returns [B, grid.tokens, dim], or as many
+        tokens as x has.
         """
         grid = as_grid(grid)
         q = self.to_q(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.to_k(x).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.to_v(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        if cache is not None:
+            return self._attend_to(cache, q, k, v, rope, valid, mask)
         q, k = _norm_and_rotate(self, q, k, rope)
         out = attention(
             q,
@@ -350,6 +361,32 @@ class SpaceTimeAttention(nn.Module):
             mask=self.mask if mask is None else mask,
             valid=valid,
             globals_see=self.globals_see,
+            impl=impl_for(self.impl, "attention"),
+        )
+        return self.to_out[0](out.flatten(2))
+
+    def _attend_to(
+        self,
+        cache: LayerCache,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: RopeTables | None,
+        valid: Tensor | None,
+        mask: Masks | BlockList | None,
+    ) -> Tensor:
+        k, v = cache.write(k, v)
+        q, k = _norm_and_rotate(self, q, k, rope, cache.rope)
+        out = attention(
+            q,
+            k,
+            v,
+            cache.grid,
+            mask=cache.mask(self.mask if mask is None else mask),
+            q_region=cache.region,
+            k_frames=cache.frames,
+            valid=valid,
+            globals_see="globals",
             impl=impl_for(self.impl, "attention"),
         )
         return self.to_out[0](out.flatten(2))
@@ -377,9 +414,12 @@ class CrossAttention(nn.Module):
         bias: bool = True,
         qk_norm: str | None = "across_heads",
         eps: float = 1e-6,
+        impl: Impl = "auto",
     ):
         super().__init__()
-        self.dim, self.heads, self.head_dim, self.qk_norm = dim, heads, _head_dim(dim, heads, head_dim), qk_norm
+        self.dim, self.heads, self.head_dim = dim, heads, _head_dim(dim, heads, head_dim)
+        self.qk_norm, self.eps = qk_norm, eps
+        self.impl = check_impl(impl)
         inner = heads * self.head_dim
         self.to_q = nn.Linear(dim, inner, bias=bias)
         self.to_k = nn.Linear(dim, inner, bias=bias)
@@ -388,32 +428,72 @@ class CrossAttention(nn.Module):
         self.norm_q = _qk_norm(qk_norm, heads, self.head_dim, eps)
         self.norm_k = _qk_norm(qk_norm, heads, self.head_dim, eps)
 
-    def forward(self, x: Tensor, text: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Attend from x [B, N, dim] to text [B, L, dim]; valid: [B] counts or [B, L] booleans of real text tokens.
+    def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, L, heads, D] of text [B, L, dim]: they depend on nothing else."""
+        return self._normalised(self.to_k(text), self.norm_k), self.to_v(text).unflatten(-1, (self.heads, -1))
 
-        A sample without text attends to nothing: its attention is 0, and the output the bias of the last projection.
+    def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], valid: Tensor | None = None) -> Tensor:
+        """Attend from x [B, N, dim] to text [B, L, dim], or to what ``keys_and_values`` made of it.
+
+        valid: [B] counts or [B, L] booleans of real text tokens. A sample without text attends to nothing: its
+        attention is 0, and the output the bias of the last projection.
         """
-        q, k, v = self.to_q(x), self.to_k(text), self.to_v(text)
-        if self.qk_norm == "across_heads":
-            q, k = _rms_norm(q, self.norm_q), _rms_norm(k, self.norm_k)
-        q, k, v = (each.unflatten(-1, (self.heads, self.head_dim)) for each in (q, k, v))
-        if self.qk_norm == "per_head":
-            q, k = _rms_norm(q, self.norm_q), _rms_norm(k, self.norm_k)
+        k, v = self.keys_and_values(text) if isinstance(text, Tensor) else text
+        q = self._normalised(self.to_q(x), self.norm_q)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-        if text.shape[1] == 0:
+        if k.shape[2] == 0:
             out = q * 0
         elif valid is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
-            seen = valid_tokens(valid, *text.shape[:2])
+            seen = valid_tokens(valid, len(k), k.shape[2])
             some = seen.any(dim=1, keepdim=True)
             # A softmax over no keys is undefined and differs between backends: such samples see all, and count for 0.
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=(seen | ~some)[:, None, None])
             out = torch.where(some[:, :, None, None], out, 0)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
+    def _normalised(self, x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+        """Normalise [B, N, heads * D] across heads or per head, in fp32 or wider; returns [B, N, heads, D]."""
+        if norm is not None and self.qk_norm == "across_heads":
+            x = modulate(
+                x, None, None, norm="rms", weight=norm.weight, eps=self.eps, impl=impl_for(self.impl, "modulate")
+            )
+        x = x.unflatten(-1, (self.heads, self.head_dim))
+        return _rms_norm(x, norm) if self.qk_norm == "per_head" else x
+
     def extra_repr(self) -> str:
-        return f"{self.dim}, heads={self.heads}, head_dim={self.head_dim}, qk_norm={self.qk_norm}"
+        return (
+            f"{self.dim}, heads={self.heads}, head_dim={self.head_dim}, qk_norm={self.qk_norm}, "
+            f"impl={_describe(self.impl)}"
+        )
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU (tanh), Linear: an nn.Sequential with its parameters, 0 and 2.
+
+    On a GPU, without gradients, GELU rides the first product: it is taken of the fp32 sums, which are rounded once
+    behind it, and not before it too.
+    """
+
+    def __init__(self, dim: int, ffn_dim: int):
+        super().__init__(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., dim] from x [..., dim]."""
+        first: nn.Module = self[0]
+        # A layer that was put in the first one's place (an adapter, say) is called as it is.
+        if (
+            type(first) is not nn.Linear
+            or not x.is_cuda
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cuda")
+        ):
+            out: Tensor = super().forward(x)
+        else:
+            h = torch._addmm_activation(first.bias, x.flatten(0, -2), first.weight.t(), use_gelu=True)
+            out = self[2](h.unflatten(0, x.shape[:-1]))
+        return out
 
 
 def valid_tokens(valid: Tensor, batch: int, length: int) -> Tensor:

@@ -1,141 +1,150 @@
-"""Sampling: noise levels, and the loop that walks a video from noise to data.
+"""Sampling: the loop that walks a video from noise to data along a schedule.
 
-A noisy video is x = alpha * x0 + sigma * e, with e standard normal. A schedule lists the levels (alpha, sigma) from
-noise to data; a model predicts x0 ("x"), e ("noise") or a velocity ("v") at each; and one step is a linear combination
-of x and the predicted x0, whatever the schedule and the kind of prediction:
-
-    x' = (sigma' / sigma) * x + (alpha' - alpha * sigma' / sigma) * x0
-
-which is Euler's step for flow matching and DDIM's for diffusion. `stattn.denoise_step` does guidance, conversion,
-combination and the blend with a known region in one pass.
+A model predicts the clean video x0 ("x"), the noise e ("noise") or a velocity ("v") from x = alpha * x0 + sigma * e at
+each level of `stattn.schedules`, and one step combines x and the predicted x0 linearly. `stattn.denoise_step` does
+guidance, conversion, combination and the blend with a known region in one pass. `stattn.graph` captures the whole loop
+as one CUDA graph; `stattn.rollout` runs it chunk by chunk for autoregressive video.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stattn import masks, ranges
+from stattn.dit import DiT
 from stattn.grid import is_int
 from stattn.ops._dispatch import impl_for
 from stattn.ops.denoise import denoise_step
+from stattn.schedules import Diffusion, FlowMatching, Level, Schedule, step_weights
+
+__all__ = ["Diffusion", "FlowMatching", "Level", "Schedule", "draw_noise", "sample", "step_weights"]
 
 Masks = masks.Mask | Sequence[masks.Mask]
 PREDICTIONS = ("x", "v", "noise")
 
 
-class Level(NamedTuple):
-    """Hold one noise level, x = alpha * x0 + sigma * e, and the timestep by which a model knows it."""
+class Pass(NamedTuple):
+    """One call of the model in a step: how many copies of the batch, their text, and what of it is valid.
 
-    alpha: float
-    sigma: float
-    timestep: float
+    text: as given, or what the model's encode_text made of it, which then knows what is valid.
+    """
+
+    copies: int
+    text: Any
+    valid: Tensor | None
+
+
+class Inputs(NamedTuple):
+    """The tensors of a sample, checked and on its device."""
+
+    noise: Tensor
+    passes: tuple[Pass, ...]
+    known: Tensor | None
+    generated: Tensor | None
 
 
 @dataclass(frozen=True)
-class FlowMatching:
-    """Walk the straight line x = (1 - s) * x0 + s * e from s = 1 to 0; "v" is e - x0, the timestep 1000 * s.
+class Walk:
+    """The loop of a sample: everything about it but the tensors, and so what a graph of it fixes.
 
-    steps: how many steps, equal in s before the shift. shift: k > 0 moves them towards noise, s' = k * s / (1 + (k - 1)
-    * s); larger videos want more (Wan 3 to 5, HunyuanVideo 7). Follows Lipman et al., arXiv:2210.02747, and Esser et
-    al., arXiv:2403.03206.
+    advance: `stattn.denoise_step` with what is the same in all steps. keywords: of every call of the model.
     """
 
-    steps: int
-    shift: float = 1.0
-    velocity = "velocity"
+    model: Callable[..., Tensor]
+    levels: Sequence[Level]
+    order: int
+    advance: Callable[..., tuple[Tensor, Tensor]]
+    mask_at: Callable[[int], Masks | None]
+    masked_input: bool
+    dtype: torch.dtype
+    keywords: Mapping[str, Any]
 
-    def __post_init__(self) -> None:
-        _positive_int("steps", self.steps)
-        if not (math.isfinite(self.shift) and self.shift > 0):
-            raise ValueError(f"shift={self.shift!r} must be a positive number")
+    def with_keywords(self, **keywords: Any) -> Walk:
+        """Return the same loop with more keywords for the model."""
+        return replace(self, keywords={**self.keywords, **keywords})
 
-    def levels(self) -> list[Level]:
-        """Return the steps + 1 levels, from noise to data."""
-        line = [1 - i / self.steps for i in range(self.steps)] + [0.0]
-        shifted = [self.shift * s / (1 + (self.shift - 1) * s) for s in line]
-        return [Level(1 - s, s, 1000 * s) for s in shifted]
+    def encode(self, inputs: Inputs) -> Inputs:
+        """Do what the model can do with the text alone, once for all steps."""
+        encode = getattr(self.model, "encode_text", None)
+        if encode is None:
+            return inputs
+        passes = [
+            each if each.text is None else Pass(each.copies, encode(each.text, each.valid), None)
+            for each in inputs.passes
+        ]
+        return inputs._replace(passes=tuple(passes))
+
+    def __call__(
+        self,
+        inputs: Inputs,
+        callback: Callable[[int, int, Tensor], object] | None = None,
+        only: Collection[int] | None = None,
+    ) -> Tensor:
+        """Walk from inputs.noise to the video. only: the numbers of steps to take, the others being left out."""
+        noise, passes, known, generated = inputs
+        x = noise
+        keep: dict[str, Any] = {}
+        reads: dict[str, Tensor] = {}
+        if known is not None and generated is not None:
+            kept = self.levels[0].alpha * known + self.levels[0].sigma * noise
+            x = generated * noise + (1 - generated) * kept
+            keep = {"known": known, "generated": generated, "noise": noise}
+            if self.masked_input:
+                known_mask = (1 - generated).expand(len(x), 1, *x.shape[2:])
+                reads = {"known": known.to(self.dtype), "known_mask": known_mask.to(self.dtype)}
+        history: tuple[Tensor, ...] = ()
+        for step, (now, then) in enumerate(ranges.each("step", pairwise(self.levels))):
+            if only is not None and step not in only:
+                continue
+            cond, uncond = self.predict(x, now.timestep, passes, step, reads)
+            if keep:
+                keep |= {"known_alpha": then.alpha, "known_sigma": then.sigma}
+            weights = step_weights(self.levels, step, self.order)
+            x, clean = self.advance(
+                x,
+                cond,
+                uncond=uncond,
+                alpha=now.alpha,
+                sigma=now.sigma,
+                weights=weights[: 2 + len(history)],
+                history=history,
+                **keep,
+            )
+            history = (clean,) if self.order == 2 else ()
+            if callback is not None:
+                callback(step + 1, len(self.levels) - 1, clean)
+        return x
+
+    def predict(
+        self, x: Tensor, timestep: float, passes: Sequence[Pass], step: int, reads: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the conditional prediction for a step and, under guidance, the unconditional one."""
+        x, mask = x.to(self.dtype), self.mask_at(step)
+        outputs: list[Tensor] = []
+        for copies, text, valid in passes:
+            t = torch.full((copies * len(x),), timestep, dtype=torch.float32, device=x.device)
+            keywords: dict[str, Any] = {name: _repeat(each, copies) for name, each in (reads or {}).items()}
+            keywords |= self.keywords
+            if valid is not None:
+                keywords["text_valid"] = valid
+            if mask is not None:
+                keywords["mask"] = mask
+            output = self.model(_repeat(x, copies), t, *(() if text is None else (text,)), **keywords)
+            if len(output) != len(t):
+                raise ValueError(f"model returned shape {tuple(output.shape)} for a batch of {len(t)}")
+            outputs.extend(output.chunk(copies))
+        return outputs[0], outputs[1] if len(outputs) == 2 else None
 
 
-@dataclass(frozen=True)
-class Diffusion:
-    """Walk a variance-preserving diffusion, alpha^2 + sigma^2 = 1, by DDIM; "v" is alpha * e - sigma * x0.
-
-    steps: at most train_steps, spaced evenly and ending at the noisiest ("trailing"). betas: "scaled_linear" (0.00085
-    to 0.012, linear in the square root) or "cosine". zero_snr: rescale so that the noisiest level holds no signal; a
-    model that predicts "noise" cannot start there. snr_shift: divide the signal-to-noise ratio (CogVideoX-2B: 3).
-    Follows Song et al., arXiv:2010.02502, Nichol and Dhariwal, arXiv:2102.09672, and Lin et al., arXiv:2305.08891.
-    """
-
-    steps: int
-    betas: str = "scaled_linear"
-    zero_snr: bool = True
-    snr_shift: float = 1.0
-    train_steps: int = 1000
-    velocity = "v"
-
-    def __post_init__(self) -> None:
-        _positive_int("steps", self.steps)
-        _positive_int("train_steps", self.train_steps)
-        if self.steps > self.train_steps:
-            raise ValueError(f"steps={self.steps} must be at most train_steps={self.train_steps}")
-        if self.betas not in ("scaled_linear", "cosine"):
-            raise ValueError(f"betas={self.betas!r} must be 'scaled_linear' or 'cosine'")
-        if not (math.isfinite(self.snr_shift) and self.snr_shift > 0):
-            raise ValueError(f"snr_shift={self.snr_shift!r} must be a positive number")
-
-    def levels(self) -> list[Level]:
-        """Return the steps + 1 levels, from noise to data."""
-        signal = self.signal()
-        last = self.train_steps - 1
-        times = [max(0, round(last - i * self.train_steps / self.steps)) for i in range(self.steps)]
-        noisy = [Level(math.sqrt(signal[t]), math.sqrt(1 - signal[t]), float(t)) for t in times]
-        return [*noisy, Level(1.0, 0.0, 0.0)]
-
-    def signal(self) -> np.ndarray:
-        """Return alpha^2 at each of the training's timesteps, float64 [train_steps]."""
-        if self.betas == "cosine":
-            at = np.cos((np.arange(self.train_steps + 1) / self.train_steps + 0.008) / 1.008 * math.pi / 2) ** 2
-            betas = np.minimum(1 - at[1:] / at[:-1], 0.999)
-        else:
-            betas = np.linspace(0.00085**0.5, 0.012**0.5, self.train_steps) ** 2
-        signal = np.cumprod(1 - betas)
-        signal = signal / (self.snr_shift + (1 - self.snr_shift) * signal)
-        if self.zero_snr:
-            alpha = np.sqrt(signal)
-            signal = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
-        return signal
-
-
-Schedule = FlowMatching | Diffusion
-
-
-def step_weights(levels: Sequence[Level], step: int, order: int) -> tuple[float, ...]:
-    """Return the weights of x, of x0 and, at order 2, of the step before's x0 that give x at levels[step + 1].
-
-    Order 2 is DPM-Solver++ (2M), Lu et al., arXiv:2211.01095; it falls to order 1 where the logarithm of the
-    signal-to-noise ratio is not finite, at pure noise and at data, and at the first step.
-    """
-    now, then = levels[step], levels[step + 1]
-    ratio = then.sigma / now.sigma
-    clean = then.alpha - now.alpha * ratio
-    if order == 1 or step == 0:
-        return ratio, clean
-    before, here, after = (
-        math.log(a / s) if a > 0 and s > 0 else math.inf for a, s, _ in (levels[step - 1], now, then)
-    )
-    if math.inf in (before, here, after):
-        return ratio, clean, 0.0
-    extrapolated = clean * (after - here) / (here - before) / 2
-    return ratio, clean + extrapolated, -extrapolated
+def _repeat(x: Tensor, copies: int) -> Tensor:
+    return x if copies == 1 else torch.cat([x] * copies)
 
 
 @torch.no_grad()
@@ -156,6 +165,7 @@ def sample(
     batched: bool = True,
     mask: Masks | Callable[[int], Masks | None] | None = None,
     dense_steps: int = 0,
+    dense_layers: int = 0,
     known: Tensor | None = None,
     generated: Tensor | None = None,
     masked_input: bool | None = None,
@@ -172,7 +182,8 @@ def sample(
 
     model: called as model(x, timestep[, text], **keywords) with x in dtype, timestep float32 [B]; keywords are those of
     text_valid, mask, known and known_mask that are given. It returns a tensor like x or, with patch=(pt, ph, pw),
-    tokens [B, N, pt*ph*pw*C]. device, dtype: the model's where it has parameters, else the CPU and float32.
+    tokens [B, N, pt*ph*pw*C], as a DiT is asked to. device, dtype: the model's where it has parameters, else the CPU
+    and float32.
 
     Text: text [B, L, ...] with text_valid (counts [B], or booleans [B, L]). guidance other than 1 also predicts from
     negative, by default the same text with none of it valid, and extrapolates; rescale and zero_star as in
@@ -182,7 +193,7 @@ def sample(
     clean video), "v" (the schedule's velocity) or "noise"; order 2 takes DPM-Solver++ (2M) steps.
 
     Sparsity: mask is passed to the model; a function is called with the step's number. dense_steps: so many first steps
-    use `masks.full`.
+    use `masks.full`. dense_layers: passed on, where it is not 0, to a model whose so many first layers then do.
 
     Known regions: known like the result, generated (bool or 0..1) broadcasting against [B, 1, T, H, W], 1 where the
     video is generated. Each step sets the rest to known at that step's noise level, and the result equals known there
@@ -195,6 +206,67 @@ def sample(
     callback: called after each step with the steps done, their number, and the predicted clean video.
     Raises ValueError or TypeError for arguments that do not fit, each named; what the model raises is passed on.
     """
+    walk, inputs = prepare(
+        model,
+        shape,
+        text=text,
+        text_valid=text_valid,
+        negative=negative,
+        negative_valid=negative_valid,
+        steps=steps,
+        prediction=prediction,
+        order=order,
+        guidance=guidance,
+        rescale=rescale,
+        zero_star=zero_star,
+        batched=batched,
+        mask=mask,
+        dense_steps=dense_steps,
+        dense_layers=dense_layers,
+        known=known,
+        generated=generated,
+        masked_input=masked_input,
+        noise=noise,
+        seed=seed,
+        generator=generator,
+        patch=patch,
+        device=device,
+        dtype=dtype,
+        impl=impl,
+    )
+    return walk(walk.encode(inputs), callback)
+
+
+def prepare(
+    model: Callable[..., Tensor],
+    shape: Sequence[int],
+    *,
+    text: Tensor | None = None,
+    text_valid: Tensor | None = None,
+    negative: Tensor | None = None,
+    negative_valid: Tensor | None = None,
+    steps: int | Schedule = 30,
+    prediction: str = "x",
+    order: int = 1,
+    guidance: float = 1.0,
+    rescale: float = 0.0,
+    zero_star: bool = False,
+    batched: bool = True,
+    mask: Masks | Callable[[int], Masks | None] | None = None,
+    dense_steps: int = 0,
+    dense_layers: int = 0,
+    known: Tensor | None = None,
+    generated: Tensor | None = None,
+    masked_input: bool | None = None,
+    noise: Tensor | None = None,
+    seed: int | Sequence[int] | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    patch: tuple[int, int, int] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    impl: str | Mapping[str, str] = "auto",
+) -> tuple[Walk, Inputs]:
+    """Check the arguments of `sample` and return its loop and its tensors."""
     schedule = FlowMatching(steps) if isinstance(steps, int) else steps
     if not isinstance(schedule, Schedule):
         raise TypeError(f"steps={steps!r} must be a number of steps or a schedule")
@@ -202,43 +274,33 @@ def sample(
     _choice("order", order, (1, 2))
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale={rescale!r} must lie in [0, 1]")
-    size = _shape(shape)
-    device, dtype = _place(model, device, dtype)
+    if not is_int(dense_layers) or dense_layers < 0:
+        raise ValueError(f"dense_layers={dense_layers!r} must be a non-negative integer")
+    size = check_shape(shape)
+    device, dtype = place(model, device, dtype)
     state = torch.float64 if dtype == torch.float64 else torch.float32
     levels = schedule.levels()
     kind = {"x": "sample", "noise": "noise", "v": schedule.velocity}[prediction]
     mask_at = _mask_schedule(mask, dense_steps, len(levels) - 1)
     passes = _passes(size[0], text, text_valid, negative, negative_valid, guidance != 1, batched, device)
     noise = _noise(size, noise, seed, generator).to(device, state)
-    x = noise
-    keep: dict[str, Any] = {}
-    reads: dict[str, Tensor] = {}
     if known is not None or generated is not None or masked_input:
         known, generated = _known(size, known, generated, state, device)
-        kept = levels[0].alpha * known + levels[0].sigma * noise
-        x = generated * noise + (1 - generated) * kept
-        keep = {"known": known, "generated": generated, "noise": noise}
-        if masked_input or (masked_input is None and _reads_known(model)):
-            reads = {"known": known.to(dtype), "known_mask": (1 - generated).expand(size[0], 1, *size[2:]).to(dtype)}
-
+    keywords: dict[str, Any] = {"dense_layers": dense_layers} if dense_layers else {}
+    if patch is None and isinstance(model, DiT):
+        keywords["tokens"], patch = True, model.config.patch
     guide: dict[str, Any] = {"guidance": guidance, "rescale": rescale, "zero_star": zero_star} if guidance != 1 else {}
     advance: Callable[..., tuple[Tensor, Tensor]] = partial(
-        denoise_step, prediction=kind, target="sample", patch=patch, impl=impl_for(impl, "denoise"), **guide
+        denoise_step,
+        prediction=kind,
+        target="sample",
+        patch=patch,
+        impl=impl_for(impl, "denoise"),
+        **guide,
     )
-
-    history: tuple[Tensor, ...] = ()
-    for step, (now, then) in enumerate(ranges.each("step", pairwise(levels))):
-        cond, uncond = _predict(model, x.to(dtype), now.timestep, passes, reads, mask_at(step))
-        if keep:
-            keep |= {"known_alpha": then.alpha, "known_sigma": then.sigma}
-        weights = step_weights(levels, step, order)
-        x, clean = advance(
-            x, cond, uncond=uncond, alpha=now.alpha, sigma=now.sigma, weights=weights, history=history, **keep
-        )
-        history = (clean,) if order == 2 else ()
-        if callback is not None:
-            callback(step + 1, len(levels) - 1, clean)
-    return x
+    reads_known = _reads_known(model) if masked_input is None else masked_input
+    walk = Walk(model, levels, order, advance, mask_at, reads_known, dtype, keywords)
+    return walk, Inputs(noise, passes, known, generated)
 
 
 def draw_noise(
@@ -248,7 +310,7 @@ def draw_noise(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Draw float32 standard normal noise sample by sample, as `sample` does: on the CPU, or where generator lives."""
-    size = _shape(shape)
+    size = check_shape(shape)
     if seed is not None and generator is not None:
         raise ValueError(f"seed={seed!r} and generator exclude each other")
     sources: list[torch.Generator | None]
@@ -268,30 +330,6 @@ def draw_noise(
     )
 
 
-def _predict(
-    model: Callable[..., Tensor],
-    x: Tensor,
-    timestep: float,
-    passes: list[tuple[int, Tensor | None, Tensor | None]],
-    reads: dict[str, Tensor],
-    mask: Masks | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the conditional prediction and, under guidance, the unconditional one."""
-    outputs: list[Tensor] = []
-    for copies, text, valid in passes:
-        t = torch.full((copies * len(x),), timestep, dtype=torch.float32, device=x.device)
-        keywords: dict[str, Any] = {name: torch.cat([each] * copies) for name, each in reads.items()}
-        if valid is not None:
-            keywords["text_valid"] = valid
-        if mask is not None:
-            keywords["mask"] = mask
-        output = model(torch.cat([x] * copies), t, *(() if text is None else (text,)), **keywords)
-        if len(output) != len(t):
-            raise ValueError(f"model returned shape {tuple(output.shape)} for a batch of {len(t)}")
-        outputs.extend(output.chunk(copies))
-    return outputs[0], outputs[1] if len(outputs) == 2 else None
-
-
 def _passes(
     batch: int,
     text: Tensor | None,
@@ -301,7 +339,7 @@ def _passes(
     guided: bool,
     batched: bool,
     device: torch.device,
-) -> list[tuple[int, Tensor | None, Tensor | None]]:
+) -> tuple[Pass, ...]:
     """List the model's calls of a step: how many copies of the batch, their text, and what of it is valid."""
     for name, each in (("text", text), ("negative", negative)):
         if each is not None and (each.ndim < 2 or len(each) != batch):
@@ -315,20 +353,20 @@ def _passes(
         None if each is None else each.to(device) for each in (text, text_valid, negative, negative_valid)
     )
     if not guided:
-        return [(1, text, text_valid)]
+        return (Pass(1, text, text_valid),)
     if text is None:
         raise ValueError("guidance other than 1 needs text")
     if negative is None:
         negative, negative_valid = text, torch.zeros(batch, dtype=torch.int64, device=device)
     if not batched:
-        return [(1, text, text_valid), (1, negative, negative_valid)]
+        return Pass(1, text, text_valid), Pass(1, negative, negative_valid)
     if negative.shape != text.shape:
         raise ValueError(
             f"negative of shape {tuple(negative.shape)} must have the shape of text, {tuple(text.shape)}, for one call:"
             " pad it and give negative_valid, or set batched=False"
         )
     if text_valid is None and negative_valid is None:
-        return [(2, torch.cat((text, negative)), None)]
+        return (Pass(2, torch.cat((text, negative)), None),)
     places = torch.arange(text.shape[1], device=device)
     flags = [
         torch.ones(batch, len(places), dtype=torch.bool, device=device) if each is None
@@ -337,8 +375,8 @@ def _passes(
         for each in (text_valid, negative_valid)
     ]  # fmt: skip
     if all(each is None or each.ndim == 1 for each in (text_valid, negative_valid)):
-        return [(2, torch.cat((text, negative)), torch.cat(flags).sum(1))]
-    return [(2, torch.cat((text, negative)), torch.cat(flags))]
+        return (Pass(2, torch.cat((text, negative)), torch.cat(flags).sum(1)),)
+    return (Pass(2, torch.cat((text, negative)), torch.cat(flags)),)
 
 
 def _mask_schedule(
@@ -395,7 +433,7 @@ def _reads_known(model: object) -> bool:
     return bool(getattr(getattr(model, "config", None), "masked_input", False))
 
 
-def _place(
+def place(
     model: Callable[..., Tensor], device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
     weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
@@ -412,15 +450,10 @@ def _sequence(value: Any) -> Sequence[Any]:
     return value if isinstance(value, Sequence) else ()
 
 
-def _shape(shape: Sequence[int]) -> tuple[int, ...]:
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if len(shape) != 5 or not all(is_int(n) and n > 0 for n in shape):
         raise ValueError(f"shape={tuple(shape)} must be five positive integers (B, C, T, H, W)")
     return tuple(int(n) for n in shape)
-
-
-def _positive_int(name: str, value: object) -> None:
-    if not is_int(value) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a positive integer")
 
 
 def _choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import stattn
 from stattn import dit, masks
 from stattn.dit import CONFIGS, DiT, DiTConfig, Layout
 from stattn.grid import Grid
@@ -193,6 +194,36 @@ def test_a_sample_does_not_depend_on_its_batch(config):
     for i in range(3):
         alone = model(x[i : i + 1], timestep[i : i + 1], text[i : i + 1])
         torch.testing.assert_close(alone, together[i : i + 1], atol=2e-5, rtol=1e-4)
+
+
+@BOTH
+@torch.no_grad()
+def test_an_encoded_text_stands_for_the_text(config):
+    model = make(config)
+    x, timestep, text = inputs(config)
+    valid = torch.tensor([4, 2])
+    for given in ((text,), (text, valid)):
+        encoded = model.encode_text(*given)
+        assert torch.equal(model(x, timestep, encoded), model(x, timestep, *given))
+    with pytest.raises(ValueError, match="text_valid"):
+        model(x, timestep, encoded, valid)
+    with pytest.raises(ValueError, match="batch of 2"):
+        model(x[:1], timestep[:1], encoded)
+
+
+@BOTH
+@torch.no_grad()
+def test_the_first_layers_may_be_dense(config):
+    model = make(config)
+    x, timestep, text = inputs(config)
+    near = masks.window(1, 1, 1)
+    whole, sparse = model(x, timestep, text), model(x, timestep, text, mask=near)
+    assert torch.equal(model(x, timestep, text, mask=near, dense_layers=2), whole)
+    some = model(x, timestep, text, mask=near, dense_layers=1)
+    assert not torch.equal(some, whole)
+    assert not torch.equal(some, sparse)
+    with stattn.accelerate(model, near, layers=[1]):
+        assert torch.equal(model(x, timestep, text), some)
 
 
 @BOTH

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stattn import masks
+from stattn.dit import DiT, DiTConfig
 from stattn.sampler import Diffusion, FlowMatching, draw_noise, sample, step_weights
 
 SHAPE = (2, 3, 4, 6, 6)
@@ -318,7 +319,35 @@ def test_a_model_may_return_tokens():
     assert torch.equal(sample(tokens, SHAPE, steps=3, seed=0, patch=(2, 2, 3)), whole)
 
 
+@pytest.mark.parametrize("kind", ["cross", "joint"])
+def test_a_dit_encodes_its_text_once_and_is_asked_for_tokens(kind):
+    config = DiTConfig(
+        kind=kind, layers=2, heads=2, head_dim=12, ffn_dim=16, in_channels=3, out_channels=3, patch=(1, 2, 3),
+        text_dim=8, text_len=3, freq_dim=16,
+    )  # fmt: skip
+    model = DiT(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    text = torch.randn(2, 3, 8)
+    options = {"text": text, "steps": 3, "seed": 0, "guidance": 2.0, "prediction": "v"}
+    plain = sample(lambda *arguments, **keywords: model(*arguments, **keywords), SHAPE, **options)
+    calls, embed = [], model.embed_text
+    model.embed_text = lambda *arguments: calls.append(arguments) or embed(*arguments)
+    forward, asked = model.forward, []
+    model.forward = lambda *arguments, **keywords: asked.append(keywords["tokens"]) or forward(*arguments, **keywords)
+    assert torch.equal(sample(model, SHAPE, **options), plain)
+    assert (len(calls), asked) == (1, [True] * 3)
+
+
 # ---- masks
+
+
+def test_dense_layers_are_for_the_model_to_make():
+    model = Reader()
+    sample(model, SHAPE, text=TEXT, steps=2, seed=0, mask=masks.spatial(), dense_layers=3)
+    assert [call["dense_layers"] for call in model.calls] == [3, 3]
+    with pytest.raises(ValueError, match="dense_layers=-1"):
+        sample(model, SHAPE, text=TEXT, steps=2, dense_layers=-1)
 
 
 def test_the_first_steps_are_dense_and_a_function_chooses_per_step():
