@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from stattn import masks
 from stattn.grid import Grid, Triple
 from stattn.modules import (
     CrossAttention,
@@ -26,6 +27,9 @@ from stattn.modules import (
     describe_mask,
 )
 
+if TYPE_CHECKING:
+    from stattn.integrations._layers import HostAcceleration
+
 _MODULES = (Patchify3D, SpaceTimeAttention, CrossAttention, ModulatedNorm, GatedResidual, QKNormRope, DenoiseStep)
 _ATTENTION_STEMS = ("attention", "qk_norm_rope")
 
@@ -42,18 +46,24 @@ class LayerReport:
     impl: str
 
 
-class Report(tuple[LayerReport, ...]):
-    """The attention layers of a model; prints as a table."""
+class Report(tuple[Any, ...]):
+    """The attention layers of a model, a record each; prints as a table."""
 
     def __str__(self) -> str:
-        rows = [("layer", "name", "heads", "mask", "density", "impl")]
-        for each in self:
-            share = "-" if each.density is None else f"{each.density:.2%}"
-            rows.append((str(each.layer), each.name, str(each.heads), each.mask, share, each.impl))
+        if not self:
+            return "no layers"
+        names = [field.name for field in fields(self[0])]
+        rows = [names, *([_cell(getattr(each, name)) for name in names] for each in self)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         )
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2%}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -110,31 +120,62 @@ class Acceleration:
 
 
 def accelerate(
-    model: nn.Module, mask: Masks | None = None, impl: Impl | None = None, layers: Iterable[int] | None = None
-) -> Acceleration:
-    """Set the mask and the implementations of a model built from stattn's modules. No parameter is touched or copied.
+    model: nn.Module,
+    mask: Masks | None = None,
+    impl: Impl | None = None,
+    layers: Iterable[int] | None = None,
+    *,
+    dense_layers: Iterable[int] = (),
+    dense_steps: int = 0,
+    verify: bool = False,
+) -> Acceleration | HostAcceleration:
+    """Set the mask and the implementations of a model's space-time attention. No parameter is touched or copied.
 
-    mask: for every SpaceTimeAttention, a Mask or one per head; None keeps each layer's own. impl: an implementation for
-    all operations, or a mapping from stem to name, which changes the stems that it lists ("*": all others); None keeps.
+    model: built from stattn's modules, or a video transformer of diffusers (0.42 and later; its families:
+    ``stattn.integrations.diffusers.FAMILIES``), whose self-attention is then stattn's. Grid, side and length of the
+    text follow from its calls; norm and rotation are fused where that is the same.
+    mask: a Mask or one per head. None keeps each layer's own, and is dense attention on a model of diffusers. Text and
+    other tokens beside the video are seen by every query and see everything.
+    impl: an implementation for all operations, or a mapping from stem to name, which changes the stems that it lists
+    ("*": all others); None keeps.
     layers: numbers of the attention layers to change, in the order of ``model.modules()``, all by default; impl then
-    means their attention and qk_norm_rope.
+    means their attention and qk_norm_rope. dense_layers: those of them whose attention is dense all the same.
 
-    Returns a handle: ``undo()`` restores, ``report(grid)`` lists the layers, and ``with accelerate(...):`` undoes at
-    the end. Raises TypeError for a model without SpaceTimeAttention and for arguments of the wrong type, ValueError for
-    unknown layers, stems and implementations, and for a sequence of masks that does not match a layer's heads.
+    For a model of diffusers alone: dense_steps: so many first steps of each video are dense (a step is a change of the
+    timestep, which is read on the host: not inside a compiled transformer). verify: compare dense attention with
+    PyTorch's in the first call on each grid, RuntimeError where they differ.
+
+    Returns a handle: ``undo()`` restores, ``report()`` lists the layers (those of stattn's own models by
+    ``report(grid)``, with densities), and ``with accelerate(...):`` undoes at the end. Raises TypeError for a model
+    that is not served and for arguments of the wrong type, ValueError for unknown layers, stems and implementations,
+    for a sequence of masks that does not match a layer's heads, and for layers that are accelerated already.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model of type {type(model).__name__} must be a torch.nn.Module")
     found = _attention_layers(model)
     if not found:
+        if type(getattr(model, "_orig_mod", model)).__module__.startswith("diffusers."):
+            from stattn.integrations import diffusers
+
+            return diffusers.accelerate(model, mask, impl, layers, dense_layers, dense_steps, verify)
         raise TypeError(
-            f"model is a {type(model).__name__} without a SpaceTimeAttention; build it from stattn's modules"
+            f"model is a {type(model).__name__} without a SpaceTimeAttention; build it from stattn's modules, or take "
+            "a video transformer of diffusers"
         )
-    chosen = found if layers is None else [found[each] for each in _check_layers(layers, len(found))]
+    if dense_steps:
+        raise ValueError(f"dense_steps={dense_steps!r}: stattn's own models take it from stattn.sampler")
+    if verify:
+        raise ValueError("verify=True is for models of diffusers; stattn's own modules have no other attention")
+    numbers = list(range(len(found))) if layers is None else check_layers(layers, len(found))
+    dense = set(check_layers(dense_layers, len(found), "dense_layers"))
+    if not dense <= set(numbers):
+        raise ValueError(f"dense_layers has {min(dense - set(numbers))}, which is not among layers={numbers}")
+    chosen = [found[each] for each in numbers]
     changes = []
-    if mask is not None:
-        for name, attention in chosen:
-            changes.append(_Change(attention, name, "mask", attention.mask, check_mask(mask, attention.heads)))
+    for number, (name, attention) in zip(numbers, chosen, strict=True):
+        wanted = masks.full() if number in dense else mask
+        if wanted is not None:
+            changes.append(_Change(attention, name, "mask", attention.mask, check_mask(wanted, attention.heads)))
     if impl is not None:
         check_impl(impl)
         others = [stem for stem in impl if stem not in (*_ATTENTION_STEMS, "*")] if isinstance(impl, Mapping) else []
@@ -151,15 +192,16 @@ def _attention_layers(model: nn.Module) -> list[tuple[str, SpaceTimeAttention]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, SpaceTimeAttention)]
 
 
-def _check_layers(layers: Iterable[int], count: int) -> list[int]:
+def check_layers(layers: Iterable[int], count: int, argument: str = "layers") -> list[int]:
+    """Return layer numbers as a list. Raises TypeError or ValueError naming the one that is none, or is there twice."""
     numbers = list(layers)
     for each in numbers:
         if isinstance(each, bool) or not isinstance(each, int):
-            raise TypeError(f"layers has {each!r}; layers are integers")
+            raise TypeError(f"{argument} has {each!r}; layers are integers")
         if not 0 <= each < count:
-            raise ValueError(f"layers has {each}; the model has attention layers 0 to {count - 1}")
+            raise ValueError(f"{argument} has {each}; the model has attention layers 0 to {count - 1}")
     if len(set(numbers)) != len(numbers):
-        raise ValueError(f"layers={numbers} names a layer twice")
+        raise ValueError(f"{argument}={numbers} names a layer twice")
     return numbers
 
 

@@ -93,6 +93,12 @@ def test_layers_choose_which_attention_layers_change(model):
     assert model.blocks[0].norm1.impl == "auto"
 
 
+def test_dense_layers_stay_dense_among_those_that_change(model):
+    accelerate(model, mask=masks.temporal(), layers=[2])
+    accelerate(model, mask=masks.spatial(), layers=[0, 2], dense_layers=[2])
+    assert [block.attn1.mask for block in model.blocks] == [masks.spatial(), masks.full(), masks.full()]
+
+
 def test_each_head_can_have_its_own_mask(model):
     per_head = [masks.spatial(), masks.temporal()]
     with accelerate(model, mask=per_head):
@@ -172,6 +178,10 @@ def test_any_model_of_our_modules_is_served(model):
         (ValueError, "'attn'", {"impl": {"attn": "auto"}}),
         (TypeError, "impl=3", {"impl": 3}),
         (ValueError, "modulate", {"impl": {"modulate": "reference"}, "layers": [0]}),
+        (ValueError, "dense_layers has 3; the model", {"dense_layers": [3]}),
+        (ValueError, r"dense_layers has 1, which is not among layers=\[0, 2\]", {"dense_layers": [1]}),
+        (ValueError, "dense_steps=2: .* stattn.sampler", {"dense_steps": 2}),
+        (ValueError, "verify=True", {"verify": True}),
     ],
 )
 def test_wrong_arguments_are_named_and_change_nothing(model, error, message, keywords):

@@ -1,0 +1,365 @@
+"""Tiny random transformers of diffusers, their inputs, and the same model under a dense mask of PyTorch's attention."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stattn.grid import Grid
+from stattn.masks import Mask
+
+TEXT = 7
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family: its tiny model, and what to call it with for a grid of tokens, a batch and the lengths of its texts.
+
+    side: where the text stands among the tokens of self-attention, None for elsewhere. fullgraph: whether the original
+    compiles without graph breaks.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[tuple[int, int, int], int], dict[str, Any]]
+    side: str | None = None
+    fullgraph: bool = True
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape)
+
+
+def lengths(batch: int, text: int = TEXT) -> Tensor:
+    """Real text tokens of each sample: all of the first, 3 fewer of the next."""
+    return (torch.arange(text) < torch.tensor([text, text - 3])[:batch, None]).long()
+
+
+def model(name: str, **config: Any) -> nn.Module:
+    import diffusers
+
+    made = getattr(diffusers, name)(**config).eval()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, 0, 0.2) if parameter.ndim > 1 else nn.init.uniform_(parameter, 0.4, 1.2)
+    return made.requires_grad_(False)
+
+
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 10,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+}
+
+
+def wan(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    t, h, w = grid
+    return {
+        "hidden_states": randn(batch, 4, t, 2 * h, 2 * w),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": randn(batch, TEXT, 10),
+    }
+
+
+def wan_image(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    text = {"encoder_hidden_states": randn(batch, 512, 10), "encoder_hidden_states_image": randn(batch, 5, 8)}
+    return wan(grid, batch) | text
+
+
+def wan_tokens(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    t, h, w = grid
+    return wan(grid, batch) | {"timestep": torch.rand(batch, t * h * w) * 900}
+
+
+def vace(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    t, h, w = grid
+    return wan(grid, batch) | {"control_hidden_states": randn(batch, 6, t, 2 * h, 2 * w)}
+
+
+def hunyuan(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    t, h, w = grid
+    return {
+        "hidden_states": randn(batch, 4, t, 2 * h, 2 * w),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": randn(batch, TEXT, 10),
+        "encoder_attention_mask": lengths(batch),
+        "pooled_projections": randn(batch, 8),
+        "guidance": torch.full((batch,), 6000.0),
+    }
+
+
+def hunyuan15(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    t, h, w = grid
+    return {
+        "hidden_states": randn(batch, 4, t, h, w),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": randn(batch, TEXT, 10),
+        "encoder_attention_mask": lengths(batch),
+        "encoder_hidden_states_2": randn(batch, 5, 1472),
+        "encoder_attention_mask_2": lengths(batch, 5),
+        "image_embeds": torch.zeros(batch, 3, 8),
+    }
+
+
+def cogvideox(grid: tuple[int, int, int], batch: int, patch_t: int = 1, rope: bool = True) -> dict[str, Any]:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    t, h, w = grid
+    call: dict[str, Any] = {
+        "hidden_states": randn(batch, t * patch_t, 4, 2 * h, 2 * w),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": randn(batch, TEXT, 10),
+    }
+    if rope:
+        call["image_rotary_emb"] = get_3d_rotary_pos_embed(16, ((0, 0), (h, w)), (h, w), t)
+    return call
+
+
+def ltx(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    t, h, w = grid
+    return {
+        "hidden_states": randn(batch, t * h * w, 8),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": randn(batch, TEXT, 10),
+        "encoder_attention_mask": lengths(batch),
+        "num_frames": t,
+        "height": h,
+        "width": w,
+    }
+
+
+def ltx2(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    call = ltx(grid, batch)
+    return call | {
+        "audio_hidden_states": randn(batch, 9, 4),
+        "audio_encoder_hidden_states": randn(batch, TEXT, 10),
+        "audio_encoder_attention_mask": lengths(batch),
+        "audio_num_frames": 9,
+    }
+
+
+def mochi(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    t, h, w = grid
+    return {
+        "hidden_states": randn(batch, 4, t, 2 * h, 2 * w),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": randn(batch, TEXT, 16),
+        "encoder_attention_mask": lengths(batch).bool(),
+    }
+
+
+def kandinsky(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    t, h, w = grid
+    return {
+        "hidden_states": randn(batch, t, 2 * h, 2 * w, 4),
+        "encoder_hidden_states": randn(batch, TEXT, 10),
+        "timestep": torch.full((batch,), 500.0),
+        "pooled_projections": randn(batch, 8),
+        "visual_rope_pos": [torch.arange(each) for each in grid],
+        "text_rope_pos": torch.arange(TEXT),
+    }
+
+
+def cosmos(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    t, h, w = grid
+    return {
+        "hidden_states": randn(batch, 4, t, 2 * h, 2 * w),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": randn(batch, TEXT, 24),
+        "padding_mask": torch.zeros(1, 1, 2 * h, 2 * w),
+        "fps": 24,
+    }
+
+
+def cosmos_model() -> nn.Module:
+    """Cosmos, with a stand-in for the one function that it wants of torchvision, where that is missing."""
+    from diffusers.models.transformers import transformer_cosmos
+
+    if not hasattr(transformer_cosmos, "transforms"):
+        resize = types.SimpleNamespace(resize=lambda x, size, interpolation: F.interpolate(x, size))
+        nearest = types.SimpleNamespace(NEAREST="nearest")
+        transformer_cosmos.transforms = types.SimpleNamespace(functional=resize, InterpolationMode=nearest)
+    return model(
+        "CosmosTransformer3DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        text_embed_dim=24,
+        adaln_lora_dim=4,
+        max_size=(4, 16, 16),
+        patch_size=(1, 2, 2),
+        extra_pos_embed_type=None,
+    )
+
+
+HUNYUAN = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 1,
+    "num_refiner_layers": 1,
+    "mlp_ratio": 2.0,
+    "rope_axes_dim": (4, 4, 4),
+}
+COGVIDEOX = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 8,
+    "text_embed_dim": 10,
+    "num_layers": 2,
+    "max_text_seq_length": TEXT,
+}
+LTX = {
+    "in_channels": 8,
+    "out_channels": 8,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "cross_attention_dim": 24,
+    "num_layers": 2,
+    "caption_channels": 10,
+}
+
+FAMILIES: dict[str, Family] = {
+    "wan": Family(lambda: model("WanTransformer3DModel", **WAN), wan),
+    "wan-i2v": Family(lambda: model("WanTransformer3DModel", **WAN, image_dim=8, added_kv_proj_dim=24), wan_image),
+    "wan2.2-ti2v": Family(lambda: model("WanTransformer3DModel", **WAN), wan_tokens),
+    "wan-vace": Family(lambda: model("WanVACETransformer3DModel", **WAN, vace_layers=[0], vace_in_channels=6), vace),
+    "skyreels-v2": Family(lambda: model("SkyReelsV2Transformer3DModel", **WAN), wan),
+    "hunyuanvideo": Family(
+        lambda: model(
+            "HunyuanVideoTransformer3DModel",
+            **HUNYUAN,
+            num_single_layers=1,
+            text_embed_dim=10,
+            pooled_projection_dim=8,
+            guidance_embeds=True,
+        ),
+        hunyuan,
+        "after",
+    ),
+    "hunyuanvideo-1.5": Family(
+        lambda: model(
+            "HunyuanVideo15Transformer3DModel", **HUNYUAN, text_embed_dim=10, text_embed_2_dim=1472, image_embed_dim=8
+        ),
+        hunyuan15,
+        "after",
+        fullgraph=False,
+    ),
+    "cogvideox": Family(
+        lambda: model("CogVideoXTransformer3DModel", **COGVIDEOX, use_rotary_positional_embeddings=True),
+        cogvideox,
+        "before",
+    ),
+    "cogvideox-1.5": Family(
+        lambda: model(
+            "CogVideoXTransformer3DModel", **COGVIDEOX, patch_size_t=2, use_rotary_positional_embeddings=True
+        ),
+        lambda grid, batch: cogvideox(grid, batch, patch_t=2),
+        "before",
+    ),
+    "ltx": Family(lambda: model("LTXVideoTransformer3DModel", **LTX), ltx),
+    "ltx-2": Family(
+        lambda: model(
+            "LTX2VideoTransformer3DModel",
+            **LTX,
+            audio_in_channels=4,
+            audio_out_channels=4,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=6,
+            audio_cross_attention_dim=12,
+        ),
+        ltx2,
+    ),
+    "mochi": Family(
+        lambda: model(
+            "MochiTransformer3DModel",
+            patch_size=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=2,
+            pooled_projection_dim=16,
+            in_channels=4,
+            text_embed_dim=16,
+            time_embed_dim=8,
+            max_sequence_length=TEXT,
+        ),
+        mochi,
+        "after",
+        fullgraph=False,
+    ),
+    "kandinsky-5": Family(
+        lambda: model(
+            "Kandinsky5Transformer3DModel",
+            in_visual_dim=4,
+            out_visual_dim=4,
+            in_text_dim=10,
+            in_text_dim2=8,
+            time_dim=16,
+            model_dim=24,
+            ff_dim=32,
+            num_text_blocks=1,
+            num_visual_blocks=2,
+            axes_dims=(4, 4, 4),
+        ),
+        kandinsky,
+    ),
+    "cosmos": Family(cosmos_model, cosmos),
+}
+
+
+class Masked(torch.overrides.TorchFunctionMode):
+    """Put a mask on PyTorch's attention where queries and keys are the tokens of a grid and what stands beside them."""
+
+    def __init__(self, mask: Mask, shape: tuple[int, int, int], side: str | None):
+        super().__init__()
+        self.mask, self.shape, self.side, self.calls = mask, shape, side, 0
+
+    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is F.scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask")
+            call = dict(zip(names, args, strict=False)) | kwargs
+            tokens = call["query"].shape[-2]
+            t, h, w = self.shape
+            if tokens == call["key"].shape[-2] and tokens >= t * h * w:
+                self.calls += 1
+                beside = tokens - t * h * w
+                grid = Grid(t, h, w, *((beside, 0) if self.side == "before" else (0, beside)))
+                allowed = self.mask.allowed(grid)
+                theirs = call.get("attn_mask")
+                call["attn_mask"] = allowed if theirs is None else allowed & theirs
+            return function(**call)
+        return function(*args, **kwargs)
+
+
+def first(output: Any) -> Tensor:
+    """The video of a transformer's output."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@torch.no_grad()
+def run(transformer: nn.Module, call: dict[str, Any]) -> Tensor:
+    return first(transformer(**call))
+
+
+@torch.no_grad()
+def run_masked(
+    transformer: nn.Module, call: dict[str, Any], mask: Mask, shape: tuple[int, int, int], side: str | None
+) -> tuple[Tensor, int]:
+    """Run the original under a dense mask. Returns the output, and how many calls of attention were masked."""
+    with Masked(mask, shape, side) as mode:
+        return first(transformer(**call)), mode.calls

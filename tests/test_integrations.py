@@ -1,0 +1,428 @@
+"""Diffusers' video transformers under stattn: each family equals the same model under a dense mask of PyTorch."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hosts import COGVIDEOX, FAMILIES, LTX, WAN, cogvideox, first, ltx, model, run, run_masked, wan
+from torch import nn
+
+import stattn
+from stattn import masks
+
+pytest.importorskip("diffusers")
+
+MASK = masks.window(1, 2, 3)
+GRID = (3, 4, 6)
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request):
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def transformer(family):
+    torch.manual_seed(0)
+    return family.build()
+
+
+def layers_of(transformer):
+    with stattn.accelerate(transformer) as handle:
+        return len(handle.report())
+
+
+def test_every_family_equals_a_dense_masked_run_on_two_grids_and_undo_restores_it_bitwise(family, transformer):
+    layers = layers_of(transformer)
+    # A batch of two has texts of two lengths where the model takes masks of them; Mochi attends sample by sample.
+    for grid, batch in ((GRID, 2), ((2, 5, 4), 1)):
+        call = family.inputs(grid, batch)
+        before = run(transformer, call)
+        want, masked = run_masked(transformer, call, MASK, grid, family.side)
+        assert masked in (layers, layers * batch)
+        assert (want - before).abs().max() > 0.1
+        with stattn.accelerate(transformer, MASK):
+            torch.testing.assert_close(run(transformer, call), want, **CLOSE)
+        assert torch.equal(run(transformer, call), before)
+
+
+def test_a_window_as_large_as_the_grid_and_dense_attention_equal_the_original(family, transformer):
+    call = family.inputs(GRID, 2)
+    before = run(transformer, call)
+    for mask in (None, masks.window(*GRID)):
+        with stattn.accelerate(transformer, mask, verify=True) as handle:
+            torch.testing.assert_close(run(transformer, call), before, **CLOSE)
+        (line,) = handle.report().verified
+        assert "dense differs from PyTorch by" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.fullgraph])
+def test_it_compiles_without_graph_breaks_where_the_original_does(name):
+    family = FAMILIES[name]
+    transformer = family.build()
+    # Another grid compiles once more; the family that does so speaks for the others.
+    calls = [family.inputs(grid, 1) for grid in (GRID, (2, 5, 4))[: 2 if name == "wan" else 1]]
+    with stattn.accelerate(transformer, MASK):
+        want = [run(transformer, call) for call in calls]
+        torch._dynamo.reset()
+        compiled = torch.compile(transformer, backend="eager", fullgraph=True)
+        for call, out in zip(calls, want, strict=True):
+            torch.testing.assert_close(run(compiled, call), out, **CLOSE)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            torch.testing.assert_close(run(compiled, calls[0]), want[0], **CLOSE)
+
+
+@pytest.fixture
+def tiny():
+    return model("WanTransformer3DModel", **WAN)
+
+
+def test_blocks_that_are_compiled_for_themselves_share_one_graph(tiny):
+    call = wan(GRID, 1)
+    with stattn.accelerate(tiny, MASK):
+        want = run(tiny, call)
+        torch._dynamo.reset()
+        for block in tiny.blocks:
+            block.compile(backend="eager", fullgraph=True)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            torch.testing.assert_close(run(tiny, call), want, **CLOSE)
+
+
+def test_layers_and_dense_layers_choose_what_changes(tiny):
+    call = wan(GRID, 1)
+    before = run(tiny, call)
+    with stattn.accelerate(tiny, MASK, layers=[1]) as handle:
+        assert [each.name for each in handle.report()] == ["blocks.1.attn1"]
+        some = run(tiny, call)
+    with stattn.accelerate(tiny, MASK, dense_layers=[0]) as handle:
+        assert [each.mask for each in handle.report()] == ["full()", MASK.key]
+        torch.testing.assert_close(run(tiny, call), some, **CLOSE)
+    with stattn.accelerate(tiny, masks.temporal(), layers=[0]), stattn.accelerate(tiny, MASK, layers=[1]):
+        both = run(tiny, call)
+    with stattn.accelerate(tiny, MASK, dense_layers=[0, 1]):
+        torch.testing.assert_close(run(tiny, call), before, **CLOSE)
+    assert (both - some).abs().max() > 1e-3
+
+
+def test_each_head_can_have_its_own_mask(tiny):
+    call, per_head = wan(GRID, 1), [masks.spatial(), masks.temporal()]
+    with stattn.accelerate(tiny, per_head, impl="reference"):
+        out = run(tiny, call)
+    with stattn.accelerate(tiny, per_head[::-1]):
+        assert (run(tiny, call) - out).abs().max() > 1e-3
+
+
+def test_the_first_steps_are_dense_by_the_changes_of_the_timestep(tiny):
+    call = wan(GRID, 1)
+
+    def at(timestep):
+        return run(tiny, call | {"timestep": torch.tensor([timestep])})
+
+    dense = [at(t) for t in (900.0, 500.0, 100.0)]
+    with stattn.accelerate(tiny, MASK):
+        sparse = [at(t) for t in (900.0, 500.0, 100.0)]
+    with stattn.accelerate(tiny, MASK, dense_steps=2):
+        for _ in range(2):  # another video begins where the timestep grows
+            steps = [at(t) for t in (900.0, 900.0, 500.0, 500.0, 100.0)]  # two calls a step: cond and uncond
+            want = [dense[0], dense[0], dense[1], dense[1], sparse[2]]
+            torch.testing.assert_close(steps, want, **CLOSE)
+    with stattn.accelerate(tiny, MASK, dense_steps=1):
+        torch._dynamo.reset()
+        with pytest.raises(RuntimeError, match="compile_repeated_blocks"):
+            run(torch.compile(tiny, backend="eager", fullgraph=True), call)
+
+
+def test_the_report_says_what_ran_and_why(tiny):
+    handle = stattn.accelerate(tiny, MASK, dense_layers=[0])
+    assert [(each.density, each.grid, each.calls) for each in handle.report()] == [(None, None, 0)] * 2
+    run(tiny, wan(GRID, 1))
+    dense, sparse = handle.report()
+    assert (dense.impl, sparse.impl) == ("sdpa", "reference")
+    assert (sparse.density, sparse.grid, sparse.calls, sparse.heads) == (MASK.density(GRID), "3x4x6", 1, 2)
+    assert sparse.norm_rope == "fused"
+    text = str(handle.report())
+    assert f"{MASK.density(GRID):.2%}" in text
+    assert "serves dense attention only, the call has mask window(1, 2, 3)" in text
+
+
+def test_verify_refuses_what_is_not_dense_attention(tiny, monkeypatch):
+    from stattn.integrations import _layers
+
+    call, right = wan(GRID, 1), _layers.attention
+
+    def wrong(q, k, v, *rest, **options):
+        return right(q, k, v.flip(1), *rest, **options)
+
+    monkeypatch.setattr(_layers, "attention", wrong)
+    with (
+        stattn.accelerate(tiny, MASK, verify=True),
+        pytest.raises(RuntimeError, match="dense attention differs from PyTorch's by"),
+    ):
+        run(tiny, call)
+
+
+def test_tokens_of_conditions_beside_the_grid_are_global():
+    transformer = model("LTXVideoTransformer3DModel", **LTX)
+    call = ltx(GRID, 1)
+    more = torch.randn(1, 5, 8)
+    call["hidden_states"] = torch.cat([more, call["hidden_states"]], dim=1)
+    call["video_coords"] = torch.rand(1, 3, 5 + 72)
+    want, masked = run_masked(transformer, call, MASK, GRID, "before")
+    assert masked == 2
+    with stattn.accelerate(transformer, MASK) as handle:
+        torch.testing.assert_close(run(transformer, call), want, **CLOSE)
+        assert handle.report()[0].grid == "3x4x6 +5"
+
+
+def test_the_causal_blocks_of_skyreels_are_part_of_the_mask():
+    transformer = model("SkyReelsV2Transformer3DModel", **WAN, num_frame_per_block=2)
+    call = wan((4, 4, 6), 1)
+    before = run(transformer, call)
+    want, _ = run_masked(transformer, call, masks.window(3, 2, 3), (4, 4, 6), None)
+    with stattn.accelerate(transformer) as dense:
+        torch.testing.assert_close(run(transformer, call), before, **CLOSE)
+    dense.undo()
+    with stattn.accelerate(transformer, masks.window(3, 2, 3)) as handle:
+        torch.testing.assert_close(run(transformer, call), want, **CLOSE)
+        assert handle.report()[0].mask == "(window(3, 2, 3) & frame_causal(2))"
+        transformer.register_to_config(num_frame_per_block=4)
+        with pytest.raises(RuntimeError, match="num_frame_per_block=4 was 2"):
+            run(transformer, call)
+
+
+# --- beside what else diffusers does to a model ----------------------------------------------------------------------
+
+
+def test_fused_projections_work_before_and_after(tiny):
+    call = wan(GRID, 1)
+    with stattn.accelerate(tiny, MASK):
+        want = run(tiny, call)
+        tiny.fuse_qkv_projections()
+        torch.testing.assert_close(run(tiny, call), want, **CLOSE)
+    with stattn.accelerate(tiny, MASK):
+        torch.testing.assert_close(run(tiny, call), want, **CLOSE)
+
+
+def test_a_processor_that_is_set_later_is_taken_over_and_given_back():
+    from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
+
+    transformer = model("CogVideoXTransformer3DModel", **COGVIDEOX, use_rotary_positional_embeddings=True)
+    call = cogvideox(GRID, 1)
+    handle = stattn.accelerate(transformer, MASK)
+    want = run(transformer, call)
+    transformer.fuse_qkv_projections()
+    assert type(transformer.transformer_blocks[0].attn1.processor) is FusedCogVideoXAttnProcessor2_0
+    torch.testing.assert_close(run(transformer, call), want, **CLOSE)
+    transformer.unfuse_qkv_projections()
+    torch.testing.assert_close(run(transformer, call), want, **CLOSE)
+    handle.undo()
+    assert type(transformer.transformer_blocks[0].attn1.processor) is CogVideoXAttnProcessor2_0
+
+
+def test_adapters_of_lora_act(tiny):
+    peft = pytest.importorskip("peft")
+    tiny.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    call = wan(GRID, 1)
+    want, _ = run_masked(tiny, call, MASK, GRID, None)
+    with stattn.accelerate(tiny, MASK):
+        torch.testing.assert_close(run(tiny, call), want, **CLOSE)
+
+
+def test_caches_skip_and_repeat_attention(tiny):
+    from diffusers import PyramidAttentionBroadcastConfig
+
+    call = wan(GRID, 1)
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(0, 1000),
+        spatial_attention_block_identifiers=["blocks"],
+        current_timestep_callback=lambda: 500,
+    )
+
+    def outputs():
+        with tiny.cache_context("cond"):
+            return [run(tiny, call), run(tiny, call | {"hidden_states": call["hidden_states"] + 1})]
+
+    with stattn.accelerate(tiny, MASK) as handle:
+        tiny.enable_cache(config)
+        outputs()
+        assert [each.calls for each in handle.report()] == [1, 1]
+        tiny.disable_cache()
+        run(tiny, call)
+        assert [each.calls for each in handle.report()] == [2, 2]
+
+
+@pytest.mark.parametrize("skipped", ["attention", "attention_scores"])
+def test_guiders_that_skip_attention_skip_ours(tiny, skipped):
+    from diffusers.hooks import HookRegistry, LayerSkipConfig
+    from diffusers.hooks.layer_skip import _apply_layer_skip_hook
+
+    call = wan(GRID, 1)
+    config = LayerSkipConfig(
+        indices=[1],
+        fqn="blocks",
+        skip_attention=skipped == "attention",
+        skip_attention_scores=skipped == "attention_scores",
+        skip_ff=False,
+    )
+    with stattn.accelerate(tiny, MASK) as handle:
+        whole = run(tiny, call)
+        _apply_layer_skip_hook(tiny, config, name="skip")
+        out = run(tiny, call)
+        assert [each.calls for each in handle.report()] == [2, 1]
+        HookRegistry.check_if_exists_or_initialize(tiny).remove_hook("skip", recurse=True)
+        assert torch.equal(run(tiny, call), whole)
+    assert (out - whole).abs().max() > 1e-3
+
+
+def test_offloading_brings_weights_before_they_are_used(tiny):
+    accelerate = pytest.importorskip("accelerate")
+    call = wan(GRID, 1)
+    want, _ = run_masked(tiny, call, MASK, GRID, None)
+    accelerate.cpu_offload(tiny, execution_device=torch.device("cpu"))
+    with stattn.accelerate(tiny, MASK) as handle:
+        torch.testing.assert_close(run(tiny, call), want, **CLOSE)
+        assert handle.report()[0].norm_rope == "norm by the model (hooks), RoPE fused"
+
+
+def test_the_backend_that_diffusers_is_told_reaches_the_other_layers_alone(tiny):
+    call = wan(GRID, 1)
+    with stattn.accelerate(tiny, MASK):
+        want = run(tiny, call)
+        try:
+            tiny.set_attention_backend("_native_math")
+            torch.testing.assert_close(run(tiny, call), want, **CLOSE)
+        finally:
+            tiny.reset_attention_backend()
+            from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+            _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+
+
+def test_gradients_flow_and_checkpointing_repeats_them():
+    transformer = model("WanTransformer3DModel", **WAN).requires_grad_(True).train()
+    call = wan(GRID, 1)
+    grads = []
+    with stattn.accelerate(transformer, MASK):
+        for checkpointing in (False, True):
+            if checkpointing:
+                transformer.enable_gradient_checkpointing()
+            first(transformer(**call)).square().sum().backward()
+            grads.append([parameter.grad.clone() for parameter in transformer.parameters()])
+            transformer.zero_grad()
+    assert all(grad.abs().max() > 0 for grad in grads[0])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_autocast_attends_in_its_dtype(tiny):
+    call = wan(GRID, 1)
+    with stattn.accelerate(tiny, MASK):
+        want = run(tiny, call)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = run(tiny, call)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - want).abs().max() < 0.05 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+def test_a_copy_and_a_pickle_are_accelerated_like_the_original(name):
+    family = FAMILIES[name]
+    transformer = family.build()
+    call = family.inputs(GRID, 1)
+    with stattn.accelerate(transformer, MASK):
+        want = run(transformer, call)
+        copies = copy.deepcopy(transformer), pickle.loads(pickle.dumps(transformer))
+    assert (run(transformer, call) - want).abs().max() > 1e-3
+    for each in copies:
+        assert torch.equal(run(each, call), want)
+
+
+def test_weights_and_names_are_not_touched(tiny):
+    state = {name: tensor.data_ptr() for name, tensor in tiny.state_dict().items()}
+    other = model("WanTransformer3DModel", **WAN)
+    call = wan(GRID, 1)
+    untouched = run(other, call)
+    with stattn.accelerate(tiny, MASK):
+        assert {name: tensor.data_ptr() for name, tensor in tiny.state_dict().items()} == state
+        assert torch.equal(run(other, call), untouched)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_models_and_processors_that_are_not_served_are_refused_by_name(tiny):
+    import diffusers
+
+    class HunyuanVideoFramepackTransformer3DModel(nn.Linear):
+        __module__ = "diffusers.models.transformers.transformer_hunyuan_video_framepack"
+
+    with pytest.raises(TypeError, match="Framepack.*several grids.*served are WanTransformer3DModel"):
+        stattn.accelerate(HunyuanVideoFramepackTransformer3DModel(1, 1), MASK)
+    image = diffusers.SD3Transformer2DModel(
+        sample_size=4, num_layers=1, attention_head_dim=4, num_attention_heads=1, caption_projection_dim=4
+    )
+    with pytest.raises(TypeError, match="SD3Transformer2DModel, which is not served: no adapter"):
+        stattn.accelerate(image, MASK)
+
+    class Strange:
+        pass
+
+    tiny.blocks[1].attn1.processor = Strange()
+    with pytest.raises(TypeError, match=r"blocks.1.attn1 has a Strange; served are WanAttnProcessor"):
+        stattn.accelerate(tiny, MASK)
+    with stattn.accelerate(tiny, MASK, layers=[0]):
+        run_is_refused = pytest.raises(TypeError, match="blocks.0.attn1 has a Strange")
+        tiny.blocks[0].attn1.processor = Strange()
+        with run_is_refused:
+            run(tiny, wan(GRID, 1))
+
+
+@pytest.mark.parametrize(
+    "error, message, keywords",
+    [
+        (TypeError, "mask='full'", {"mask": "full"}),
+        (ValueError, "3 masks for 2 heads", {"mask": [masks.full()] * 3}),
+        (ValueError, "layers has 2; the model has attention layers 0 to 1", {"layers": [2]}),
+        (ValueError, "dense_layers has 1, which is not among layers", {"layers": [0], "dense_layers": [1]}),
+        (ValueError, "dense_steps=-1", {"dense_steps": -1}),
+        (TypeError, "verify=1", {"verify": 1}),
+        (ValueError, "'fastest'", {"impl": "fastest"}),
+    ],
+)
+def test_wrong_arguments_are_named_and_change_nothing(tiny, error, message, keywords):
+    processors = dict(tiny.attn_processors)
+    stattn.accelerate(tiny, MASK, layers=[0]).undo()
+    with pytest.raises(error, match=message):
+        stattn.accelerate(tiny, **{"mask": MASK, **keywords})
+    assert dict(tiny.attn_processors) == processors
+    assert not tiny._forward_pre_hooks
+
+
+def test_a_layer_is_accelerated_once(tiny):
+    with stattn.accelerate(tiny, MASK, layers=[0]):
+        with pytest.raises(ValueError, match="blocks.0.attn1 is accelerated already"):
+            stattn.accelerate(tiny, MASK)
+        stattn.accelerate(tiny, MASK, layers=[1]).undo()
+    stattn.accelerate(tiny, MASK).undo()
+
+
+def test_a_window_over_its_axis_and_masks_of_the_caller_are_refused(tiny):
+    with (
+        stattn.accelerate(tiny, masks.window(4, 2, 3)),
+        pytest.raises(ValueError, match="exceeds|shorter|longer|window"),
+    ):
+        run(tiny, wan(GRID, 1))
+    family = FAMILIES["ltx-2"]
+    transformer = family.build()
+    call = family.inputs(GRID, 1)
+    run(transformer, call | {"video_self_attention_mask": torch.ones(1, 72, 72)})
+    with stattn.accelerate(transformer, MASK), pytest.raises(ValueError, match="is given an attention mask of shape"):
+        run(transformer, call | {"video_self_attention_mask": torch.ones(1, 72, 72)})
+    transformer = model("LTXVideoTransformer3DModel", **LTX)
+    call = ltx(GRID, 1) | {"video_coords": torch.rand(1, 3, 72), "height": 5}
+    run(transformer, call)
+    with stattn.accelerate(transformer, MASK), pytest.raises(ValueError, match=r"72 tokens .* expected 3\*5\*6"):
+        run(transformer, call)
