@@ -232,7 +232,25 @@ __device__ __forceinline__ void mask_end(float (&scores)[COUNT], int limit) {
             if (8 * j + i % 2 >= mine) scores[4 * j + i] = -INFINITY;
 }
 
-// Divides by the sums, stores the output tile from the warpgroup's own rows of Q, and the LSE.
+constexpr float LN_2 = 0.6931471805599453f;
+
+// Where a warpgroup's part of a piece of a tile lies: outputs as threads hold them, [D / 8][128], and LSEs of rows.
+template <typename S>
+struct Piece {
+    static constexpr int OUTS = S::D / 8 * 128;
+    float4* out;
+    float* lse;
+
+    __device__ Piece(const Parameters& p, int sequence, int number, int group) {
+        const int64_t part = (int64_t{sequence} * p.pieces + number) * S::WARPGROUPS + group;
+        const int64_t parts = int64_t{p.batch} * p.heads * p.pieces * S::WARPGROUPS;
+        out = reinterpret_cast<float4*>(p.partial) + part * OUTS;
+        lse = p.partial + parts * OUTS * 4 + part * ROWS;
+    }
+};
+
+// Divides by the sums, stores the output tile from the warpgroup's own rows of Q, and the LSE. What a
+// piece of a tile has goes to its place in `partial`.
 template <typename S>
 __device__ __forceinline__ void store(const Parameters& p, const Tile& tile, float (&out)[S::D / 2], const Rows& rows,
                                       uint32_t slab, uint32_t empty_q, int group) {
@@ -244,26 +262,31 @@ __device__ __forceinline__ void store(const Parameters& p, const Tile& tile, flo
     int64_t token[2];  // of the LSE's line; -1 for a row that is none
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int row = first_row() + 8 * half;
         float sum = rows.sum[half];
         sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
         sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
-        if (line) {
-            const int number = corner.w + row;
-            const int before = tile.kind == BEFORE ? 0 : p.before;
-            const bool real = number < (tile.kind == BEFORE ? p.before : p.after);
-            token[half] = !real ? -1 : tile.kind == BEFORE ? number : p.queries - p.after + number;
-            // A global token that is not real sees nothing.
-            if (real && p.valid && !__ldg(p.valid + int64_t{tile.batch} * p.globals + before + number)) sum = 0.0f;
-        } else {
-            const int plane = p.slab[1] * p.slab[2];
-            const int t = corner.t + row / plane * p.steps[0], h = corner.h + row / p.slab[2] % p.slab[1] * p.steps[1];
-            const int w = corner.w + row % p.slab[2] * p.steps[2];
-            const bool real = row < p.slab_rows && t < p.q_shape[0] && h < p.q_shape[1] && w < p.q_shape[2];
-            token[half] = real ? p.q_first + (t * p.q_shape[1] + h) * p.q_shape[2] + w : -1;
+        const int row = first_row() + 8 * half;
+        token[half] = token_of<S>(p, tile, corner, row);
+        // A global token that is not real sees nothing.
+        if (line && token[half] >= 0 && p.valid) {
+            const int number = (tile.kind == BEFORE ? 0 : p.before) + corner.w + row;
+            if (!__ldg(p.valid + int64_t{tile.batch} * p.globals + number)) sum = 0.0f;
         }
         inverse[half] = sum > 0.0f ? 1.0f / sum : 0.0f;
-        lse[half] = sum > 0.0f ? (rows.top[half] + log2f(sum)) * 0.6931471805599453f : -INFINITY;
+        lse[half] = sum > 0.0f ? rows.top[half] + log2f(sum) : -INFINITY;
+    }
+
+    if (S::PLANNED && tile.piece >= 0) {
+        const Piece<S> piece(p, tile.batch * p.heads + tile.head, tile.piece, group);
+#pragma unroll
+        for (int i = 0; i < S::D / 8; ++i)
+            piece.out[i * 128 + threadIdx.x % 128] = make_float4(out[4 * i] * inverse[0], out[4 * i + 1] * inverse[0],
+                                                                 out[4 * i + 2] * inverse[1], out[4 * i + 3] * inverse[1]);
+        if (lane % 4 == 0) {
+            piece.lse[first_row()] = lse[0];
+            piece.lse[first_row() + 8] = lse[1];
+        }
+        return;
     }
 
     // Matrices of a store: rows 0-7 and 8-15 of 8 columns, then of the next 8.
@@ -296,7 +319,7 @@ __device__ __forceinline__ void store(const Parameters& p, const Tile& tile, flo
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             if (token[half] >= 0)
-                p.lse[(int64_t{tile.batch} * p.heads + tile.head) * p.queries + token[half]] = lse[half];
+                p.lse[(int64_t{tile.batch} * p.heads + tile.head) * p.queries + token[half]] = lse[half] * LN_2;
     }
 }
 
@@ -413,6 +436,7 @@ __device__ __forceinline__ void consume(const Parameters& p, uint32_t shared, ui
         q_parity ^= 1;
         if constexpr (S::PLANNED) {
             const Tile tile = tile_at<S>(p, index);
+            if (tile.kind == NONE) return;
             const int boxes = tile.boxes, masked = tile.masked;
             const int first_mask = tile.first_mask + at.group * masked;
             bool started = false;  // whether there are weights whose output is still to come
@@ -483,6 +507,65 @@ __global__ void __launch_bounds__(S::THREADS, 1) attention_forward(const __grid_
     } else {
         registers_grow<S::CONSUMER_REGISTERS>();
         consume<S>(p, shared, barriers);
+    }
+}
+
+// Merges tiles' pieces: a block for each warpgroup's part of a tile, a thread for what it held there. out: of the queries,
+// [B, queries, heads, dim] with strides.
+template <typename S>
+__global__ void __launch_bounds__(128) attention_merge(const __grid_constant__ Parameters p, typename S::Element* out,
+                                                       int64_t out_batch, int64_t out_token, int64_t out_head, int dim) {
+    const int group = blockIdx.x % S::WARPGROUPS, number = blockIdx.x / S::WARPGROUPS % p.split_tiles;
+    const int sequence = blockIdx.x / S::WARPGROUPS / p.split_tiles;
+    Tile tile{};
+    tile.head = sequence % p.heads, tile.batch = sequence / p.heads;
+    const int record = __ldg(p.plan + tile.head) + 2 * (p.tiles_per_head + number);
+    const int4 place = record_at(p, record), pieces = record_at(p, record + 1);
+    if (place.w == NONE) return;
+    tile.t = place.x, tile.h = place.y, tile.w = place.z, tile.kind = place.w;
+    const Corner corner = corner_of<S>(p, tile, group);
+
+    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+    for (int i = pieces.x; i < pieces.x + pieces.y; ++i) {
+        const Piece<S> piece(p, sequence, i, group);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) top[half] = fmaxf(top[half], piece.lse[first_row() + 8 * half]);
+    }
+    float4 merged[S::D / 8] = {};
+    for (int i = pieces.x; i < pieces.x + pieces.y; ++i) {
+        const Piece<S> piece(p, sequence, i, group);
+        float share[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float origin = top[half] == -INFINITY ? 0.0f : top[half];
+            share[half] = exp2f(piece.lse[first_row() + 8 * half] - origin);
+            sum[half] += share[half];
+        }
+#pragma unroll
+        for (int i = 0; i < S::D / 8; ++i) {
+            const float4 found = piece.out[i * 128 + threadIdx.x];
+            merged[i].x = fmaf(found.x, share[0], merged[i].x);
+            merged[i].y = fmaf(found.y, share[0], merged[i].y);
+            merged[i].z = fmaf(found.z, share[1], merged[i].z);
+            merged[i].w = fmaf(found.w, share[1], merged[i].w);
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int64_t token = token_of<S>(p, tile, corner, first_row() + 8 * half);
+        if (token < 0) continue;
+        const float inverse = sum[half] > 0.0f ? 1.0f / sum[half] : 0.0f;
+        typename S::Element* const row = out + tile.batch * out_batch + token * out_token + tile.head * out_head;
+#pragma unroll
+        for (int i = 0; i < S::D / 8; ++i) {
+            const int column = 8 * i + threadIdx.x % 4 * 2;
+            const float low = half == 0 ? merged[i].x : merged[i].z, high = half == 0 ? merged[i].y : merged[i].w;
+            if (column < dim)
+                *reinterpret_cast<uint32_t*>(row + column) = pack<typename S::Element>(low * inverse, high * inverse);
+        }
+        if (threadIdx.x % 4 == 0)
+            p.lse[int64_t{sequence} * p.queries + token] =
+                sum[half] > 0.0f ? (top[half] + log2f(sum[half])) * LN_2 : -INFINITY;
     }
 }
 

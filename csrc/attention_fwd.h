@@ -25,6 +25,8 @@ struct Parameters {
     int tiles_per_head;  // of the video
     int line_tiles;      // of global queries, of each head; they come before all others
     int line_record;     // where their records begin in the plan
+    int pieces, split_tiles;  // of each head: pieces of tiles, and the tiles that they are of
+    float* partial;      // of all heads' pieces: outputs, then LSEs to base 2
     int q_first;         // rows of q before those of the video
     int before, after;   // global queries; 0 if q has none
     int globals;         // global keys
@@ -43,12 +45,15 @@ struct Parameters {
     const int* plan;    // or null
 };
 
-// A tile's kind: what its rows are.
-enum Kind { VIDEO, BEFORE, AFTER };
+// A tile's kind: what its rows are. NONE: there is no tile, heads with fewer than others have these.
+enum Kind { VIDEO, BEFORE, AFTER, NONE };
 
 // A plan is one array of int32 that is read in records of four. First, for
 // each head, the record at which its tiles begin. A tile has two records: its first row (t, h, w) and its kind, and the
-// record of its first box, the number of boxes, the record of its first mask record, the number of boxes with masks. A box
+// record of its first box, the number of boxes, the record of its first mask record, the number of boxes with masks. A tile
+// of few rows that visits many boxes is cut into pieces, tiles of their own with a part of its boxes and with kind + 4 * (1 +
+// number), where `number` counts the pieces of a head. Behind the tiles of a head lie two records for each of its tiles in
+// pieces, global ones included: its first row and its kind, and its first piece, the number of pieces, 0, 0. A box
 // is a record: its first key (t, h, w) in the video and 0, or 0, 0, its first token in the line and 1. A mask record belongs to a box of a warpgroup
 // (all boxes of the first warpgroup, then those of the next): the number of its group of masks, 0, 0, and last 0, or -1 if
 // none of the warpgroup's rows sees the box, or for global keys, where a call says which are real, 1 + the number of their

@@ -117,6 +117,9 @@ cudaError_t describe(const AttentionForward& call, Parameters* parameters, Launc
     if (plan) {
         p.plan = plan->data;
         p.line_record = plan->line_record;
+        p.pieces = plan->pieces;
+        p.split_tiles = plan->split_tiles;
+        p.partial = call.partial;
         p.globals = plan->before + plan->after;
         p.valid = plan->valid;
         p.keys_before = plan->before;

@@ -68,6 +68,7 @@ struct Tile {
     int boxes, masked;  // the first `masked` have masks
     int first_box, first_mask;
     int kind;
+    int piece;  // its number, or -1 for a tile that is whole
 };
 
 __device__ __forceinline__ int4 record_at(const Parameters& p, int number) {
@@ -81,13 +82,18 @@ __device__ __forceinline__ Tile tile_at(const Parameters& p, int index) {
     const bool line = index < in_lines;
     const int per_head = line ? p.line_tiles : p.tiles_per_head;
     if (!line) index -= in_lines;
-    const int number = index % per_head;
-    tile.head = index / per_head % p.heads;
-    tile.batch = index / per_head / p.heads;
+    int number = index % per_head, sequence = index / per_head;
+    if (S::PLANNED && p.pieces > 0) {  // the longest pieces of all heads come first
+        number = index / (p.heads * p.batch);
+        sequence = index % (p.heads * p.batch);
+    }
+    tile.head = sequence % p.heads;
+    tile.batch = sequence / p.heads;
+    tile.piece = -1;
     if constexpr (S::PLANNED) {
         const int first = line ? p.line_record : __ldg(p.plan + tile.head);
         const int4 place = record_at(p, first + 2 * number), list = record_at(p, first + 2 * number + 1);
-        tile.t = place.x, tile.h = place.y, tile.w = place.z, tile.kind = place.w;
+        tile.t = place.x, tile.h = place.y, tile.w = place.z, tile.kind = place.w & 3, tile.piece = (place.w >> 2) - 1;
         tile.first_box = list.x, tile.boxes = list.y, tile.first_mask = list.z, tile.masked = list.w;
     } else {
         tile.w = number * S::WARPGROUPS * ROWS;
@@ -115,6 +121,21 @@ __device__ __forceinline__ Corner corner_of(const Parameters& p, const Tile& til
 
 // The first of a thread's two rows in its warpgroup; the other is eight behind.
 __device__ __forceinline__ int first_row() { return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
+
+// The token of a row of a warpgroup's part of a tile, or -1 if there is none.
+template <typename S>
+__device__ __forceinline__ int64_t token_of(const Parameters& p, const Tile& tile, const Corner& corner, int row) {
+    if (S::PLANNED && tile.kind != VIDEO) {
+        const int number = corner.w + row;
+        if (number >= (tile.kind == BEFORE ? p.before : p.after)) return -1;
+        return tile.kind == BEFORE ? number : p.queries - p.after + number;
+    }
+    const int plane = p.slab[1] * p.slab[2];
+    const int t = corner.t + row / plane * p.steps[0], h = corner.h + row / p.slab[2] % p.slab[1] * p.steps[1];
+    const int w = corner.w + row % p.slab[2] * p.steps[2];
+    const bool real = row < p.slab_rows && t < p.q_shape[0] && h < p.q_shape[1] && w < p.q_shape[2];
+    return real ? p.q_first + (t * p.q_shape[1] + h) * p.q_shape[2] + w : -1;
+}
 
 // --- masks of a plan --------------------------------------------------------------------------------------------------
 

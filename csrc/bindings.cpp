@@ -90,7 +90,7 @@ stattn::AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const 
     STD_TORCH_CHECK(data.is_cuda() && data.get_device_index() == q.get_device_index() && data.is_contiguous() &&
                         data.scalar_type() == ScalarType::Int,
                     "stattn::attention: plan must be a contiguous int32 tensor on the device of q");
-    STD_TORCH_CHECK(layout.size() == 22, "stattn::attention: layout has ", layout.size(), " integers, not 22");
+    STD_TORCH_CHECK(layout.size() == 24, "stattn::attention: layout has ", layout.size(), " integers, not 24");
     for (const int64_t each : layout)
         STD_TORCH_CHECK(0 <= each && each < INT32_MAX, "stattn::attention: layout has ", each);
     stattn::AttentionPlan plan{};
@@ -113,6 +113,8 @@ stattn::AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const 
     plan.q_globals = static_cast<int>(layout[19]);
     plan.line_tiles = static_cast<int>(layout[20]);
     plan.line_record = static_cast<int>(layout[21]);
+    plan.pieces = static_cast<int>(layout[22]);
+    plan.split_tiles = static_cast<int>(layout[23]);
     keys += layout[17] + layout[18];
     if (plan.q_globals) queries += layout[17] + layout[18];
     if (valid) {
@@ -178,7 +180,8 @@ void check_sizes(const Tensor& q, const Tensor& k, const Tensor& v) {
 }
 
 void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, int64_t config,
-                            std::optional<Tensor> plan, std::vector<int64_t> layout, std::optional<Tensor> valid) {
+                            std::optional<Tensor> plan, std::vector<int64_t> layout, std::optional<Tensor> valid,
+                            std::optional<Tensor> partial) {
     stattn::AttentionForward call{};
     check_elements(q, scale);
     call.bf16 = q.scalar_type() == ScalarType::BFloat16;
@@ -203,6 +206,12 @@ void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse
     if (plan) {
         planned = attention_plan(*plan, q, k, layout, valid);
         call.plan = &planned;
+        const int64_t numbers = batch * heads * planned.pieces * 192 * ((head_dim > 64 ? 128 : 64) + 1);
+        STD_TORCH_CHECK(numbers == 0 || (partial && partial->is_cuda() && partial->get_device_index() == q.get_device_index() &&
+                                         partial->is_contiguous() && partial->scalar_type() == ScalarType::Float &&
+                                         partial->numel() == numbers),
+                        "stattn::attention_forward: partial must be ", numbers, " contiguous float32");
+        if (numbers > 0) call.partial = static_cast<float*>(partial->mutable_data_ptr());
     }
     const int32_t device = q.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
@@ -277,7 +286,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
     m.def("copy_bytes(Tensor src, Tensor(a!) dst) -> ()");
     m.def(
         "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, int config, "
-        "Tensor? plan, int[] layout, Tensor? valid) -> ()");
+        "Tensor? plan, int[] layout, Tensor? valid, Tensor(c!)? partial) -> ()");
     m.def(
         "attention_backward_prepare(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor(a!) stats, "
         "int[] stats_layout) -> ()");

@@ -32,7 +32,7 @@ struct AttentionPlan {
     // Global tokens before and after the video, whether q holds them too, and its tiles of them.
     int before, after, q_globals, line_tiles, line_record;
     const uint8_t* valid;  // [B, before + after], which of them are real; or null
-    // Tiles in pieces (csrc/attention_bwd.h): the pieces of each head, the tiles that they are of, where these are listed.
+    // Tiles in pieces: the pieces of each head, the tiles that they are of; and in csrc/attention_bwd.h where these are listed.
     int pieces, split_tiles, split_record;
 };
 struct AttentionForward {
@@ -43,8 +43,27 @@ struct AttentionForward {
     bool bf16;  // else fp16
     int config;
     const AttentionPlan* plan;  // or null
+    float* partial;  // for tiles in pieces: B * heads * pieces * 192 * (head dimension, 64 or 128, + 1) numbers; or null
 };
 cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream);
+
+// Block lists on the device, of tiles of a video without global tokens. Tiles of queries are cut into slabs, tiles of keys
+// into boxes, of at most 64 tokens each, whose extents divide theirs; three slabs side by side on the axis `stacked` are
+// computed together. scratch: 4-byte numbers for the lists as they are read, whose size attention_lists.cu tells.
+struct AttentionLists {
+    const int32_t *count, *index;  // [samples, heads, query tiles (, most)] with strides in elements
+    const uint8_t* partial;        // like index; or null
+    int64_t count_stride[3], index_stride[4], partial_stride[4];
+    int samples, heads, most;      // samples, heads: 1 stands for all
+    int shape[3], q_tile[3], k_tile[3], slab[3], box[3], stacked;
+    const int32_t* tables;  // what the masks of partial tiles allow, from stattn/ops/_cuda_lists.py
+    int products;           // of the mask
+    int32_t* scratch;       // aligned to 16 bytes
+    int64_t scratch_size;
+};
+
+// csrc/attention_lists.cu: the same as attention_forward for the pairs of tiles that are listed. `call` has no plan.
+cudaError_t attention_forward_lists(const AttentionForward& call, const AttentionLists& lists, cudaStream_t stream);
 
 // What the backward reads of its queries, as it was prepared: two numbers in fp32 for each row, first the LSE to base 2 of
 // all rows, +inf where a row sees nothing, then rowsum(dout out) - dlse of all rows: [2][B * heads][rows()].

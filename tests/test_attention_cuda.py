@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ def read_plan(given: Problem, heads: int, head_dim: int, valid: np.ndarray | Non
     """Count, as the kernel walks a plan, how often each query of each head takes part with each key."""
     number, integers, array = _cuda_plan.layout(given, heads, head_dim, valid is not None)
     q_shape, k_shape, slab, box, steps = (np.array(integers[i : i + 3]) for i in (0, 3, 6, 9, 12))
-    stacked, tiles, before, after, q_globals, line_tiles, line_record = integers[15:]
+    stacked, tiles, before, after, q_globals, line_tiles, line_record, pieces, split_tiles = integers[15:]
     for extents in (slab, box):
         assert ((steps <= 8) | (extents == 1)).all()  # as far as a tensor copy steps
     columns = next(each.box for each in _cuda_tiles.CONFIGS[head_dim] if each.number == number)
@@ -138,10 +139,22 @@ def read_plan(given: Problem, heads: int, head_dim: int, valid: np.ndarray | Non
     for head in range(heads):
         seen, written = np.zeros((queries, total), np.int64), np.zeros(queries, np.int64)
         listed = [array[head] + 2 * tile for tile in range(tiles)]
+        merged = {}  # the tile of each piece, as the merging pass sees it
+        for record in (array[head] + 2 * (tiles + number) for number in range(split_tiles)):
+            first, count, *_ = records[record + 1]
+            merged |= {int(first) + piece: tuple(records[record]) for piece in range(count)}
+        pieces_of = [piece for piece in range(pieces) if piece in merged]
         for record in (*(line_record + 2 * tile for tile in range(line_tiles)), *listed):
             *corner, kind = records[record]
+            if kind == _cuda_plan.NONE:
+                continue
+            kind, piece = kind % 4, kind // 4 - 1
             first_box, boxes, first_mask, masked = records[record + 1]
             assert len(keys) == columns or masked == boxes
+            if piece >= 0:
+                pieces_of.remove(piece)
+                assert merged[piece] == (*corner, kind)
+            once = piece < 0 or piece == min(each for each, tile in merged.items() if tile == merged[piece])
             for group in range(3):
                 if kind:  # rows of 64 global queries
                     tokens = corner[2] + group * 64 + np.arange(64)
@@ -154,7 +167,7 @@ def read_plan(given: Problem, heads: int, head_dim: int, valid: np.ndarray | Non
                     query = np.where(inside, query + q_globals * before, -1)
                     row = rows
                 real = query >= 0
-                written[query[real]] += 1
+                written[query[real]] += once
                 for number in range(boxes):
                     *first, line = records[first_box + number]
                     if line:
@@ -182,6 +195,7 @@ def read_plan(given: Problem, heads: int, head_dim: int, valid: np.ndarray | Non
                     assert not allowed[real][:, : len(keys)][:, ~inside].any()
                     seen[query[real][:, None], key[inside]] += allowed[real][:, : len(keys)][:, inside]
         assert (written == 1).all()
+        assert not pieces_of
         found.append(seen)
     return found
 
@@ -214,6 +228,46 @@ def test_global_tokens_are_planned_beside_the_video(before: int, after: int, q_g
                     real[np.r_[0:before, before + 72 : grid.tokens]] = valid
                 rows = real.nonzero()[0] if q_globals else video
                 assert (seen[rows if q_globals else slice(None)] == want[rows]).all(), f"{mask} {see}"
+
+
+@pytest.fixture
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Cut lists that are as short as those of small grids."""
+    monkeypatch.setattr(_cuda_tiles, "SHORTEST", 1)
+    monkeypatch.setattr(_cuda_tiles, "MANY", 0)
+    _cuda_plan.layout.cache_clear()
+    _cuda_plan.on_device.cache_clear()
+    yield
+    _cuda_plan.layout.cache_clear()
+    _cuda_plan.on_device.cache_clear()
+
+
+def test_pieces_of_lists_cover_them_and_get_shorter() -> None:
+    for boxes in (0, 1, 47, 48, 63, 64, 410, 1856, 20_000):
+        for queries in (1, 192, 193, 1560, 4680, 12_288, 118_800):
+            pieces = _cuda_tiles.cut_list(boxes, queries)
+            assert sum(pieces) == boxes
+            if len(pieces) > 1:
+                assert min(pieces) >= _cuda_tiles.SHORTEST // 2
+                assert max(pieces) <= pieces[0] + _cuda_tiles.SHORTEST // 2
+                assert boxes >= _cuda_tiles.MANY * queries / 192
+    assert len(_cuda_tiles.cut_list(410, 4680)) > 2  # self-forcing: a chunk of three frames and all before it
+    assert len(_cuda_tiles.cut_list(410, 32_760)) == 1
+    assert len(_cuda_tiles.cut_list(410, None)) == 1
+
+
+def test_lists_in_pieces_visit_each_allowed_pair_once(short_pieces: None) -> None:
+    shape, part = (4, 6, 36), Region((2, 1, 3), (2, 4, 30))
+    everything = np.arange(4 * 6 * 36).reshape(shape)
+    for mask in planned_masks(shape):
+        (seen,) = read_plan(problem(shape, mask, q_box=part), 1, 128)
+        q = everything[2:, 1:5, 3:33].reshape(-1)
+        assert (seen == mask.allowed(shape).numpy()[q]).all(), f"{mask}"
+    assert _cuda_plan.layout(problem(shape, masks.full(), q_box=part), 1, 128)[1][-1] > 0
+    each = (masks.full(), masks.window(3, 3, 3), masks.spatial())  # heads whose tiles are in as many pieces as they may
+    given = Problem(Grid(4, 6, 36, 5, 100), each, Region((0, 0, 0), shape), Region((0, 0, 0), shape), True, "all", 0.1)
+    for mask, seen in zip(each, read_plan(given, 3, 64), strict=True):
+        assert (seen == mask.allowed(given.grid).numpy()).all(), f"{mask}"
 
 
 def test_heads_with_masks_of_their_own_read_plans_of_their_own() -> None:
@@ -386,6 +440,30 @@ class TestOnHopper:
         counts = [np.prod(np.meshgrid(*(r.counts() for r in p), indexing="ij"), axis=0) for p in mask.products(grid)]
         want = torch.from_numpy(np.sum(counts, axis=0).reshape(-1)).to("cuda")
         assert torch.equal(lse.exp().round().long(), want.expand(1, 2, -1))
+
+    @pytest.mark.parametrize("dim", [64, 128])
+    def test_few_rows_of_many_keys_are_right(self, dim: int) -> None:
+        """The tiles are in pieces, whose number does not depend on heads or batch."""
+        grid = Grid(9, 30, 40, 70, 3)
+        _, k, v = tensors(1, grid.tokens, 4, 2, dim, torch.bfloat16, batch=2)
+        region = Region((8, 0, 0), (1, 30, 40))
+        frame = torch.randn(2, 1200, 4, dim, device="cuda", dtype=torch.bfloat16)
+        causal, dense = masks.frame_causal(2), masks.full()
+        whole = stattn.attention(
+            torch.cat([k.new_zeros(2, grid.tokens - 1203, 4, dim), frame, k.new_zeros(2, 3, 4, dim)], 1),
+            k, v, grid, causal, impl="cuda",
+        )  # fmt: skip
+        for mask in (causal, dense, masks.window(9, 5, 7)):
+            part = stattn.attention(frame, k, v, grid, mask, q_region=region, return_lse=True, impl="cuda")
+            if mask != masks.window(9, 5, 7):
+                eps = torch.finfo(torch.bfloat16).eps
+                error = (part[0] - whole[:, -1203:-3]).float().abs().max()
+                assert error <= 2 * eps * whole.float().abs().max()
+            one = stattn.attention(
+                frame[1:, :, 2:3], k[1:, :, 1:], v[1:, :, 1:], grid, mask, q_region=region, return_lse=True, impl="cuda"
+            )
+            assert torch.equal(one[0], part[0][1:, :, 2:3])
+            assert torch.equal(one[1], part[1][1:, 2:3])
 
     def test_results_repeat_and_do_not_depend_on_the_batch(self) -> None:
         grid = Grid(5, 17, 23)

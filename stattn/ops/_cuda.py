@@ -11,7 +11,8 @@ import torch
 from stattn import extension
 from stattn.masks import full
 from stattn.ops import _cuda_plan
-from stattn.ops._cuda_plan import on_device
+from stattn.ops._cuda_plan import is_split, on_device
+from stattn.ops._cuda_tiles import FORWARD_ROWS
 from stattn.problem import Extras, Problem
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -19,6 +20,7 @@ HEAD_DIMS = (64, 128)
 ALIGNMENT = 16  # bytes: what a tensor copy asks of addresses and strides
 LEAST_SCALE = 1e-37  # stands for 0, with which masked scores of -inf would turn into NaN
 
+_PIECES = -2  # where a layout says how many there are
 _FULL = full()
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -98,12 +100,14 @@ def run(
     valid = extras.valid if problem.grid.globals else None
     scale = max(problem.scale, LEAST_SCALE)
     launch = _operation()
-    if _is_dense(problem, valid is not None):
-        launch(q, k, v, out, lse, scale, 0, None, [], None)
+    if _is_dense(problem, valid is not None) and not is_split(problem):
+        launch(q, k, v, out, lse, scale, 0, None, [], None, None)
         return out, lse
     config, layout, plan = on_device(problem, heads, dim, valid is not None, q.device)
     valid = valid if valid is None else valid.contiguous()
-    launch(q, k, v, out, lse, scale, config, plan, layout, valid)
+    pieces = layout[_PIECES]
+    partial = lse.new_empty(batch * heads * pieces * FORWARD_ROWS * (dim + 1)) if pieces else None
+    launch(q, k, v, out, lse, scale, config, plan, layout, valid, partial)
     return out, lse
 
 

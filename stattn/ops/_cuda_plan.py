@@ -24,6 +24,7 @@ from stattn.ops._cuda_tiles import (
     Visits,
     choose,
     common_steps,
+    cut_list,
     in_boxes,
     product_of,
     rows_of,
@@ -34,7 +35,8 @@ from stattn.ops._cuda_tiles import (
 from stattn.problem import Problem
 from stattn.tables import Product, whole
 
-BEFORE, AFTER = 1, 2  # kinds of tiles
+BEFORE, AFTER, NONE = 1, 2, 3  # kinds of tiles
+DENSE_BOX = 80  # keys
 UNSEEN = -1  # marks a box of which a warpgroup sees nothing
 
 
@@ -79,11 +81,16 @@ def layout(
     q_box, k_box, products = _geometry(problem, masks)
     tiling = choose(q_box, k_box, products, head_dim, kernel)
     line = Line(problem.grid.before, problem.grid.after, k_box.video, problem.q_globals, problem.globals_see, valid)
-    array, line_tiles, line_record = encode(tiling, products, of_head, line)
+    encoded = encode(tiling, products, of_head, line, problem.q_tokens if kernel == "forward" else None)
     integers = [*q_box.extent, *k_box.extent, *tiling.slab, *tiling.box, *tiling.steps, tiling.stacked]
-    tiles = product_of(tile_counts(tiling.q_box, tiling.steps, tiling.tile))
-    integers += [tiles, line.before, line.after, int(line.queries), line_tiles, line_record]
-    return tiling.config.number, integers, array
+    integers += [encoded.tiles, line.before, line.after, int(line.queries), encoded.line_tiles, encoded.line_record]
+    return tiling.config.number, [*integers, encoded.pieces, encoded.split_tiles], encoded.array
+
+
+@lru_cache(maxsize=1024)
+def is_split(problem: Problem) -> bool:
+    """Say whether tiles of dense attention are cut into pieces, which takes a plan."""
+    return len(cut_list(problem.k_tokens // DENSE_BOX, problem.q_tokens)) > 1
 
 
 @lru_cache(maxsize=1024)  # captured graphs go on reading plans: few are ever given up
@@ -106,33 +113,55 @@ def _geometry(problem: Problem, masks: Sequence[Mask]) -> tuple[Region, Region, 
 # --- the plan's array -------------------------------------------------------------------------------------------------
 
 
-def encode(
-    tiling: Tiling, products: Sequence[Sequence[Product]], of_head: Sequence[int], line: Line
-) -> tuple[np.ndarray, int, int]:
-    """Lay a plan out as int32. products: of each mask. of_head: the mask of each head.
+class Encoded(NamedTuple):
+    """A plan's array and its numbers, of each head but for the lines: tiles, those of global queries and the record at
+    which they begin, pieces of tiles and the tiles that they are of.
+    """
 
-    Returns the array, the number of tiles of global queries and the record at which they begin.
+    array: np.ndarray
+    tiles: int
+    line_tiles: int
+    line_record: int
+    pieces: int
+    split_tiles: int
+
+
+def encode(
+    tiling: Tiling,
+    products: Sequence[Sequence[Product]],
+    of_head: Sequence[int],
+    line: Line,
+    queries: int | None = None,
+) -> Encoded:
+    """Lay a plan out as int32. products: of each mask. of_head: the mask of each head. queries: of a head, where tiles
+    may be cut into pieces.
     """
     table = _MaskTable(tiling)
-    lists = [_video_list(tiling, each, table, line) for each in products]
-    lists.append(_line_list(tiling, table, line))
-    masks, numbers = table.combine([each.masks for each in lists])
+    video = [_video_list(tiling, each, table, line, queries) for each in products]
+    lines = _line_list(tiling, table, line, queries)
+    masks, numbers = table.combine([each.masks for each in (*video, lines)])
     records = np.concatenate([masks.reshape(-1), np.zeros(-masks.size % 4, np.int32)]).reshape(-1, 4)
     head_records = -(-len(of_head) // (4 * ROWS)) * ROWS  # groups of masks begin at multiples of their size
     parts = [np.zeros((head_records, 4), np.int32), records]
     start = head_records + len(records)
     offsets = []
     first_group = head_records * 4 // (masks.shape[2] * ROWS)
-    for each, mine in zip(lists, numbers, strict=True):
+    tiles, pieces = max(len(each.corners) for each in video), max(each.pieces for each in video)
+    splits = [np.concatenate([each.splits(0), lines.splits(pieces)]) for each in video]
+    split_tiles = max(map(len, splits))
+    for each, mine in zip((*video, lines), numbers, strict=True):
         offsets.append(start)
-        body = each.records(start, mine + first_group)
+        if each is lines:
+            body = each.records(start, mine + first_group, len(lines.corners), pieces, splits[0][:0], 0)
+        else:
+            body = each.records(start, mine + first_group, tiles, 0, splits[len(offsets) - 1], split_tiles)
         parts.append(body)
         start += len(body)
     if start * 4 >= 1 << 31:
         raise ValueError(f"a plan of {start} records of 16 bytes is too large")
     array = np.concatenate(parts).astype(np.int32).reshape(-1)
     array[: len(of_head)] = np.array(offsets, np.int32)[list(of_head)]
-    return array, len(lists[-1].corners), offsets[-1]
+    return Encoded(array, tiles, len(lines.corners), offsets[-1], pieces + lines.pieces, split_tiles)
 
 
 def _stops(box: Region) -> Triple:
@@ -216,7 +245,9 @@ class _Entries(NamedTuple):
     masks: np.ndarray
 
 
-def _video_list(tiling: Tiling, products: Sequence[Product], table: _MaskTable, line: Line) -> _List:
+def _video_list(
+    tiling: Tiling, products: Sequence[Product], table: _MaskTable, line: Line, queries: int | None
+) -> _List:
     """List the tiles of the video under one mask: the boxes of its products, and those of the global keys."""
     places = np.indices(tile_counts(tiling.q_box, tiling.steps, tiling.tile)).reshape(3, -1)  # of tiles, in tiles
     corners = [
@@ -225,16 +256,16 @@ def _video_list(tiling: Tiling, products: Sequence[Product], table: _MaskTable, 
     ]
     entries = [_product_boxes(tiling, product, table, places) for product in products]
     entries.append(_line_boxes(tiling, table, line, places.shape[1], with_video=False))
-    return _List(np.stack([*corners, 0 * corners[0]], 1), entries)
+    return _List(np.stack([*corners, 0 * corners[0]], 1), entries, queries)
 
 
-def _line_list(tiling: Tiling, table: _MaskTable, line: Line) -> _List:
+def _line_list(tiling: Tiling, table: _MaskTable, line: Line, queries: int | None) -> _List:
     """List the tiles of the global queries."""
     step = ROWS * tiling.warpgroups
     sides = ((BEFORE, line.before), (AFTER, line.after)) if line.queries else ()
     corners = [(0, 0, first, kind) for kind, tokens in sides for first in range(0, tokens, step)]
     entries = [_line_boxes(tiling, table, line, len(corners), with_video=line.see == "all")]
-    return _List(np.array(corners, np.int64).reshape(-1, 4), entries)
+    return _List(np.array(corners, np.int64).reshape(-1, 4), entries, queries)
 
 
 def _line_boxes(tiling: Tiling, table: _MaskTable, line: Line, tiles: int, with_video: bool) -> _Entries:
@@ -320,29 +351,61 @@ def _axis_masks(
 
 
 class _List:
-    """Tiles, their boxes and the masks of these. corners: the first record of each tile, [tiles, 4]."""
+    """Tiles or pieces of them, their boxes and the masks of these.
 
-    def __init__(self, corners: np.ndarray, entries: Sequence[_Entries]) -> None:
-        self.corners = corners
+    corners: the first record of each, [tiles, 4], those of pieces without their numbers. queries: of a head, where
+    tiles may be cut into pieces.
+    """
+
+    def __init__(self, corners: np.ndarray, entries: Sequence[_Entries], queries: int | None) -> None:
         tile, masked, box, masks = (np.concatenate(each) for each in zip(*entries, strict=True))
-        self._count = np.bincount(tile, minlength=len(corners))
-        self._masked = np.bincount(tile[masked], minlength=len(corners))
         order = np.lexsort((~masked, tile))  # stable: in a tile by products and row-major, those with masks first
+        tile, masked = tile[order], masked[order]
         self._boxes = box[order]
-        self._tile_of_mask = tile[order][masked[order]]
-        self.masks = masks[order][masked[order]]
+        self.masks = masks[order][masked]
+        count = np.bincount(tile, minlength=len(corners))
+        cut = {int(n): cut_list(int(n), queries) for n in np.unique(count)}
+        parts = np.array([len(cut[int(n)]) for n in count], np.int64)  # of each tile
+        self._whole = parts == 1
+        self._first = np.cumsum(parts) - parts
+        self._parts = parts
+        self._tiles = corners
+        self.corners = np.repeat(corners, parts, axis=0)
+        self._count = np.array([part for n in count for part in cut[int(n)]], np.int64)
+        of_box = np.repeat(np.arange(len(self._count)), self._count)
+        self._masked = np.bincount(of_box[masked], minlength=len(self.corners))
+        self._tile_of_mask = of_box[masked]
+        self._is_piece = np.repeat(~self._whole, parts)
+        self.pieces = int(self._is_piece.sum())
 
-    def records(self, start: int, groups: np.ndarray) -> np.ndarray:
-        """Lay the list out in records of four, from record ``start`` on. groups: the numbers of the masks."""
-        tiles = len(self.corners)
-        first_box = start + 2 * tiles + np.cumsum(self._count) - self._count
+    def splits(self, first: int) -> np.ndarray:
+        """Say what is in pieces, which are numbered from ``first`` on: two records of each such tile, [tiles, 2, 4]."""
+        number = first + (np.cumsum(self._is_piece) - self._is_piece)[self._first[~self._whole]]
+        parts = self._parts[~self._whole]
+        return np.stack([self._tiles[~self._whole], np.stack([number, parts, 0 * parts, 0 * parts], 1)], 1)
+
+    def records(
+        self, start: int, groups: np.ndarray, tiles: int, first: int, splits: np.ndarray, split_tiles: int
+    ) -> np.ndarray:
+        """Lay the list out in records of four, from record ``start`` on.
+
+        groups: the numbers of the masks. tiles, split_tiles: how many there shall be. first: the number of the first
+        piece. splits: of all that is in pieces.
+        """
+        head = start + 2 * (tiles + split_tiles)
+        first_box = head + np.cumsum(self._count) - self._count
         warpgroups = self.masks.shape[1]
         masks = warpgroups * self._masked
-        first_mask_record = start + 2 * tiles + len(self._boxes) + np.cumsum(masks) - masks
+        first_mask_record = head + len(self._boxes) + np.cumsum(masks) - masks
         lists = np.stack([first_box, self._count, first_mask_record, self._masked], 1)
-        header = np.concatenate([self.corners, lists], 1)
+        corners = self.corners.copy()
+        corners[:, 3] += np.where(self._is_piece, 4 * (first + np.cumsum(self._is_piece)), 0)
+        header = np.concatenate([corners, lists], 1)
         if self._count.max(initial=0) * len(self._count) > 1.25 * self._count.sum():  # the longest first
             header = header[np.argsort(-self._count, kind="stable")]
+        nothing = np.array([0, 0, 0, NONE, 0, 0, 0, 0])
+        header = np.concatenate([header, np.tile(nothing, (tiles - len(header), 1))])
+        splits = np.concatenate([splits.reshape(-1, 8), np.tile(nothing, (split_tiles - len(splits), 1))])
         # All boxes of a tile's first warpgroup, then those of its next.
         of_tile = self._masked[self._tile_of_mask]
         inside = np.arange(len(self.masks)) - (np.cumsum(self._masked) - self._masked)[self._tile_of_mask]
@@ -351,4 +414,4 @@ class _List:
         for group in range(warpgroups):
             found[at + group * of_tile, 0] = groups[:, group]
             found[at + group * of_tile, 3] = self.masks[:, group, 3]
-        return np.concatenate([header.reshape(-1, 4), self._boxes, found])
+        return np.concatenate([header.reshape(-1, 4), splits.reshape(-1, 4), self._boxes, found])

@@ -44,6 +44,10 @@ KERNELS = {
 MASKED = 0.38  # the cost of masking a box, in those of a box
 LEFT_OUT = 0.5  # the saving by a box that a warpgroup leaves out, in its share of the box
 TILE = 3.0  # the cost of beginning and ending a tile, in those of a box
+FORWARD_ROWS = KERNELS["forward"].warpgroups * ROWS  # of a tile
+SHORTEST = 24  # boxes of a piece of a list
+MANY = 8  # lists of this many boxes for each tile of the head are cut: keys are some 3 times as many as queries
+SHARES = 22  # pieces of a list are no longer than its head's boxes divided by this
 CANDIDATES = 40  # of tile extents, the best of which are tried with every extent of boxes
 
 
@@ -168,6 +172,27 @@ def choose(
     return best[1]
 
 
+def cut_list(boxes: int, queries: int | None) -> list[int]:
+    """Cut the list of a tile into pieces that different blocks walk: the number of boxes of each, the longest first.
+
+    It is cut if its head has few tiles beside it, which might not keep all blocks busy; a matter of the list and of the
+    queries of a head alone, None if lists are never cut. Pieces get shorter and shorter so that blocks end together.
+    """
+    if queries is None:
+        return [boxes]
+    tiles = -(-queries // FORWARD_ROWS)
+    if boxes < max(2 * SHORTEST, MANY * tiles):
+        return [boxes]
+    longest = min(boxes // 2, boxes * tiles // SHARES)
+    shortest = max(SHORTEST, longest // 4)
+    pieces, rest = [], boxes
+    while rest:
+        piece = max(shortest, min(longest, rest // 2))
+        pieces.append(piece if rest - piece > shortest // 2 else rest)
+        rest -= pieces[-1]
+    return pieces
+
+
 class _Memo:
     """A function of a rule, an axis and an extent that remembers its results, rules by identity."""
 
@@ -195,9 +220,7 @@ def _count(visits: _Memo, tile: Triple, rule: Rule, axis: int, extent: int) -> t
     return int(boxes.number.sum()), int((boxes.whole_to - boxes.whole_from).sum())
 
 
-def _share(
-    visits: _Memo, slab: Triple, tile: Triple, warpgroups: int, rule: Rule, axis: int, extent: int
-) -> float:
+def _share(visits: _Memo, slab: Triple, tile: Triple, warpgroups: int, rule: Rule, axis: int, extent: int) -> float:
     """Give the share of the boxes of a stacked axis of which a warpgroup sees something."""
     all_rows, part = visits(rule, axis, tile[axis]), visits(rule, axis, slab[axis])
     boxes = int((-(-all_rows.length // extent)).sum())
