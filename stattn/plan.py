@@ -186,9 +186,14 @@ def by_key(
     frames: the first axis of the keys counts frames here, whatever slots hold them, and a tile lies in one frame.
     """
     laid = geometry(mask, grid, q_box, k_box, frames)
-    exact = [piece for product in laid.products for piece in itertools.product(*map(_intervals_by_key, product))]
-    bounds = tuple((_transpose(t), _transpose(h), _transpose(w)) for t, h, w in exact)
+    bounds = transposed(laid.products)
     return _walk(laid, _keys(laid, frames), laid.q_box, bounds, rows, columns, thin_tile=frames)
+
+
+def transposed(products: Sequence[Product]) -> tuple[Product, ...]:
+    """Give products that say of each key which queries see it, no pair twice if no two of the given allow the same."""
+    exact = [piece for product in products for piece in itertools.product(*map(_intervals_by_key, product))]
+    return tuple((_transpose(t), _transpose(h), _transpose(w)) for t, h, w in exact)
 
 
 def _keys(laid: Geometry, frames: bool) -> Region:
@@ -205,8 +210,7 @@ def lists(mask: Mask | None, grid: Grid, tiles: tuple[Triple, Triple], columns: 
     everything = Region((0, 0, 0), grid.shape)
     rules = () if mask is None else mask.products(grid)
     if by_key:
-        exact = [piece for product in rules for piece in itertools.product(*map(_intervals_by_key, product))]
-        rules = tuple((_transpose(t), _transpose(h), _transpose(w)) for t, h, w in exact)
+        rules = transposed(rules)
     tile, other = tiles
     counts = [_tiles(n, e, 1) for n, e in zip(grid.shape, tile, strict=True)]
     none = [Interval(*np.zeros((4, count), np.int32)) for count in counts]

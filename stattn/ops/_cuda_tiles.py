@@ -28,10 +28,16 @@ class Config(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What tiles a kernel takes: the warpgroups that share one, and its list by head dimension."""
+    """What tiles a kernel takes.
+
+    warpgroups: that share one. configs: its list by head dimension. unit: boxes are multiples of this along w. split:
+    the cost of a box whose rows are no boxes themselves by sixteen, in those of others.
+    """
 
     warpgroups: int
     configs: dict[int, tuple[Config, ...]]
+    unit: int = 1
+    split: float = 1.0
 
 
 # Fitted to windows and sliding tiles on an H200, see benchmarks/NOTES.md.
@@ -39,7 +45,8 @@ CONFIGS = {128: (Config(0, 64, 1.0), Config(1, 80, 1.15)), 64: (Config(0, 128, 1
 KERNELS = {
     "forward": Kernel(3, CONFIGS),
     "dq": Kernel(3, {128: (Config(0, 64, 1.0),), 64: (Config(0, 64, 1.0), Config(1, 96, 1.4))}),
-    "kv": Kernel(2, {128: (Config(0, 64, 1.0),), 64: (Config(0, 64, 1.0),)}),
+    # Rows' statistics are copied in units of 16 bytes; the reduction of dQ takes rows by sixteen.
+    "kv": Kernel(2, {128: (Config(0, 64, 1.0),), 64: (Config(0, 128, 1.0),)}, unit=4, split=1.1),
 }
 MASKED = 0.38  # the cost of masking a box, in those of a box
 LEFT_OUT = 0.5  # the saving by a box that a warpgroup leaves out, in its share of the box
@@ -126,15 +133,18 @@ def choose(
     q_box: Region, k_box: Region, products: Sequence[Sequence[Product]], head_dim: int, kernel: str = "forward"
 ) -> Tiling:
     """Choose the extents of tiles and boxes: the least time by a count of boxes, of those with masks, and of tiles."""
-    warpgroups, configs = KERNELS[kernel]
+    warpgroups, configs, unit, split = KERNELS[kernel]
     flat = [product for each in products for product in each]
     steps = common_steps(products)
     assert steps is not None
     visits = _Memo(partial(_visits, q_box, k_box, steps))
     # A copy takes every eighth token at the least, of 256; rows further apart are copied one at a time.
     q_shape, k_shape = (
-        triple(1 if step > 8 else min(-(-n // step), 256 // step) for n, step in zip(box.extent, steps, strict=True))
-        for box in (q_box, k_box)
+        triple(
+            1 if step > 8 else min(-(-n // (step * multiple)) * multiple, 256 // step)
+            for n, step, multiple in zip(box.extent, steps, multiples, strict=True)
+        )
+        for box, multiples in ((q_box, (1, 1, 1)), (k_box, (1, 1, unit)))
     )
     candidates = []
     for slab in _extents(q_shape, ROWS):
@@ -154,10 +164,10 @@ def choose(
         counts = _Memo(partial(_count, visits, tile))
         shares = _Memo(partial(_share, visits, slab, tile, warpgroups))
         for config in configs[head_dim]:
-            for box in _extents(k_shape, config.box):
+            for box in _extents(k_shape, config.box, unit):
                 if 2 * product_of(box) <= config.box < product_of(k_shape):
                     continue
-                cost = TILE * tiles
+                cost, each_box = TILE * tiles, config.cost * (1.0 if _by_sixteen(box) else split)
                 for product in flat:
                     each = [counts(product[axis], axis, box[axis]) for axis in AXES]
                     boxes, inside = product_of([count for count, _ in each]), product_of([full for _, full in each])
@@ -165,7 +175,7 @@ def choose(
                     # Boxes with masks are left out by a warpgroup that sees nothing of them.
                     share = shares(product[stacked], stacked, box[stacked]) if masked else 1.0
                     saved = LEFT_OUT * (1 - share)
-                    cost += config.cost * (boxes - masked + (1 + MASKED) * (1 - saved) * masked)
+                    cost += each_box * (boxes - masked + (1 + MASKED) * (1 - saved) * masked)
                 if best is None or (cost, -box[2], -box[1]) < (best[0], -best[1].box[2], -best[1].box[1]):
                     best = cost, Tiling(q_box, k_box, steps, slab, stacked, box, config, warpgroups)
     assert best is not None
@@ -207,12 +217,22 @@ class _Memo:
         return self._known[key]
 
 
-def _extents(shape: Triple, most: int) -> Iterator[Triple]:
-    """List the extents of at most ``most`` tokens that fit a shape, the last axis as long as the others let it be."""
+def _extents(shape: Triple, most: int, unit: int = 1) -> Iterator[Triple]:
+    """List the extents of at most ``most`` tokens that fit a shape, multiples of ``unit`` along w."""
     for t in range(1, min(most, shape[0]) + 1):
         for h in range(1, min(most // t, shape[1]) + 1):
             longest = min(most // (t * h), shape[2])
-            yield from ((t, h, w) for w in range(1, longest + 1))
+            yield from ((t, h, w) for w in range(unit, longest + 1, unit))
+
+
+def _by_sixteen(box: Triple) -> bool:
+    """Say whether rows 0 to 15 of a box, 16 to 31 and so on are boxes themselves."""
+    _, h, w = box
+    if product_of(box) % 16:
+        return False
+    if w % 16 == 0:
+        return True
+    return 16 % w == 0 and (h % (16 // w) == 0 or 16 % (w * h) == 0)
 
 
 def _count(visits: _Memo, tile: Triple, rule: Rule, axis: int, extent: int) -> tuple[int, int]:
