@@ -1,4 +1,4 @@
-"""The `stattn` command: `stattn demo | sample | train | explain | doctor | report | compare | profile`.
+"""The `stattn` command: `stattn demo | sample | train | bench | explain | doctor | report | compare | profile`.
 
 A subcommand is a module with `add_arguments(parser)` and `main(args) -> int`; only the one that is asked for is
 imported.
@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": ("stattn.demo", "sample the shipped model under several masks and write a page of clips and timings"),
     "sample": ("stattn.sample_command", "sample one clip from a caption into a file"),
     "train": ("stattn.train", "train a video model on the synthetic world"),
+    "bench": ("stattn.bench_command", "measure operations, attention, a denoising step or a sample of a named model"),
     "explain": (
         "stattn.explain_command",
         "say which implementation serves an attention call, and why the others do not",

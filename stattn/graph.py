@@ -20,7 +20,8 @@ class SampleGraph:
 
     Arguments are those of ``sample`` but ``callback``. Nothing of a sample is left to the host but to copy its tensors
     in: timesteps, coefficients, masks and the choice of kernels are fixed in the graph, and so is the number of steps.
-    The weights are read where they are: changed in place, they take effect; the model must not be moved.
+    The weights are read where they are: changed in place, they take effect; the model must not be moved. ``video`` is
+    what the last replay wrote.
 
     Capturing runs a few steps first, so that kernels are compiled and plans are made. Raises ValueError on another
     device than CUDA: call ``sample`` there; RuntimeError for a model that cannot be captured, as one that waits for the
@@ -48,8 +49,11 @@ class SampleGraph:
             torch.cuda.synchronize()
             try:
                 with torch.cuda.graph(self._graph, stream=stream):
-                    self._video = walk(walk.encode(self._inputs))
+                    self.video = walk(walk.encode(self._inputs))
             except RuntimeError as error:
+                # A capture that fails leaves the device's generator believing that it goes on.
+                generator = torch.cuda.default_generators[torch.cuda.current_device()]
+                generator.graphsafe_set_state(generator.clone_state())
                 name = type(model).__name__
                 raise RuntimeError(f"model {name} cannot be captured in a CUDA graph, sample() it: {error}") from error
 
@@ -76,12 +80,11 @@ class SampleGraph:
                 place.copy_(tensor)
         self._options = options
         self._graph.replay()
-        return self._video.clone()
+        return self.video.clone()
 
-    def replay(self) -> Tensor:
-        """Sample again from what was given last; returns the graph's own video, which the next call overwrites."""
+    def replay(self) -> None:
+        """Sample again from what was given last, into ``video``."""
         self._graph.replay()
-        return self._video
 
     def _rehearsed(self) -> set[int]:
         """Choose the steps that together launch every kernel: one for each mask, and those at the ends."""

@@ -1,0 +1,34 @@
+"""Whole samples: on a GPU 50 steps in one CUDA graph, on a CPU a few in a loop.
+
+    python -m pytest benchmarks/bench_sampler.py --results benchmarks/results/h200
+    stattn bench sampler --shape wan2.1-1.3b-480p        # the same from the command line
+
+Rows are those of `stattn.bench_runs.measure_sampler`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stattn import bench_models, bench_runs, results
+
+WANTED = ["stattn-dense", "stattn-sliding_tile", "stattn-window"]
+CASES = [
+    pytest.param("wan-small", 4, "cpu", id="wan-small"),
+    pytest.param("wan2.1-1.3b-480p", 50, "cuda", id="wan2.1-1.3b-480p", marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize(("name", "steps", "there"), CASES)
+def test_sampler(benchmark: Any, report: results.Report, device: str, name: str, steps: int, there: str) -> None:
+    if device != there:
+        pytest.skip(f"measures the {there.upper()}, this machine measures the {device.upper()}")
+    shape = bench_models.SHAPES[name]
+
+    def run() -> None:
+        bench_runs.measure_sampler(report, shape, WANTED, device, steps=steps)
+
+    # A sample takes too long to be repeated for pytest-benchmark, whose table holds the whole measurement.
+    benchmark.pedantic(run, rounds=1, iterations=1)

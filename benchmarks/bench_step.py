@@ -1,0 +1,59 @@
+"""One denoising step of published models, by stattn and by what a user would run today, on the same weights.
+
+    python -m pytest benchmarks/bench_step.py --results benchmarks/results/h200
+    stattn bench step --shape wan2.1-1.3b-480p           # the same from the command line
+
+Contenders are those of `stattn.bench_models`, rows those of `stattn.bench_runs.measure_step`. On a GPU, diffusers' own
+transformer is compiled as a whole, which takes minutes; the other compiled ones by blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from stattn import bench_models, bench_runs, results
+
+# name, layers (None: all), contenders (None: all of the device)
+GPU = [
+    ("wan2.1-1.3b-480p", None, None),
+    ("wan2.1-14b-720p", 2, ["diffusers", "stattn-dense", "stattn-sliding_tile", "stattn-window"]),
+]
+CPU = [("wan-small", None, None)]
+CASES = [
+    pytest.param(*case, device, id=case[0], marks=marks)
+    for device, cases, marks in (("cpu", CPU, ()), ("cuda", GPU, (pytest.mark.gpu,)))
+    for case in cases
+]
+
+
+@pytest.mark.parametrize(("name", "layers", "wanted", "there"), CASES)
+def test_step(
+    benchmark: Any,
+    report: results.Report,
+    device: str,
+    name: str,
+    layers: int | None,
+    wanted: list[str] | None,
+    there: str,
+) -> None:
+    if device != there:
+        pytest.skip(f"measures the {there.upper()}, this machine measures the {device.upper()}")
+    shape = bench_models.SHAPES[name].of_layers(layers)
+    calls = bench_runs.measure_step(
+        report, shape, wanted or bench_models.names(shape, device), device, rounds=7 if device == "cuda" else 3
+    )
+
+    def run() -> None:
+        calls["stattn-dense"]()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    # pytest-benchmark's own table; its clock is the host's, so the call waits.
+    with torch.no_grad():
+        benchmark.pedantic(run, rounds=3, iterations=1)
+    torch.compiler.reset()
+    if device == "cuda":
+        torch.cuda.empty_cache()

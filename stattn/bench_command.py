@@ -1,0 +1,94 @@
+"""`stattn bench`: measure operations, attention, a denoising step or a whole sample of a named model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stattn.bench_models import ModelShape
+
+WHAT = ("ops", "attention", "step", "sampler")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `stattn bench`."""
+    from stattn.cli import positive
+
+    parser.add_argument("what", choices=WHAT, help="what to measure")
+    parser.add_argument("--shape", metavar="NAME", help="model and clip; default: wan2.1-1.3b-480p, on a CPU wan-small")
+    parser.add_argument("--layers", type=positive, help="so many of the model's layers (default: all)")
+    parser.add_argument("--contenders", metavar="A,B", help="default: all that this machine runs; `list` names them")
+    parser.add_argument(
+        "--frames", metavar="3,6,9", help="attention: at so many frames of tokens, for a plot of lengths"
+    )
+    parser.add_argument("--steps", type=positive, default=50, help="of a sample (default: 50)")
+    parser.add_argument("--rounds", type=positive, help="how often each is timed")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument(
+        "--out", metavar="FILE", help="results file to write, or to add to (default: build/results/WHAT.json)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, write the results file and print it as a table; 1 where a contender computes something else."""
+    import torch
+
+    from stattn import bench_models, bench_runs, results
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = args.shape or ("wan2.1-1.3b-480p" if device == "cuda" else "wan-small")
+    if name not in bench_models.SHAPES:
+        raise ValueError(f"--shape {name!r} must be one of {', '.join(bench_models.SHAPES)}")
+    shape = bench_models.SHAPES[name].of_layers(args.layers)
+    wanted = bench_models.names(shape, device)
+    if args.what == "sampler":
+        wanted = [each for each in wanted if each.startswith("stattn-")]
+    if args.contenders == "list":
+        print("\n".join(wanted))
+        return 0
+    if args.contenders is not None:
+        asked = args.contenders.split(",")
+        unknown = [each for each in asked if each not in wanted]
+        if unknown:
+            raise ValueError(f"--contenders {','.join(unknown)}: here there are {', '.join(wanted)}")
+        wanted = asked
+    if args.contenders is None and shape.grid.globals:
+        wanted = [each for each in wanted if not each.startswith("flex") and each != "diffusers"]
+    if args.frames is not None and args.what != "attention":
+        raise ValueError(f"--frames {args.frames} is for attention, not for {args.what}")
+    options = {} if args.rounds is None else {"rounds": args.rounds}
+    out = Path(args.out or f"build/results/{args.what}.json")
+    report = results.new_report(args.command_line, device)
+    try:
+        if args.what == "ops":
+            bench_runs.measure_ops(report, shape, device, **options)
+        elif args.what == "attention":
+            for each in [shape] if args.frames is None else _lengths(shape, args.frames):
+                bench_runs.measure_attention(report, each, wanted, device, **options)
+        elif args.what == "step":
+            bench_runs.measure_step(report, shape, wanted, device, **options)
+        else:
+            bench_runs.measure_sampler(report, shape, wanted, device, steps=args.steps, **options)
+    except bench_runs.WrongResult as error:
+        print(f"stattn bench: {error}; nothing was written", file=sys.stderr)
+        return 1
+    results.write(out, report)
+    print(results.markdown(report))
+    print(out)
+    return 0
+
+
+def _lengths(shape: ModelShape, frames: str) -> list[ModelShape]:
+    """Return the shape with other numbers of frames, named by their grids."""
+    from dataclasses import replace
+
+    from stattn.cli import positive
+
+    found = []
+    for count in map(positive, frames.split(",")):
+        other = replace(shape, size=(count * shape.config.patch[0], *shape.size[1:]))
+        found.append(replace(other, name="x".join(map(str, other.grid.shape))))
+    return found

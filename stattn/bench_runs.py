@@ -1,0 +1,395 @@
+"""What `stattn bench` measures: operations, attention, a denoising step and a whole sample of a named shape.
+
+Each function adds results to a report. Everything that is timed is compared first with another implementation, and a
+wrong contender raises WrongResult: nothing is written of it. Contenders whose package is not installed are left out,
+and named in the report's versions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import stattn
+from stattn import masks, results
+from stattn.bench_models import (
+    Contender,
+    Inputs,
+    ModelShape,
+    contender,
+    peak_memory,
+    psnr,
+    random_inputs,
+    random_model,
+    relative_error,
+    sharing,
+    truth,
+)
+from stattn.dit import DiT
+from stattn.graph import SampleGraph
+from stattn.masks import Mask
+from stattn.ops.patchify import patchify3d
+from stattn.reference import denoise as denoise_reference
+from stattn.reference import gate as gate_reference
+from stattn.reference import modulate as modulate_reference
+from stattn.reference import qk_norm_rope as rope_reference
+from stattn.reference.patchify import patchify3d as patchify_reference
+from stattn.rope import rope_tables
+from stattn.sampler import FlowMatching, Walk, draw_noise, prepare
+from stattn.sampler import Inputs as SampleInputs
+
+
+class WrongResult(Exception):
+    """A contender's output is not what another implementation computes."""
+
+
+def dtype_of(device: str) -> torch.dtype:
+    """Measure in bf16 on a GPU, in fp32 on a CPU."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def add(report: results.Report, name: str, unit: str, value: float, beside: tuple[str, float] | None = None) -> None:
+    """Add one number without a spread, beside another where there is one."""
+    base = ratio = None
+    if beside is not None and value > 0:
+        base = results.Baseline(*beside)
+        ratio = beside[1] / value if unit in results.LOWER_IS_BETTER else value / beside[1]
+    report.results.append(results.Result(name, unit, value, value, value, base, ratio, True))
+
+
+# --- one denoising step ----------------------------------------------------------------------------------------------
+
+
+def build(
+    report: results.Report, wanted: Iterable[str], model: DiT, shape: ModelShape, given: Inputs
+) -> dict[str, tuple[Contender, float]]:
+    """Build the contenders and compare them with the truth under their masks; each with its error.
+
+    A contender passes that is at most twice as far from it as PyTorch's own operations in the same dtype are.
+    """
+    found: dict[str, tuple[Contender, float]] = {}
+    truths = {}
+    eager = contender("eager", model, shape)
+    eps = torch.finfo(given.x.dtype).eps
+    with torch.no_grad():
+        truths[eager.mask] = truth(model, given, eager.mask)
+        allowed = 2 * relative_error(eager.call(*given), truths[eager.mask]) + 8 * eps
+        for name in wanted:
+            try:
+                made = contender(name, model, shape)
+            except ImportError:
+                report.versions[name] = "not installed"
+                continue
+            if name == "diffusers":
+                report.versions[name] = metadata.version(name)
+            if made.mask not in truths:
+                truths[made.mask] = truth(model, given, made.mask)
+            error = relative_error(made.call(*given), truths[made.mask])
+            if not error <= allowed:
+                raise WrongResult(f"{name}: relative error {error:.2e}, allowed are {allowed:.2e}")
+            found[name] = made, error
+    return found
+
+
+def measure_step(
+    report: results.Report, shape: ModelShape, wanted: Sequence[str], device: str, *, rounds: int = 7
+) -> dict[str, Callable[[], Any]]:
+    """Time one prediction of a model by each contender; returns what was timed.
+
+    Rows step/<shape>/<contender>: milliseconds beside diffusers (or eager), and behind it attention (its share of the
+    time, measured alone), density, rate (of the arithmetic that the mask leaves), memory (at the peak), and error (of
+    the prediction, relative, to dense attention for those under a mask).
+    """
+    dtype = dtype_of(device)
+    model = random_model(shape, device, dtype)
+    given = random_inputs(shape, device, dtype)
+    found = build(report, wanted, model, shape, given)
+    baseline = next((name for name in ("diffusers", "compiled", "eager") if name in found), None)
+    with torch.no_grad():
+        calls: dict[str, Callable[[], Any]] = {name: partial(each.call, *given) for name, (each, _) in found.items()}
+        timings = results.time_contenders(calls, device=device, rounds=rounds, warmup=1)
+        shares = _attention_times(found, shape, device, dtype)
+        dense = truth(model, given, masks.full())
+        for name, (each, error) in found.items():
+            row = f"step/{shape.name}/{name}"
+            timing = timings[name]
+            beside = None if baseline in (None, name) else (f"step/{shape.name}/{baseline}", timings[str(baseline)])
+            report.results.append(results.Result.of(row, timing, baseline=beside, checked=True))
+            if name in shares:
+                add(report, f"{row}/attention", "fraction", shares[name] * shape.config.layers / timing.median)
+            add(report, f"{row}/density", "fraction", each.mask.density(shape.grid))
+            work = model.flops(shape.grid, each.mask, text_len=given.text.shape[1])
+            scale, unit = (1e-9, "TFLOP/s") if device == "cuda" else (1e-6, "GFLOP/s")
+            add(report, f"{row}/rate", unit, work / timing.median * scale)
+            if each.mask != masks.full():
+                error = relative_error(each.call(*given), dense)
+            add(report, f"{row}/error", "fraction", error)
+            with peak_memory(device) as memory:
+                each.call(*given)
+            for unit, value in memory.items():
+                add(report, f"{row}/memory", unit, value)
+    return calls
+
+
+def _attention_times(
+    found: dict[str, tuple[Contender, float]], shape: ModelShape, device: str, dtype: torch.dtype
+) -> dict[str, float]:
+    """Time each contender's self-attention of one layer alone, in milliseconds."""
+    qkv = attention_inputs(shape, device, dtype)
+    calls: dict[str, Callable[[], Any]] = {
+        name: partial(each.attend, *qkv) for name, (each, _) in found.items() if each.attend is not None
+    }
+    if not calls:
+        return {}
+    return {name: timing.median for name, timing in results.time_contenders(calls, device=device, rounds=5).items()}
+
+
+def attention_inputs(shape: ModelShape, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw q, k and v [1, N, heads, D] of a layer."""
+    generator = torch.Generator(device).manual_seed(2)
+    size = (1, shape.grid.tokens, shape.config.heads, shape.config.head_dim)
+    q, k, v = (torch.randn(size, device=device, dtype=dtype, generator=generator) for _ in range(3))
+    return q, k, v
+
+
+# --- attention alone -------------------------------------------------------------------------------------------------
+
+
+def measure_attention(
+    report: results.Report, shape: ModelShape, wanted: Sequence[str], device: str, *, rounds: int = 9
+) -> None:
+    """Time the self-attention of one layer. Rows attention/<contender>/<shape>: milliseconds, and density and rate."""
+    dtype = dtype_of(device)
+    model = random_model(shape.of_layers(1), device, dtype)
+    q, k, v = attention_inputs(shape, device, dtype)
+    calls: dict[str, Callable[[], Any]] = {}
+    kept: dict[str, Mask] = {}
+    for name in wanted:
+        made = contender(name, model, shape.of_layers(1))
+        if made.attend is None or name == "diffusers":
+            continue  # what diffusers calls is the contender "compiled"
+        out = made.attend(q, k, v)
+        out = out if out.shape == q.shape else out.transpose(1, 2)
+        _check_attention(name, out, q, k, v, shape, made.mask)
+        calls[name], kept[name] = partial(made.attend, q, k, v), made.mask
+    timings = results.time_contenders(calls, device=device, rounds=rounds)
+    baseline = next((name for name in ("compiled", "eager") if name in timings), None)
+    for name, timing in timings.items():
+        row = f"attention/{name}/{shape.name}"
+        beside = None if baseline in (None, name) else (f"attention/{baseline}/{shape.name}", timings[str(baseline)])
+        report.results.append(results.Result.of(row, timing, baseline=beside, checked=True))
+        density = kept[name].density(shape.grid)
+        add(report, f"{row}/density", "fraction", density)
+        work = 4 * density * shape.grid.tokens**2 * shape.config.dim
+        scale, unit = (1e-9, "TFLOP/s") if device == "cuda" else (1e-6, "GFLOP/s")
+        add(report, f"{row}/rate", unit, work / timing.median * scale)
+
+
+def _check_attention(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, shape: ModelShape, mask: Mask) -> None:
+    """Compare sampled rows of a head with float64."""
+    rows = torch.randperm(shape.grid.tokens, generator=torch.Generator().manual_seed(1))[:64]
+    seen = mask.allowed(shape.grid, rows).to(q.device)
+    scores = q[0, rows, 0].double() @ k[0, :, 0].double().T / math.sqrt(q.shape[3])
+    want = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v[0, :, 0].double()
+    error = relative_error(out[0, rows, 0], want)
+    if not error <= (2 if q.dtype == torch.bfloat16 else 8) * torch.finfo(q.dtype).eps:
+        raise WrongResult(f"{name}: relative error {error:.2e} of sampled rows of attention")
+
+
+# --- the operations around it ----------------------------------------------------------------------------------------
+
+
+def measure_ops(report: results.Report, shape: ModelShape, device: str, *, rounds: int = 20) -> None:
+    """Time the operations of a layer, their references compiled, and a copy of as many bytes.
+
+    Rows ops/<operation>/fwd/<shape> beside the copy, with "-compiled" and "-copy" behind the operation for these, and
+    bandwidth behind all: the bytes that must be read and written, by the time. Timed by graph replay, on a cold cache.
+    """
+    for name, (size, draw, ours, reference) in _operations(shape, device).items():
+        copies = results.copies_for(size) if device == "cuda" else 2
+        torch.manual_seed(0)
+        given = [draw() for _ in range(copies)]
+        calls: dict[str, Callable[..., Any]] = {name: ours}
+        if device == "cuda":
+            calls[f"{name}-compiled"] = torch.compile(reference, dynamic=False)
+        with torch.no_grad():
+            want = _tuple(reference(*given[0]))
+            for who, call in calls.items():
+                for got, right in zip(_tuple(call(*given[0])), want, strict=True):
+                    error = relative_error(got, right)
+                    if not error <= 4 * torch.finfo(got.dtype).eps + 1e-6:
+                        raise WrongResult(f"{who}: relative error {error:.2e} to the reference")
+            source = torch.randint(0, 256, (copies, size // 2), dtype=torch.uint8, device=device)
+            target = torch.empty_like(source)
+            rows: dict[str, Callable[[int], Any]] = {
+                f"ops/{who}/fwd/{shape.name}": partial(_on, call, given) for who, call in calls.items()
+            }
+            copy = f"ops/{name}-copy/fwd/{shape.name}"
+            rows[copy] = partial(_copy, source, target)
+            timings = results.time_in_graph(rows, copies=copies, device=device, rounds=rounds)
+        for row, timing in timings.items():
+            beside = None if row == copy else (copy, timings[copy])
+            report.results.append(results.Result.of(row, timing, baseline=beside, checked=True))
+            add(report, f"{row}/bandwidth", "GB/s", size / timing.median * 1e-6)
+        torch.compiler.reset()
+
+
+def _on(call: Callable[..., Any], given: Sequence[tuple[Tensor, ...]], number: int) -> Any:
+    return call(*given[number])
+
+
+def _copy(source: Tensor, target: Tensor, number: int) -> Tensor:
+    return target[number].copy_(source[number])
+
+
+def _tuple(out: Any) -> tuple[Tensor, ...]:
+    return tuple(out) if isinstance(out, tuple | list) else (out,)
+
+
+Operation = tuple[int, Callable[[], tuple[Tensor, ...]], Callable[..., Any], Callable[..., Any]]
+
+
+def _operations(shape: ModelShape, device: str) -> dict[str, Operation]:
+    """Give each operation its bytes, a way to draw its tensors, itself and its reference."""
+    config, grid, dtype = shape.config, shape.grid, dtype_of(device)
+    one = grid.tokens * config.dim * dtype.itemsize
+    across = config.qk_norm == "across_heads"
+    rope = rope_tables(grid, config.head_dim, split=config.rope_split, theta=config.rope_theta, device=device)
+    norm = ("layer", None, None, config.eps)
+    latent = (1, config.in_channels, *shape.size)
+    held = math.prod(latent)
+
+    def tokens(count: int, vectors: int) -> Callable[[], tuple[Tensor, ...]]:
+        def draw() -> tuple[Tensor, ...]:
+            many = [torch.randn(1, grid.tokens, config.dim, device=device, dtype=dtype) for _ in range(count)]
+            return (*many, *(torch.randn(1, config.dim, device=device) / 3 for _ in range(vectors)))
+
+        return draw
+
+    def heads() -> tuple[Tensor, ...]:
+        pair = [torch.randn(1, grid.tokens, config.heads, config.head_dim, device=device, dtype=dtype) for _ in "qk"]
+        width = config.dim if across else config.head_dim
+        return (*pair, *(torch.rand(width, device=device, dtype=dtype) + 0.5 for _ in "qk"))
+
+    def patches() -> tuple[Tensor, ...]:
+        x = torch.randn(1, config.model_channels, *shape.size, device=device, dtype=dtype)
+        weight = torch.randn(config.dim, config.model_channels, *config.patch, device=device, dtype=dtype) / 8
+        return x, weight, torch.randn(config.dim, device=device, dtype=dtype)
+
+    def latents() -> tuple[Tensor, ...]:
+        return (
+            torch.randn(latent, device=device),
+            *(torch.randn(latent, device=device, dtype=dtype) for _ in range(2)),
+        )
+
+    def step(call: Callable[..., Any], x: Tensor, cond: Tensor, uncond: Tensor) -> Any:
+        return call(x, cond, uncond=uncond, guidance=5.0, sigma=0.6, weights=(1.0, -0.1), target="velocity")
+
+    def step_reference(x: Tensor, cond: Tensor, uncond: Tensor) -> Any:
+        return denoise_reference.denoise_step(
+            x, cond, uncond, 5.0, 0.0, False, (0.0, 1.0), (1.0, -0.1), (), None, None, 0, 0.0, None, None, (1.0, 0.0),
+            None,
+        )  # fmt: skip
+
+    return {
+        "modulate": (
+            2 * one, tokens(1, 2), stattn.modulate,
+            lambda x, scale, shift: modulate_reference.modulate(x, scale, shift, *norm),
+        ),
+        "gate_residual": (3 * one, tokens(2, 1), stattn.gate_residual, gate_reference.gate_residual),
+        "gate_residual_modulate": (
+            4 * one, tokens(2, 3), stattn.gate_residual_modulate,
+            lambda x, y, gate, scale, shift: gate_reference.gate_residual_modulate(x, y, gate, scale, shift, *norm),
+        ),
+        "qk_norm_rope": (
+            4 * one, heads,
+            lambda q, k, a, b: stattn.qk_norm_rope(q, k, a, b, rope, across_heads=across, eps=config.eps),
+            lambda q, k, a, b: rope_reference.qk_norm_rope(q, k, a, b, rope, rope, across, config.eps, True),
+        ),
+        "patchify": (
+            one + config.model_channels * math.prod(shape.size) * dtype.itemsize, patches, patchify3d,
+            lambda x, weight, bias: patchify_reference(x, weight, bias, None),
+        ),
+        "denoise_step": (
+            held * (3 * 4 + 2 * dtype.itemsize), latents, partial(step, stattn.denoise_step), step_reference,
+        ),
+    }  # fmt: skip
+
+
+# --- a whole sample --------------------------------------------------------------------------------------------------
+
+GAP = 10.0  # microseconds without a kernel that are too many
+
+
+def measure_sampler(
+    report: results.Report, shape: ModelShape, wanted: Sequence[str], device: str, *, steps: int = 50, rounds: int = 1
+) -> None:
+    """Time whole samples: on a GPU one graph each, on a CPU the loop.
+
+    Rows sampler/<shape>/<contender>: seconds for all steps beside steps x the time of one, launched by the host; and
+    behind it gap (the longest time between two kernels of a replay), loop (seconds when the host launches all steps),
+    density, error and psnr (of the final latents to those under dense attention, from the same noise).
+    """
+    dtype = dtype_of(device)
+    model = random_model(shape, device, dtype)
+    noise = draw_noise((1, shape.config.in_channels, *shape.size), seed=3)
+    text = random_inputs(shape, device, dtype).text
+    options: dict[str, Any] = {"text": text, "steps": FlowMatching(steps, shift=5.0), "prediction": "v"}
+    dense: Tensor | None = None
+    own = {"stattn-dense": masks.full(), "stattn-sliding_tile": shape.sliding_tile, "stattn-window": shape.window}
+    for name in (each for each in own if each in wanted):
+        twin = sharing(model, mask=own[name])
+        row = f"sampler/{shape.name}/{name}"
+        with torch.no_grad():
+            walk, inputs = prepare(twin, noise.shape, noise=noise, **options)
+            inputs = walk.encode(inputs)
+            one = results.time_callable(partial(walk, inputs, only={steps // 2}), device=device, rounds=5, warmup=1)
+            kept: list[Tensor] = []
+            loop = results.time_callable(partial(_keep, kept, walk, inputs), device=device, rounds=1, warmup=0)
+        total, video = loop, kept[-1]
+        if device == "cuda":
+            graph = SampleGraph(twin, noise.shape, noise=noise, **options)
+            total = results.time_callable(graph.replay, device=device, rounds=rounds, warmup=0)
+            if not torch.equal(graph.video, video):
+                raise WrongResult(f"{name}: the graph's video differs from that of the loop")
+            add(report, f"{row}/gap", "us", longest_gap(graph.replay))
+            add(report, f"{row}/loop", "s", loop.median / 1e3)
+            del graph
+        if not bool(video.isfinite().all()):
+            raise WrongResult(f"{name}: the video is not finite")
+        seconds = (total.median / 1e3, total.p20 / 1e3, total.p80 / 1e3)
+        base = results.Baseline(f"{steps} x the step launched alone", steps * one.median / 1e3)
+        report.results.append(results.Result(row, "s", *seconds, base, base.value / seconds[0], checked=True))
+        add(report, f"{row}/density", "fraction", own[name].density(shape.grid))
+        if name == "stattn-dense":
+            dense = video
+        elif dense is not None:
+            add(report, f"{row}/error", "fraction", relative_error(video, dense))
+            add(report, f"{row}/psnr", "dB", psnr(video, dense))
+
+
+def _keep(kept: list[Tensor], walk: Walk, inputs: SampleInputs) -> None:
+    kept.append(walk(inputs))
+
+
+def longest_gap(replay: Callable[[], Any]) -> float:
+    """Return the longest time without a kernel, a copy or a fill within what ``replay`` launches, in microseconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        replay()
+        torch.cuda.synchronize()
+    spans = sorted(
+        (each.time_range.start, each.time_range.end)
+        for each in profiler.events()
+        if each.device_type == torch.autograd.DeviceType.CUDA
+    )
+    end, longest = spans[0][1], 0.0
+    for start, stop in spans[1:]:
+        longest = max(longest, start - end)
+        end = max(end, stop)
+    return longest
