@@ -63,6 +63,11 @@ def add(report: results.Report, name: str, unit: str, value: float, beside: tupl
     report.results.append(results.Result(name, unit, value, value, value, base, ratio, True))
 
 
+def decibels(error: float) -> float:
+    """Return a relative error as a ratio of signal to noise, at most 240 dB, which float64 does not tell from exact."""
+    return min(-20 * math.log10(max(error, 1e-12)), 240.0) if error < 1 else 0.0
+
+
 # --- one denoising step ----------------------------------------------------------------------------------------------
 
 
@@ -102,9 +107,9 @@ def measure_step(
 ) -> dict[str, Callable[[], Any]]:
     """Time one prediction of a model by each contender; returns what was timed.
 
-    Rows step/<shape>/<contender>: milliseconds beside diffusers (or eager), and behind it attention (its share of the
-    time, measured alone), density, rate (of the arithmetic that the mask leaves), memory (at the peak), and error (of
-    the prediction, relative, to dense attention for those under a mask).
+    Rows step/<shape>/<contender>: milliseconds beside diffusers (or eager), and behind it attention (self-attention of
+    all layers, timed alone), density, rate (of the arithmetic that the mask leaves), memory (at the peak), and snr (of
+    the prediction to that of dense attention by another implementation, in dB).
     """
     dtype = dtype_of(device)
     model = random_model(shape, device, dtype)
@@ -114,22 +119,22 @@ def measure_step(
     with torch.no_grad():
         calls: dict[str, Callable[[], Any]] = {name: partial(each.call, *given) for name, (each, _) in found.items()}
         timings = results.time_contenders(calls, device=device, rounds=rounds, warmup=1)
-        shares = _attention_times(found, shape, device, dtype)
+        times = _attention_times(found, shape, device, dtype)
         dense = truth(model, given, masks.full())
         for name, (each, error) in found.items():
             row = f"step/{shape.name}/{name}"
             timing = timings[name]
             beside = None if baseline in (None, name) else (f"step/{shape.name}/{baseline}", timings[str(baseline)])
             report.results.append(results.Result.of(row, timing, baseline=beside, checked=True))
-            if name in shares:
-                add(report, f"{row}/attention", "fraction", shares[name] * shape.config.layers / timing.median)
+            if name in times:
+                add(report, f"{row}/attention", "ms", times[name] * shape.config.layers)
             add(report, f"{row}/density", "fraction", each.mask.density(shape.grid))
             work = model.flops(shape.grid, each.mask, text_len=given.text.shape[1])
             scale, unit = (1e-9, "TFLOP/s") if device == "cuda" else (1e-6, "GFLOP/s")
             add(report, f"{row}/rate", unit, work / timing.median * scale)
             if each.mask != masks.full():
                 error = relative_error(each.call(*given), dense)
-            add(report, f"{row}/error", "fraction", error)
+            add(report, f"{row}/snr", "dB", decibels(error))
             with peak_memory(device) as memory:
                 each.call(*given)
             for unit, value in memory.items():
@@ -334,7 +339,7 @@ def measure_sampler(
 
     Rows sampler/<shape>/<contender>: seconds for all steps beside steps x the time of one, launched by the host; and
     behind it gap (the longest time between two kernels of a replay), loop (seconds when the host launches all steps),
-    density, error and psnr (of the final latents to those under dense attention, from the same noise).
+    density, snr and psnr (of the final latents to those under dense attention, from the same noise).
     """
     dtype = dtype_of(device)
     model = random_model(shape, device, dtype)
@@ -370,7 +375,7 @@ def measure_sampler(
         if name == "stattn-dense":
             dense = video
         elif dense is not None:
-            add(report, f"{row}/error", "fraction", relative_error(video, dense))
+            add(report, f"{row}/snr", "dB", decibels(relative_error(video, dense)))
             add(report, f"{row}/psnr", "dB", psnr(video, dense))
 
 

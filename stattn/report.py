@@ -258,3 +258,72 @@ def series(rows: Sequence[Row]) -> dict[str, list[tuple[int, Row]]]:
         name if names[name] == 1 else f"{name} [{each[0][1].source.path.as_posix()}]": each
         for (_, name), each in several.items()
     }
+
+
+# ---- roofline, breakdown, error
+
+
+@dataclass(frozen=True)
+class Point:
+    """Hold what a row reaches on the roofline of its run: operations a byte, and TFLOP/s."""
+
+    row: Row
+    intensity: float
+    tflops: float
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Hold a step's milliseconds, and those of its self-attention alone."""
+
+    name: str
+    total: float
+    attention: float
+
+
+# Operations an element that is read or written, of the memory-bound ones: counted from their formulas, so nominal.
+PER_ELEMENT = {"modulate": 5.0, "gate_residual": 0.7, "gate_residual_modulate": 3.0, "qk_norm_rope": 4.0}
+
+
+def points(rows: Sequence[Row]) -> list[Point]:
+    """Return rows whose name tells their arithmetic and their bytes, of runs that know what the machine reaches.
+
+    Attention moves q, k, v and the output once, in 16 bits; rows ops/<operation>/<pass>/<shape>/bandwidth move what
+    they say, with a nominal count of operations.
+    """
+    found = []
+    for row in rows:
+        result, report = row.result, row.source.report
+        if report.cublas_tflops is None or report.copy_tbps is None or result.value <= 0:
+            continue
+        parts = result.name.split("/")
+        work = flops(result.name)
+        if work is not None and result.unit in MILLISECONDS and not parts[2].endswith(("_bwd", "_bwd_deterministic")):
+            grid, heads, dim = SHAPES[parts[3]]
+            rate = work / (result.value * MILLISECONDS[result.unit]) * 1e-9
+            found.append(Point(row, work / (4 * grid.tokens * heads * dim * 2), rate))
+        elif parts[0] == "ops" and parts[-1] == "bandwidth" and parts[1] in PER_ELEMENT and result.unit == "GB/s":
+            intensity = PER_ELEMENT[parts[1]] / 2
+            found.append(Point(row, intensity, result.value * 1e-3 * intensity))
+    return found
+
+
+def breakdowns(rows: Sequence[Row]) -> list[Breakdown]:
+    """Return the steps of which a row <name>/attention tells the time of self-attention."""
+    values = {(id(row.source), row.result.name): row.result for row in rows if row.result.unit == "ms"}
+    return [
+        Breakdown(name, result.value, values[source, f"{name}/attention"].value)
+        for (source, name), result in values.items()
+        if (source, f"{name}/attention") in values
+    ]
+
+
+def errors(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """Return density and relative error by name, of rows <name>/density and <name>/snr under a mask."""
+    values = {(id(row.source), row.result.name): row.result for row in rows}
+    found = {}
+    for (source, name), result in values.items():
+        snr = values.get((source, f"{name.removesuffix('/density')}/snr"))
+        if name.endswith("/density") and snr is not None and result.value < 1:
+            found[name.removesuffix("/density")] = result.value, 10 ** (-snr.value / 20)
+    return found

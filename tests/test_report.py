@@ -95,12 +95,13 @@ def test_the_command_writes_a_page_that_needs_no_other_file(folder, tmp_path, ca
         assert page.count(f"<td><code>{name.replace('<', '&lt;').replace('>', '&gt;')}</code></td>") == 1
     alts = re.findall(r'<img alt="([^"]*)"', page)
     stems = [alt.split(":")[0] for alt in alts]
-    assert stems == ["attention"] * 3 + ["ops", "ops/gate", "ops/modulate", "ops/modulate"]
+    assert stems == ["attention"] * 4 + ["ops", "ops/gate", "ops/modulate", "ops/modulate"]
     pictures = [base64.b64decode(each).decode() for each in re.findall(r"base64,([^\"]*)", page)]
     assert all(picture.lstrip().startswith("<?xml") for picture in pictures)
     assert "1.33× attention/torch-cudnn/dense_fwd" in pictures[0]
     assert "TFLOP/s" in pictures[1]
-    assert "length squared" in pictures[2]
+    assert "operations a byte" in pictures[2]
+    assert "length squared" in pictures[3]
     assert "90 % of ops/modulate-copy" in pictures[-1]
     assert {path.name for path in out.iterdir()} == {
         "index.html", "report.md", "smaller-is-better.json", "bigger-is-better.json",
@@ -205,6 +206,41 @@ def test_a_series_has_several_lengths_of_one_run():
     assert [tokens for tokens, _ in found["attention/cuda/window/N"]] == [7800, 32760, 126360]
     first, last = one[2], _rows(_report(_row("attention/cuda/window/81x30x52", 1.0)))[0]
     assert report.series([first, last]) == {}
+
+
+def test_points_lie_where_arithmetic_and_bytes_put_them():
+    rows = [
+        _row("attention/cuda/dense_fwd/wan-1.3b-480p", 9.0),
+        _row("attention/cuda/dense_bwd/wan-1.3b-480p", 9.0),
+        _row("ops/modulate/fwd/wan/bandwidth", 4000.0, "GB/s"),
+        _row("ops/modulate/fwd/wan", 0.1),
+    ]
+    source = report.Source(Path("a.json"), "a.json", _report(*rows))
+    first, second = report.points([report.Row(source, each) for each in rows])
+    tokens, work = 32760, 4 * 32760**2 * 12 * 128
+    assert first.row.result.name.endswith("dense_fwd/wan-1.3b-480p")
+    assert first.intensity == pytest.approx(tokens / 2)
+    assert first.tflops == pytest.approx(work / 9.0 * 1e-9)
+    assert second.tflops / second.intensity == pytest.approx(4.0)  # TB/s: on the slope of a copy of 4
+    unknown = dataclasses.replace(source, report=_report(*rows, copy=None))
+    assert report.points([report.Row(unknown, each) for each in rows]) == []
+
+
+def test_steps_are_broken_down_and_errors_set_against_densities(tmp_path, capsys):
+    rows = [
+        _row("step/wan/a", 100.0), _row("step/wan/a/attention", 60.0), _row("step/wan/b", 50.0),
+        _row("step/wan/a/density", 0.1, "fraction"), _row("step/wan/a/snr", 20.0, "dB"),
+        _row("step/wan/b/density", 1.0, "fraction"), _row("step/wan/b/snr", 120.0, "dB"),
+    ]  # fmt: skip
+    source = report.Source(Path("a.json"), "a.json", _report(*rows))
+    found = [report.Row(source, each) for each in rows]
+    assert report.breakdowns(found) == [report.Breakdown("step/wan/a", 100.0, 60.0)]
+    assert report.errors(found) == {"step/wan/a": (0.1, pytest.approx(0.1))}
+    results.write(tmp_path / "a.json", source.report)
+    status, _, _ = _run(capsys, "report", tmp_path / "a.json", "--out", tmp_path / "out")
+    assert status == 0
+    alts = re.findall(r'<img alt="([^"]*)"', (tmp_path / "out" / "index.html").read_text())
+    assert alts == ["step: what a step&#x27;s time goes to", "step: error against density"]
 
 
 # ---- compare

@@ -1,0 +1,183 @@
+"""The plots of `stattn report`: each draws what `stattn.report` found in rows, or nothing where it found nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stattn.report import MILLISECONDS, Breakdown, Point, Row
+from stattn.results import LOWER_IS_BETTER
+
+BETTER, WORSE, PLAIN, SOFT = "#2a7f4f", "#b3372d", "#4a74c0", "#8a8e98"
+WIDTH, BAR = 10.5, 0.24  # inches
+
+
+def _new(width: float, height: float, **options: Any) -> tuple[Any, Any]:
+    """Return a matplotlib figure and its axes, which no window and no global state know of."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install stattn[bench]") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(**options)
+
+
+def _label(row: Row, numbers: dict[int, int]) -> str:
+    return f"{row.result.name}  [{numbers[id(row.source)]}]"
+
+
+def bars(rows: Sequence[Row], numbers: dict[int, int]) -> Any:
+    """Draw ratios as bars from 1, and their range over the result's spread as whiskers; rows of a baseline together."""
+    compared = [row for row in rows if row.result.ratio is not None]
+    if not compared:
+        return None
+    order = {row.result.baseline.name: place for place, row in reversed([*enumerate(compared)]) if row.result.baseline}
+    compared.sort(key=lambda row: order[row.result.baseline.name] if row.result.baseline else 0)
+    figure, axes = _new(WIDTH, 0.9 + BAR * len(compared))
+    for place, row in enumerate(compared):
+        result, base = row.result, row.result.baseline
+        assert result.ratio is not None
+        assert base is not None
+        if result.unit in LOWER_IS_BETTER:
+            low, high = base.value / result.p80, base.value / (result.p20 or result.value)
+        else:
+            low, high = result.p20 / base.value, result.p80 / base.value
+        color = BETTER if low > 1 else WORSE if high < 1 else SOFT
+        axes.barh(place, result.ratio - 1, left=1, color=color, height=0.7)
+        axes.plot([low, high], [place, place], color="black", linewidth=1)
+        _beside(axes, place, f"{result.ratio:.3g}× {base.name}")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(compared)), [_label(row, numbers) for row in compared], fontsize=7)
+    axes.set_ylim(len(compared) - 0.4, -0.6)
+    axes.set_xscale("log", base=2)
+    ratios = [row.result.ratio or 1 for row in compared]
+    axes.set_xlim(min(0.5, *ratios) / 1.2, max(2.0, *ratios) * 1.2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.set_xlabel("times better than the baseline", fontsize=8)
+    _plain(axes)
+    return figure
+
+
+def shares(
+    products: Sequence[tuple[Row, float, str]], copies: Sequence[tuple[Row, float, str]], numbers: dict[int, int]
+) -> Any:
+    """Draw what rows reach of the matrix product's rate, and of the copy's, each where there are such rows."""
+    panels = [
+        (each, what)
+        for each, what in ((products, "% of a bf16 8192³ matrix product (cuBLAS)"), (copies, "% of a copy's rate"))
+        if each
+    ]
+    if not panels:
+        return None
+    counts = [len(each) for each, _ in panels]
+    figure, grid = _new(
+        WIDTH, 0.9 * len(panels) + BAR * sum(counts), nrows=len(panels), squeeze=False, height_ratios=counts
+    )
+    for axes, (found, what) in zip(grid[:, 0], panels, strict=True):
+        for place, (_, share, words) in enumerate(found):
+            axes.barh(place, 100 * share, color=PLAIN, height=0.7)
+            _beside(axes, place, words)
+        axes.axvline(100, color="black", linewidth=0.8, linestyle="--")
+        axes.set_yticks(range(len(found)), [_label(row, numbers) for row, _, _ in found], fontsize=7)
+        axes.set_ylim(len(found) - 0.4, -0.6)
+        axes.set_xlim(0, 105 * max(1, *(share for _, share, _ in found)))
+        axes.set_xlabel(what, fontsize=8)
+        _plain(axes)
+    return figure
+
+
+def lengths(found: dict[str, list[tuple[int, Row]]]) -> Any:
+    """Draw times against lengths on logarithmic axes, with their spread, beside the quadratic law."""
+    found = {name: each for name, each in found.items() if all(row.result.p20 > 0 for _, row in each)}
+    if not found:
+        return None
+    figure, axes = _new(WIDTH, 5)
+    for name, each in found.items():
+        lengths = [tokens for tokens, _ in each]
+        scales = [MILLISECONDS[row.result.unit] for _, row in each]
+        values = [row.result.value * scale for (_, row), scale in zip(each, scales, strict=True)]
+        below = [(row.result.value - row.result.p20) * scale for (_, row), scale in zip(each, scales, strict=True)]
+        above = [(row.result.p80 - row.result.value) * scale for (_, row), scale in zip(each, scales, strict=True)]
+        axes.errorbar(lengths, values, yerr=(below, above), marker="o", markersize=4, capsize=2, label=name)
+    slowest = max(found.values(), key=lambda each: each[-1][1].result.value)
+    (first, row), (last, _) = slowest[0], slowest[-1]
+    start = row.result.value * MILLISECONDS[row.result.unit]
+    axes.plot([first, last], [start, start * (last / first) ** 2], color="black", linestyle=":", label="length squared")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens", fontsize=8)
+    axes.set_ylabel("ms", fontsize=8)
+    axes.legend(fontsize=7)
+    _plain(axes)
+    return figure
+
+
+def _beside(axes: Any, place: int, words: str) -> None:
+    """Write to the right of the plot, beside a bar."""
+    axes.annotate(words, (1.01, place), xycoords=("axes fraction", "data"), fontsize=6.5, va="center")
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="x", labelsize=7)
+
+
+def roofline(points: Sequence[Point]) -> Any:
+    """Draw rates against operations a byte, below the copy's slope and the matrix product's flat, of each run."""
+    if not points:
+        return None
+    figure, axes = _new(WIDTH, 5)
+    runs = {id(point.row.source): point.row.source.report for point in points}
+    low, high = min(point.intensity for point in points) / 3, max(point.intensity for point in points) * 3
+    for report in runs.values():
+        assert report.cublas_tflops is not None
+        assert report.copy_tbps is not None
+        knee = report.cublas_tflops / report.copy_tbps
+        ends = [min(low, knee / 3), knee, max(high, knee * 3)]
+        heights = [ends[0] * report.copy_tbps, report.cublas_tflops, report.cublas_tflops]
+        axes.plot(ends, heights, color="black", linewidth=0.9)
+    for place, point in enumerate(points):
+        axes.plot(
+            [point.intensity], [point.tflops], "o", markersize=5, label=point.row.result.name, color=f"C{place % 10}"
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations a byte that must be moved", fontsize=8)
+    axes.set_ylabel("TFLOP/s", fontsize=8)
+    axes.legend(fontsize=6, ncols=2)
+    _plain(axes)
+    return figure
+
+
+def breakdown(found: Sequence[Breakdown]) -> Any:
+    """Draw each step's time as self-attention and the rest."""
+    if not found:
+        return None
+    figure, axes = _new(WIDTH, 0.9 + BAR * len(found))
+    for place, each in enumerate(found):
+        rest = max(each.total - each.attention, 0)
+        axes.barh(place, each.attention, color=PLAIN, height=0.7, label="self-attention" if place == 0 else None)
+        axes.barh(place, rest, left=each.attention, color=SOFT, height=0.7, label="the rest" if place == 0 else None)
+        _beside(axes, place, f"{each.total:.4g} ms, {100 * each.attention / each.total:.0f} % attention")
+    axes.set_yticks(range(len(found)), [each.name for each in found], fontsize=7)
+    axes.set_ylim(len(found) - 0.4, -0.6)
+    axes.set_xlabel("ms", fontsize=8)
+    axes.legend(fontsize=7)
+    _plain(axes)
+    return figure
+
+
+def errors(found: Mapping[str, tuple[float, float]]) -> Any:
+    """Draw relative errors against densities. found: (density, error) by name."""
+    if not found:
+        return None
+    figure, axes = _new(WIDTH, 4)
+    for place, (name, (density, error)) in enumerate(found.items()):
+        axes.plot([100 * density], [error], "o", color=f"C{place % 10}", label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("% of pairs that the mask allows", fontsize=8)
+    axes.set_ylabel("relative error to dense attention", fontsize=8)
+    axes.legend(fontsize=7)
+    _plain(axes)
+    return figure
