@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stattn.grid import Grid
 from stattn.masks import Mask
 
-TEXT = 7
+TEXT = 8
 
 
 @dataclass(frozen=True)

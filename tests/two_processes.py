@@ -1,0 +1,140 @@
+"""What two processes compute together on a CPU, for tests that compare it with one: Ulysses, DDP and FSDP2."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import stattn
+from stattn import masks
+
+SIZE = 2
+GRID = (3, 4, 6)
+PER_HEAD = [masks.window(1, 2, 3), masks.temporal()]
+DIT = (3, 6, 16, 20)
+
+
+def video_model() -> torch.nn.Module:
+    """A DiT of stattn's own modules, with weights from the seed."""
+    from stattn.dit import DiT, DiTConfig
+
+    torch.manual_seed(0)
+    config = DiTConfig(
+        kind="joint",
+        layers=2,
+        heads=2,
+        head_dim=12,
+        ffn_dim=32,
+        in_channels=3,
+        out_channels=3,
+        patch=(2, 4, 4),
+        text_dim=8,
+        text_len=6,
+        vocab=10,
+        freq_dim=16,
+    )
+    model = DiT(config, mask=masks.window(1, 3, 3))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.2)
+    return model
+
+
+def samples(batch: int = SIZE) -> tuple[torch.Tensor, ...]:
+    """A batch for the DiT: one sample a process."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, *DIT, generator=generator)
+    return x, torch.tensor([500.0, 300.0])[:batch], torch.tensor([[1, 2, 3], [4, 5, 6]])[:batch]
+
+
+def loss(model: torch.nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return model(*batch).square().mean()
+
+
+def ulysses(name: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Run a transformer of diffusers, its tokens shared by the processes. Returns its output and some gradients."""
+    from diffusers import ContextParallelConfig
+    from hosts import FAMILIES, first
+
+    torch.manual_seed(0)
+    family = FAMILIES[name]
+    transformer, call = family.build().requires_grad_(True), family.inputs(GRID, 1)
+    if name == "ltx":  # neither such a mask nor a gradient passes diffusers' Ulysses of cross-attention
+        call["encoder_attention_mask"] = None
+    with stattn.accelerate(transformer, PER_HEAD):
+        if dist.is_initialized():
+            transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=SIZE))
+        out = first(transformer(**call, return_dict=False))
+        with torch.no_grad():
+            again = first(transformer(**call, return_dict=False))
+    assert torch.equal(out, again)
+    if name == "ltx":
+        return out.detach().clone(), []
+    out.square().sum().backward()
+    grads = [transformer.blocks[0].attn1.to_v.weight.grad, transformer.blocks[1].attn1.norm_q.weight.grad]
+    if dist.is_initialized():
+        for grad in grads:
+            dist.all_reduce(grad)
+    return out.detach().clone(), [grad.clone() for grad in grads]
+
+
+def ring() -> str:
+    """Say what a transformer answers that is asked for ring attention."""
+    from diffusers import ContextParallelConfig
+    from hosts import FAMILIES
+
+    transformer = FAMILIES["wan2.2-ti2v"].build()
+    stattn.accelerate(transformer, masks.spatial())
+    transformer.enable_parallelism(config=ContextParallelConfig(ring_degree=SIZE))
+    try:
+        transformer(**FAMILIES["wan2.2-ti2v"].inputs(GRID, 1), return_dict=False)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def data_parallel() -> list[torch.Tensor]:
+    """Gradients of the DiT under DistributedDataParallel, a sample a process."""
+    model = torch.nn.parallel.DistributedDataParallel(video_model())
+    batch = tuple(each[dist.get_rank() :][:1] for each in samples())
+    loss(model, batch).backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def sharded() -> list[torch.Tensor]:
+    """Gradients of the DiT under FSDP2, block by block, with activation checkpointing."""
+    from torch.distributed._composable import checkpoint
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = video_model(), init_device_mesh("cpu", (SIZE,))
+    for block in model.blocks:
+        checkpoint(block)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    batch = tuple(each[dist.get_rank() :][:1] for each in samples())
+    loss(model, batch).backward()
+    return [parameter.grad.full_tensor().clone() for parameter in model.parameters()]
+
+
+def work(rank: int, folder: str, tasks: list[tuple[str, Any]]) -> None:
+    """Run tasks, a function's name and its arguments each, in one of the processes; the first leaves the results."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    store = dist.FileStore(f"{folder}/store", SIZE)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
+    torch.accelerator.device_count = lambda: 1  # diffusers divides by it
+    results = {str((name, arguments)): globals()[name](*arguments) for name, arguments in tasks}
+    if rank == 0:
+        torch.save(results, Path(folder) / "results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def together(folder: Path, tasks: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Run tasks in two processes. Returns what the first of them computed, by task."""
+    torch.multiprocessing.spawn(work, (str(folder), tasks), nprocs=SIZE)
+    return torch.load(folder / "results.pt", weights_only=True)
