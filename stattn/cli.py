@@ -25,6 +25,7 @@ COMMANDS = {
     ),
     "doctor": ("stattn.doctor", "describe this machine, and what stattn runs on it"),
     "report": ("stattn.report_command", "write results files as a table, a page with plots, and JSON for CI"),
+    "edit": ("stattn.video.edit_command", "edit a video file: inpaint, outpaint, recolour, restyle, motion-brush"),
     "evaluate": ("stattn.metrics.evaluate", "measure folders of video files, each and one against the other"),
     "compare": ("stattn.compare_command", "compare two runs, and fail where the new one is worse"),
     "profile": ("stattn.profile_command", "run a program under a profiler, with ranges around what stattn does"),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,6 +207,15 @@ class Layout(NamedTuple):
     cache: LayerCache | None = None
 
 
+class Embedded(NamedTuple):
+    """What enters the blocks: video tokens [B, N, dim], text tokens [B, L, dim] and their keys, and where all are."""
+
+    tokens: Tensor
+    text: Tensor
+    keys: tuple[tuple[Tensor, Tensor], ...]
+    at: Layout
+
+
 def _modulation(table: Tensor, e: Tensor) -> tuple[Tensor, ...]:
     """Add a block's table [1, K, C] to the projected noise level [..., K, C] in fp32 or wider; K tensors [..., C]."""
     return (table + e.to(_wide(e))).unbind(-2)
@@ -391,6 +400,22 @@ class DiT(nn.Module):
         cache: RollingKVCache | None = None,
     ) -> tuple[Tensor, Grid]:
         """Predict as ``forward`` does; returns the patches, tokens [B, N, pt*ph*pw*out_channels], and their grid."""
+        inputs = self.embed(x, timestep, text, text_valid, known=known, known_mask=known_mask, mask=mask, cache=cache)
+        return self.transform(inputs, timestep, dense_layers=dense_layers, cache=cache), inputs.at.grid
+
+    def embed(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: Tensor | EncodedText | None = None,
+        text_valid: Tensor | None = None,
+        *,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
+        mask: Masks | BlockList | None = None,
+        cache: RollingKVCache | None = None,
+    ) -> Embedded:
+        """Embed the arguments of ``forward`` as tokens."""
         x = self.model_input(x, known, known_mask)
         tokens = self.patchify(x)
         text, text_valid, keys = self._text(text, text_valid, x.shape[0])
@@ -398,9 +423,24 @@ class DiT(nn.Module):
         frames = self._check_timestep(timestep, x.shape[0], grid)
         rope = self.rope(grid, x.device) if cache is None else self._chunk_rope(cache, grid)
         at = Layout(grid, rope, frames, text_valid if text.shape[1] else None, mask)
+        return Embedded(tokens, text, keys, at)
 
+    def transform(
+        self,
+        inputs: Embedded,
+        timestep: Tensor,
+        *,
+        dense_layers: int = 0,
+        cache: RollingKVCache | None = None,
+        hints: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Pass embedded tokens through the blocks; returns the predicted patches.
+
+        hints: one [B, N, dim] for each of the first layers, added to the video tokens before it.
+        """
+        tokens, text, keys, at = inputs
         # The noise level is embedded in the weights' precision even where autocast would round it, as Wan does.
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(tokens.device.type, enabled=False):
             temb = self.embed_time(timestep)
             e, e_text = self._project_time(self.time_proj, temb), None
             if self.config.kind == "joint":
@@ -409,15 +449,17 @@ class DiT(nn.Module):
                 e_text = self._project_time(self.text_time_proj, temb_text)
         for layer, block in enumerate(ranges.each("layer", self.blocks)):
             here = at._replace(
-                mask=full() if layer < dense_layers else mask, cache=None if cache is None else cache.layer(layer)
+                mask=full() if layer < dense_layers else at.mask, cache=None if cache is None else cache.layer(layer)
             )
+            if hints is not None and layer < len(hints):
+                tokens = tokens + hints[layer]
             if keys:
                 tokens, _ = block(tokens, keys[layer], e, e_text, here)
             else:
                 tokens, text = block(tokens, text, e, e_text, here)
 
         shift, scale = _modulation(self.scale_shift_table, temb.unsqueeze(-2))
-        return self.proj_out(self.norm_out(tokens, scale, shift, frames)), grid
+        return self.proj_out(self.norm_out(tokens, scale, shift, at.frames))
 
     def encode_text(self, text: Tensor, text_valid: Tensor | None = None) -> EncodedText:
         """Do once what all calls with one text share: embed it, and project it to the keys of cross-attention."""

@@ -63,7 +63,8 @@ def _frames(video: torch.Tensor, scale: int | None) -> np.ndarray:
     return np.ascontiguousarray(enlarge(to_uint8(video), scale).permute(1, 2, 3, 0).numpy())
 
 
-def _rate(fps: float) -> Fraction:
+def rate(fps: float) -> Fraction:
+    """Give frames a second as containers hold them. Raises ValueError outside (0, 1000]."""
     if isinstance(fps, bool) or not isinstance(fps, int | float | Fraction) or not 0 < fps <= 1000:
         raise ValueError(f"fps={fps!r} must be above 0 and at most 1000 frames a second")
     return Fraction(fps).limit_denominator(1001)
@@ -74,7 +75,7 @@ def write_mp4(path: str | os.PathLike[str], video: torch.Tensor, *, fps: float =
 
     Raises ValueError when the enlarged height or width is odd: the colour planes of yuv420p are half as large.
     """
-    rate = _rate(fps)
+    exact = rate(fps)
     frames = _frames(video, scale)
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
@@ -83,7 +84,7 @@ def write_mp4(path: str | os.PathLike[str], video: torch.Tensor, *, fps: float =
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(target), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=rate)
+        stream = container.add_stream("libx264", rate=exact)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # Flat synthetic colours show compression first: nearly lossless costs a few kilobytes at these sizes.
         stream.options = {"crf": "12", "preset": "medium"}
@@ -94,7 +95,7 @@ def write_mp4(path: str | os.PathLike[str], video: torch.Tensor, *, fps: float =
 
 def write_gif(path: str | os.PathLike[str], video: torch.Tensor, *, fps: float = 8, scale: int | None = None) -> None:
     """Write one clip as a GIF that loops. video: [3, T, H, W]. One palette of 256 colours serves all frames."""
-    seconds = 1 / _rate(fps)
+    seconds = 1 / rate(fps)
     frames = _frames(video, scale)
     images = extra("PIL.Image", "pillow")
     target = Path(path)
@@ -166,9 +167,9 @@ def read_video(path: str | os.PathLike[str], *, max_frames: int | None = None) -
                 frames.append(frame.to_ndarray(format="rgb24"))
                 if len(frames) == max_frames:
                     break
-            rate = stream.average_rate
+            average = stream.average_rate
     except av.FFmpegError as error:
         raise ValueError(f"path={os.fspath(path)!r} cannot be read as video: {error}") from error
-    if not frames or not rate:
+    if not frames or not average:
         raise ValueError(f"path={os.fspath(path)!r} holds no frames with a frame rate")
-    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).contiguous(), float(rate)
+    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).contiguous(), float(average)

@@ -142,7 +142,14 @@ def _allowed(mask: Mask, grid: Grid, device: torch.device) -> Tensor:
 
 
 def _attend(
-    self: SpaceTimeAttention, x: Tensor, grid: Grid, *, rope: Any = None, valid: Tensor | None = None, mask: Any = None
+    self: SpaceTimeAttention,
+    x: Tensor,
+    grid: Grid,
+    *,
+    rope: Any = None,
+    valid: Tensor | None = None,
+    mask: Any = None,
+    cache: None = None,
 ) -> Tensor:
     q, k, v = (proj(x).unflatten(-1, (self.heads, self.head_dim)) for proj in (self.to_q, self.to_k, self.to_v))
     q, k = qk_norm_rope(

@@ -136,3 +136,35 @@ def test_bad_folders_and_files_are_named(pool: Path, tmp_path: Path, capsys: pyt
         evaluate.evaluate(a, networks=networks)
     assert cli.main(["evaluate", str(tmp_path / "x")]) == 1
     assert "is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.smoke
+def test_the_shipped_extractors_know_the_world() -> None:
+    clips = world.render(24, 16, 64, 64, seed=77)
+    r3d, frame, clip = (metrics.load(f"synth-{name}") for name in ("r3d", "frame", "clip"))
+    assert isinstance(clip, metrics.TextExtractor)
+    text = torch.nn.functional.normalize(clip.text(clips.captions), dim=1)
+    pictures = torch.nn.functional.normalize(clip(clips.video[:, :, ::5]), dim=2).mean(1)
+    scores = pictures @ text.T
+    own, others = scores.diagonal(), (scores.sum(1) - scores.diagonal()) / 23
+    assert (own > others + 0.3).float().mean() > 0.9
+    consistent = [metrics.cos_consistency(rows) for rows in frame(clips.video)]
+    mixed = [metrics.cos_consistency(rows) for rows in frame(clips.video.transpose(0, 2)[:, :, :16])]
+    assert min(consistent) > max(mixed)
+    assert r3d(clips.video[:2]).shape == (2, 64)
+
+
+# At 32 clips the bias of the Frechet distance is larger than what it finds; the MMD has none.
+GAP = {"frechet_distance": 4.0, "mmd_poly": 0.1}
+
+
+def test_distances_by_the_shipped_extractor_grow_with_corruption() -> None:
+    r3d = metrics.load("synth-r3d")
+    features = r3d(world.render(32, seed=101).video)
+    clips = world.render(32, seed=102).video
+    noise = torch.randn_like(clips)
+    for distance in (metrics.frechet_distance, metrics.mmd_poly):
+        floor = distance(features, r3d(clips))
+        # These features know how things move: pictures that stand still are other clips to them.
+        for damaged in ((clips + 1.2 * noise).clamp(-1, 1), clips[:, :, :1].expand_as(clips)):
+            assert distance(features, r3d(damaged)) > floor + GAP[distance.__name__]

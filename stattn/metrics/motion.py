@@ -57,10 +57,10 @@ def affine_motion(
     tries = [matrix, torch.eye(2, 3, dtype=a.dtype, device=a.device).expand_as(matrix)]
     # The correlation may have locked onto an object or missed: the better of the two starts goes on.
     costs = torch.stack([_misfit(a, b, weight, each) for each in tries])
-    matrix = torch.where((costs[0] <= costs[1])[:, None, None], *tries)
+    matrix = torch.where((costs[0] <= costs[1])[:, None, None], tries[0], tries[1])
     for level in reversed(range(levels)):
         scale = 2**level
-        first, second, counts = (F.avg_pool2d(x, scale) if scale > 1 else x for x in (_blur(a), _blur(b), weight))
+        first, second, counts = (F.avg_pool2d(x, scale) for x in (_blur(a), _blur(b), weight))
         matrix = matrix.clone()
         matrix[:, :, 2] /= scale
         for _ in range(iterations):

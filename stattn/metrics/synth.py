@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from stattn import dit, results, world
 from stattn.metrics.extractors import FeatureExtractor, Network, Spec, file_sha256
 
+WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED = ("synth-clip", "synth-frame", "synth-r3d")
 RESOLUTION, FRAMES = 64, 16
 
@@ -287,7 +288,7 @@ def load(name: str | Path, *, device: torch.device | str = "cpu") -> FeatureExtr
     """Load a trained extractor: a shipped name, or the path of its .safetensors with its .json beside it. Raises
     ValueError when there are no such weights.
     """
-    path = Path(name) if str(name).endswith(".safetensors") else dit.WEIGHTS / f"{name}.safetensors"
+    path = Path(name) if str(name).endswith(".safetensors") else WEIGHTS / f"{name}.safetensors"
     if not path.is_file():
         raise ValueError(f"no weights at {path}; train them: stattn train --preset {Path(name).stem}")
     record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -301,4 +302,14 @@ def load(name: str | Path, *, device: torch.device | str = "cpu") -> FeatureExtr
     spec = Spec(recipe.name, digest[:8], recipe.dim, recipe.resolution, frames)
     if recipe.name == "synth-clip":
         return _Frames(model, spec, digest, device)
-    return Network(model.net, spec, digest, device)
+    return Network(model.net if frames == 1 else _standardised(model.net), spec, digest, device)
+
+
+def _standardised(net: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Give a clip's features mean 0 and variance 1: a kernel of degree 3 wants them of one size."""
+
+    def features(x: Tensor) -> Tensor:
+        out: Tensor = net(x)
+        return F.layer_norm(out, out.shape[1:])
+
+    return features

@@ -1,0 +1,1 @@
+"""What the reference model does with video: edit it, extend it, steer it. ``stattn.video.edit`` is the way in."""

@@ -1,0 +1,113 @@
+"""Find and change vivid objects in video by their hue: masks, and hues turned.
+
+What counts as an object here is what stands out from greyish scenery by its colour, as in the synthetic world. For
+other video, give a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stattn.metrics.pixels import levels
+from stattn.video.paint import check_clip
+from stattn.world import COLOURS
+
+VIVID = 0.3  # least chroma of an object's pixel, of a range of 2: that of ``stattn.checks``
+
+
+def hue_of(colour: str) -> float:
+    """Give a colour's hue in turns. Raises ValueError for a word that is none of the world's colours."""
+    if colour not in COLOURS:
+        raise ValueError(f"colour={colour!r} must be one of {', '.join(COLOURS)}")
+    return COLOURS.index(colour) / len(COLOURS)
+
+
+def hue_and_chroma(video: Tensor) -> tuple[Tensor, Tensor]:
+    """Give hue in turns and chroma in 0..1 of every pixel of a clip [3, T, H, W]: two [T, H, W]."""
+    red, green, blue = levels(video)
+    most, least = torch.stack((red, green, blue)).amax(0), torch.stack((red, green, blue)).amin(0)
+    chroma = most - least
+    safe = chroma.clamp(min=1e-6)
+    hue = torch.where(
+        most == red,
+        (green - blue) / safe,
+        torch.where(most == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    return (hue / 6) % 1, chroma
+
+
+def apart(hue: Tensor, other: float | Tensor) -> Tensor:
+    """Give the distance of hues on their circle, in turns: 0 to 0.5."""
+    return ((hue - other + 0.5) % 1 - 0.5).abs()
+
+
+def object_mask(video: Tensor, colour: str, *, grow: int = 0) -> Tensor:
+    """Find the object of a colour in every frame: [1, T, H, W] booleans.
+
+    A pixel belongs to it when its hue is nearer to the colour than to any other and it is vivid. grow: pixels to widen
+    the mask by, for soft edges. Raises ValueError when no frame shows such an object.
+    """
+    check_clip(video)
+    hue, chroma = hue_and_chroma(video)
+    mask = (apart(hue, hue_of(colour)) < 0.5 / len(COLOURS)) & (chroma > VIVID)
+    # A lone pixel is noise: an object fills most of some 3 x 3 square.
+    solid = F.avg_pool2d(mask[:, None].float(), 3, 1, 1) > 0.6
+    mask = mask & (F.max_pool2d(solid.float(), 5, 1, 2)[:, 0] > 0)
+    if not bool(mask.any()):
+        raise ValueError(f"colour={colour!r}: no frame shows an object of that colour")
+    return grown(mask[None], grow)
+
+
+def grown(mask: Tensor, pixels: int) -> Tensor:
+    """Widen a mask [1, T, H, W] in each frame by so many pixels."""
+    if pixels == 0:
+        return mask
+    return F.max_pool2d(mask.transpose(0, 1).float(), 2 * pixels + 1, 1, pixels).transpose(0, 1) > 0
+
+
+def turn_hue(video: Tensor, mask: Tensor, turns: float) -> Tensor:
+    """Turn the hue of what a mask [1, T, H, W] covers, keeping lightness and chroma of each pixel: [3, T, H, W] in
+    -1..1.
+
+    Pixels are mixed on a hue circle in linear combination: value = most, chroma = most - least.
+    """
+    x = levels(video)
+    hue, chroma = hue_and_chroma(video)
+    most = x.amax(0)
+    sector = ((hue + turns) % 1) * 6
+    shifted = torch.stack([(sector + each) % 6 for each in (5.0, 3.0, 1.0)])
+    turned = most - chroma * torch.minimum(shifted, 4 - shifted).clamp(0, 1)
+    return torch.where(mask, turned, x) * 2 - 1
+
+
+def centroid(mask: Tensor) -> Tensor:
+    """Give the centroid (x, y) in pixels of a mask [1, T, H, W] in each frame: [T, 2], NaN where it is empty."""
+    weight = mask[0].float()
+    y = torch.arange(mask.shape[2], device=mask.device)[:, None] + 0.5
+    x = torch.arange(mask.shape[3], device=mask.device) + 0.5
+    area = weight.sum((1, 2))
+    return torch.stack(((weight * x).sum((1, 2)) / area, (weight * y).sum((1, 2)) / area), 1)
+
+
+def moved(video: Tensor, mask: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Move what a mask covers in each frame: returns video [3, T, H, W] and the moved cover [1, T, H, W] in 0..1.
+
+    offset: [T, 2] (x, y) in pixels. What leaves the picture is lost; nothing is said about what was uncovered.
+    """
+    frames, height, width = video.shape[1:]
+    y = torch.arange(height, device=video.device)[:, None] + 0.5
+    x = torch.arange(width, device=video.device) + 0.5
+    at = torch.stack(
+        torch.broadcast_tensors(
+            2 * (x - offset[:, 0, None, None]) / width - 1, 2 * (y - offset[:, 1, None, None]) / height - 1
+        ),
+        -1,
+    ).expand(frames, height, width, 2)
+    both = torch.cat((video.float(), mask.float())).transpose(0, 1)
+    # Colours are weighted by the mask, so that the edge does not take the scenery along.
+    both = torch.cat((both[:, :3] * both[:, 3:], both[:, 3:]), 1)
+    looked = F.grid_sample(both, at.float(), mode="bilinear", padding_mode="zeros", align_corners=False).transpose(0, 1)
+    cover = looked[3:]
+    return looked[:3] / cover.clamp(min=1e-6), cover
