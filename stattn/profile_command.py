@@ -95,7 +95,8 @@ def command_line(args: argparse.Namespace, out: Path) -> list[str]:
             found += ["--capture-range=nvtx", f"--nvtx-capture={args.range}", "--capture-range-end=stop"]
             found += ["--env-var=NSYS_NVTX_PROFILER_REGISTER_ONLY=0"]
         return [*found, "--force-overwrite=true", f"--output={out}", *command]
-    found = ["ncu", "--set", "full", "--target-processes", "all", "--nvtx"]
+    # With the clocks as they are, a kernel's duration is the one that timings show.
+    found = ["ncu", "--set", "full", "--clock-control", "none", "--target-processes", "all", "--nvtx"]
     if args.range is not None:
         found += ["--nvtx-include", f"{args.range}/"]  # the stroke: a range that is pushed and popped
     if args.kernel is not None:

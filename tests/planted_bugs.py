@@ -320,6 +320,27 @@ BUGS = (
         "p = tl.exp2(scores * context.exponent + value[None, :])\n",
         (f"{ATTENTION}[full]",),
     ),
+    Bug(
+        "ring-cache-overwrites-a-sink",
+        "stattn/cache.py",
+        "return frame if frame < self.sinks else self.sinks + (frame - self.sinks) % self.window\n",
+        "return frame % self.slots\n",
+        ("tests/test_rollout.py::test_chunks_through_a_cache_equal_one_pass_over_all_frames[2-4-1-cross]",),
+    ),
+    Bug(
+        "later-chunks-see-a-noisy-past",
+        "stattn/rollout.py",
+        "        if first + count < frames:\n",
+        "        if first + count < 0:\n",
+        ("tests/test_rollout.py::test_a_rollout_equals_recomputing_every_chunk[2-None-0-0-1.0]",),
+    ),
+    Bug(
+        "dense-layers-one-too-many",
+        "stattn/dit.py",
+        "layer < dense_layers",
+        "layer <= dense_layers",
+        ("tests/test_dit.py::test_the_first_layers_may_be_dense[cross]",),
+    ),
 )
 
 

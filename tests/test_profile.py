@@ -146,7 +146,8 @@ def test_ncu_gets_the_filters(capsys):
     status, out, _ = _run(capsys, "--tool", "ncu", *filters, "--dry-run", *PROGRAM)
     assert status == 0
     assert shlex.split(out) == [
-        *"ncu --set full --target-processes all --nvtx --nvtx-include stattn.step.1/ --kernel-name".split(),
+        *"ncu --set full --clock-control none --target-processes all --nvtx".split(),
+        *"--nvtx-include stattn.step.1/ --kernel-name".split(),
         "regex:attention_.*",
         *"--launch-skip 2 --launch-count 1 --force-overwrite --export out/profile/ncu".split(),
         *RUN,
