@@ -17,13 +17,15 @@ import torch
 from stattn import bench_models, bench_runs, results
 
 # name, layers (None: all), contenders (None: all of the device)
+OURS = ["stattn-dense", "stattn-sliding_tile", "stattn-window"]
 GPU = [
-    ("wan2.1-1.3b-480p", None, None),
-    ("wan2.1-14b-720p", 2, ["diffusers", "stattn-dense", "stattn-sliding_tile", "stattn-window"]),
+    ("wan2.1-1.3b-480p", None, ["diffusers", "eager", *OURS]),
+    ("wan2.1-14b-720p", 2, ["diffusers", *OURS]),
+    ("wan2.1-1.3b-480p", 4, ["compiled", "flex", "flex-window", *OURS]),
 ]
 CPU = [("wan-small", None, None)]
 CASES = [
-    pytest.param(*case, device, id=case[0], marks=marks)
+    pytest.param(*case, device, id=bench_models.SHAPES[case[0]].of_layers(case[1]).name, marks=marks)
     for device, cases, marks in (("cpu", CPU, ()), ("cuda", GPU, (pytest.mark.gpu,)))
     for case in cases
 ]

@@ -8,6 +8,8 @@ and named in the report's versions.
 from __future__ import annotations
 
 import math
+import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import metadata
@@ -79,13 +81,14 @@ def build(
     A contender passes that is at most twice as far from it as PyTorch's own operations in the same dtype are.
     """
     found: dict[str, tuple[Contender, float]] = {}
-    truths = {}
+    truths: dict[Mask, Tensor] = {}
     eager = contender("eager", model, shape)
     eps = torch.finfo(given.x.dtype).eps
     with torch.no_grad():
         truths[eager.mask] = truth(model, given, eager.mask)
         allowed = 2 * relative_error(eager.call(*given), truths[eager.mask]) + 8 * eps
         for name in wanted:
+            start = time.perf_counter()
             try:
                 made = contender(name, model, shape)
             except ImportError:
@@ -99,6 +102,8 @@ def build(
             if not error <= allowed:
                 raise WrongResult(f"{name}: relative error {error:.2e}, allowed are {allowed:.2e}")
             found[name] = made, error
+            seconds = time.perf_counter() - start
+            print(f"{name}: relative error {error:.1e}, built in {seconds:.0f} s", file=sys.stderr, flush=True)
     return found
 
 
