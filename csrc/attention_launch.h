@@ -37,7 +37,7 @@ inline cudaError_t map_for(const AttentionForward& call, const Strided& tensor, 
                     const int (&box)[3], const int (&steps)[3], CUtensorMap* map, Heads* places) {
     TensorMap found;
     const cudaError_t error =
-        tensor_map(tensor, call.bf16, call.batch, heads, call.head_dim, shape, box, steps, &found);
+        tensor_map(tensor, call.bf16 ? BF16 : FP16, call.batch, heads, call.head_dim, shape, box, steps, &found);
     *map = found.map;
     *places = {found.batch_step, found.head_step};
     return error;

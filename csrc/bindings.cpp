@@ -90,7 +90,9 @@ stattn::AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const 
     STD_TORCH_CHECK(data.is_cuda() && data.get_device_index() == q.get_device_index() && data.is_contiguous() &&
                         data.scalar_type() == ScalarType::Int,
                     "stattn::attention: plan must be a contiguous int32 tensor on the device of q");
-    STD_TORCH_CHECK(layout.size() == 24, "stattn::attention: layout has ", layout.size(), " integers, not 24");
+    // A plan of dK and dV has one more.
+    STD_TORCH_CHECK(layout.size() == 24 || layout.size() == 25, "stattn::attention: layout has ", layout.size(),
+                    " integers, not 24 or 25");
     for (const int64_t each : layout)
         STD_TORCH_CHECK(0 <= each && each < INT32_MAX, "stattn::attention: layout has ", each);
     stattn::AttentionPlan plan{};
@@ -115,6 +117,7 @@ stattn::AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const 
     plan.line_record = static_cast<int>(layout[21]);
     plan.pieces = static_cast<int>(layout[22]);
     plan.split_tiles = static_cast<int>(layout[23]);
+    plan.split_record = layout.size() == 25 ? static_cast<int>(layout[24]) : 0;
     keys += layout[17] + layout[18];
     if (plan.q_globals) queries += layout[17] + layout[18];
     if (valid) {
@@ -280,6 +283,53 @@ void attention_backward_dq_cuda(Tensor q, Tensor k, Tensor v, Tensor dout, Tenso
     check_launch(stattn::attention_backward_dq(call, current_stream(device)), "stattn::attention_backward_dq");
 }
 
+// Gives the address of a contiguous float32 tensor of `numbers` on the device of q.
+float* numbers_of(const Tensor& x, const Tensor& q, int64_t numbers, const char* name) {
+    STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == q.get_device_index() && x.is_contiguous() &&
+                        x.scalar_type() == ScalarType::Float && x.numel() == numbers,
+                    "stattn::attention: ", name, " must be ", numbers, " contiguous float32");
+    return static_cast<float*>(x.mutable_data_ptr());
+}
+
+void attention_backward_kv_cuda(Tensor q, Tensor k, Tensor v, Tensor dout, Tensor stats, Tensor dk, Tensor dv,
+                                std::optional<Tensor> dq_sum, std::optional<Tensor> partial,
+                                std::vector<int64_t> stats_layout, double scale, int64_t config,
+                                std::optional<Tensor> plan, std::vector<int64_t> layout, std::optional<Tensor> valid) {
+    stattn::AttentionBackward call = backward_call(q, k, v, dout, stats, stats_layout, scale, config);
+    call.dk = strided(dk, q, "dk");
+    call.dv = strided(dv, q, "dv");
+    for (const Tensor* each : {&dk, &dv})
+        STD_TORCH_CHECK(each->size(1) == k.size(1) && each->size(2) == k.size(2), "stattn::attention: dk or dv differs from k");
+    if (dq_sum) call.dq_sum = numbers_of(*dq_sum, q, q.numel(), "dq_sum");
+    stattn::AttentionPlan planned{};
+    if (plan) {
+        planned = attention_plan(*plan, q, k, layout, valid);
+        call.plan = &planned;
+        const int64_t numbers = k.size(0) * k.size(2) * planned.pieces * 2 * 128 * k.size(3);
+        STD_TORCH_CHECK(numbers == 0 || partial, "stattn::attention_backward_kv: partial is missing");
+        if (numbers > 0) call.partial = numbers_of(*partial, q, numbers, "partial");
+    }
+    const int32_t device = q.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    check_launch(stattn::attention_backward_kv(call, current_stream(device)), "stattn::attention_backward_kv");
+}
+
+void attention_backward_finish_cuda(Tensor dq_sum, Tensor dq, double scale) {
+    check_elements(dq, scale);
+    stattn::AttentionBackward call{};
+    call.dq = strided(dq, dq, "dq");
+    call.dq_sum = numbers_of(dq_sum, dq, dq.numel(), "dq_sum");
+    call.batch = static_cast<int>(dq.size(0));
+    call.queries = static_cast<int>(dq.size(1));
+    call.heads = static_cast<int>(dq.size(2));
+    call.head_dim = static_cast<int>(dq.size(3));
+    call.scale = static_cast<float>(scale);
+    call.bf16 = dq.scalar_type() == ScalarType::BFloat16;
+    const int32_t device = dq.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    check_launch(stattn::attention_backward_finish(call, current_stream(device)), "stattn::attention_backward_finish");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
@@ -293,6 +343,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
     m.def(
         "attention_backward_dq(Tensor q, Tensor k, Tensor v, Tensor dout, Tensor stats, Tensor(a!) dq, "
         "int[] stats_layout, float scale, int config, Tensor? plan, int[] layout, Tensor? valid) -> ()");
+    m.def(
+        "attention_backward_kv(Tensor q, Tensor k, Tensor v, Tensor dout, Tensor stats, Tensor(a!) dk, Tensor(b!) dv, "
+        "Tensor(c!)? dq_sum, Tensor(d!)? partial, int[] stats_layout, float scale, int config, Tensor? plan, int[] layout, "
+        "Tensor? valid) -> ()");
+    m.def("attention_backward_finish(Tensor dq_sum, Tensor(a!) dq, float scale) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stattn, CPU, m) {
@@ -304,4 +359,6 @@ STABLE_TORCH_LIBRARY_IMPL(stattn, CUDA, m) {
     m.impl("attention_forward", TORCH_BOX(&attention_forward_cuda));
     m.impl("attention_backward_prepare", TORCH_BOX(&attention_backward_prepare_cuda));
     m.impl("attention_backward_dq", TORCH_BOX(&attention_backward_dq_cuda));
+    m.impl("attention_backward_kv", TORCH_BOX(&attention_backward_kv_cuda));
+    m.impl("attention_backward_finish", TORCH_BOX(&attention_backward_finish_cuda));
 }

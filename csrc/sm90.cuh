@@ -90,6 +90,13 @@ __device__ __forceinline__ void copy_in(uint32_t to, const CUtensorMap* map, uin
         : "memory");
 }
 
+// Brings bytes that lie one behind the other, a multiple of 16.
+__device__ __forceinline__ void copy_in_line(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 // Takes a box from shared memory to the tensor; what lies outside the tensor is not written.
 __device__ __forceinline__ void copy_out(const CUtensorMap* map, uint32_t from, uint64_t policy, int c0, int c1, int c2,
                                          int c3, int c4) {
@@ -97,6 +104,14 @@ __device__ __forceinline__ void copy_out(const CUtensorMap* map, uint32_t from, 
         "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group.L2::cache_hint"
         " [%0, {%3, %4, %5, %6, %7}], [%1], %2;" ::"l"(map),
         "r"(from), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+        : "memory");
+}
+
+// Adds a box in shared memory to the tensor; what lies outside the tensor is left alone.
+__device__ __forceinline__ void copy_add(const CUtensorMap* map, uint32_t from, int c0, int c1, int c2, int c3, int c4) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
+        "r"(from), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
         : "memory");
 }
 
@@ -122,6 +137,11 @@ __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t chunk) {
     const uint64_t swizzle_128 = uint64_t{1} << 62;
     const uint64_t group = uint64_t{1024 >> 4} << 32;
     return swizzle_128 | group | (uint64_t{chunk >> 4} << 16) | ((address & 0x3FFFF) >> 4);
+}
+
+// The same, `bytes` further on. The upper half stays what it is, which the compiler would not see in a sum of 64 bits.
+__device__ __forceinline__ uint64_t operand_at(uint64_t operand, uint32_t bytes) {
+    return operand + (bytes >> 4);
 }
 
 __device__ __forceinline__ void mma_fence() {

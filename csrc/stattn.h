@@ -96,7 +96,7 @@ struct AttentionBackward {
     Strided q, k, v, dout;
     Strided dq, dk, dv;  // contiguous
     AttentionStats stats;
-    float* dq_sum;   // fp32 sums of dq in the order of csrc/attention_bwd_kv.cuh, zeros at first; or null
+    float* dq_sum;   // sums of dq in fp32, [B * heads][queries][head_dim]; or null
     float* partial;  // of key tiles in pieces, as csrc/attention_bwd.h says; or null
     int batch, heads, key_heads, head_dim, queries, keys;
     float scale;
@@ -108,8 +108,13 @@ struct AttentionBackward {
 // csrc/attention_bwd_dq.cu: dq alone, in an order that depends on each row alone. The plan is the forward's.
 cudaError_t attention_backward_dq(const AttentionBackward& call, cudaStream_t stream);
 
-// csrc/attention_bwd_kv.cu: dk and dv; and, with dq_sum, dq's sums, whose order is not fixed. The plan is that of
-// csrc/attention_bwd.h.
+// csrc/attention_bwd_kv.cu: dk and dv; and, where there is a dq_sum, in it the sums of dq / scale, whose order is not fixed.
+// The plan is that of csrc/attention_bwd.h.
 cudaError_t attention_backward_kv(const AttentionBackward& call, cudaStream_t stream);
+
+// csrc/attention_bwd_sums.cu: dk and dv from the partial sums of tiles in pieces, which attention_backward_kv asks for; and
+// dq from dq_sum.
+cudaError_t attention_backward_sum(const AttentionBackward& call, cudaStream_t stream);
+cudaError_t attention_backward_finish(const AttentionBackward& call, cudaStream_t stream);
 
 }  // namespace stattn

@@ -6,12 +6,15 @@
 # Widths of S = Q K^T (rows of a key box) and of O = P V (the head dimension).
 SCORES = (64, 80, 96, 112, 128, 160, 176, 192)
 OUTPUTS = (64, 128)
+# Of products whose operands are both transposed: dQ = dS K from dS^T.
+TRANSPOSED = (64,)
 TYPES = {"__nv_bfloat16": "bf16", "__half": "f16"}
 
 HEAD = """// Warpgroup matrix products m64nNk16 in fp32 from bf16 or fp16. Written by csrc/wgmma.py: edit that file.
 //
 // first: c = A B, next: c += A B. A lies in shared memory (a descriptor) or in registers (four per thread), B in shared
-// memory: K-major beside an A in shared memory, N-major (transposed) beside an A in registers. All are asynchronous.
+// memory: K-major beside an A in shared memory, N-major (transposed) beside an A in registers. _transposed: A lies
+// M-major in shared memory, B N-major. All are asynchronous.
 #pragma once
 
 #include <cstdint>
@@ -39,15 +42,15 @@ def operands(count: int, constraint: str) -> str:
     return ",\n              ".join(lines)
 
 
-def function(width: int, kind: str, a_in_registers: bool, first: bool) -> str:
+def function(width: int, kind: str, a_in_registers: bool, first: bool, transposed: bool = False) -> str:
     count = width // 2
     a = f"{{{registers(count, 4)}}}" if a_in_registers else f"%{count}"
     b = f"%{count + (4 if a_in_registers else 1)}"
     # imm-scale-a, imm-scale-b, then the transpositions: an A in registers has none.
-    tail = "1, 1, 1" if a_in_registers else "1, 1, 0, 0"
+    tail = "1, 1, 1" if a_in_registers else f"1, 1, {'1, 1' if transposed else '0, 0'}"
     parameter = "const uint32_t (&a)[4]" if a_in_registers else "uint64_t a"
     given = '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])' if a_in_registers else '"l"(a)'
-    name = "first" if first else "next"
+    name = ("first" if first else "next") + ("_transposed" if transposed else "")
     return f"""    static __device__ __forceinline__ void {name}(float (&c)[{count}], {parameter}, uint64_t b) {{
         asm volatile(
             "{{\\n.reg .pred p;\\nsetp.ne.b32 p, {0 if first else 1}, 0;\\n"
@@ -63,13 +66,15 @@ def function(width: int, kind: str, a_in_registers: bool, first: bool) -> str:
 def main() -> None:
     print(HEAD)
     for element, kind in TYPES.items():
-        for width in sorted({*SCORES, *OUTPUTS}):
+        for width in sorted({*SCORES, *OUTPUTS, *TRANSPOSED}):
             print(f"template <>\nstruct Wgmma<{element}, {width}> {{")
             parts = []
             if width in SCORES:
                 parts += [function(width, kind, False, first) for first in (True, False)]
             if width in OUTPUTS:
                 parts += [function(width, kind, True, first) for first in (False,)]
+            if width in TRANSPOSED:
+                parts += [function(width, kind, False, first, transposed=True) for first in (True, False)]
             print("\n".join(parts) + "};\n")
     print("}  // namespace stattn::sm90")
 

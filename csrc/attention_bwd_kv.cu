@@ -1,0 +1,190 @@
+// The host's side of the attention backward by key tiles: which kernel, which tensor maps.
+#include "attention_bwd_kv.cuh"
+
+#include <algorithm>
+
+#include "attention_launch.h"
+
+namespace stattn {
+namespace {
+
+using attention_bwd::attention_backward_kv;
+using attention_bwd::KEYS;
+using attention_bwd::KvParameters;
+using attention_bwd::KvShape;
+using attention_bwd::PARTS;
+using attention_bwd::SLAB;
+using attention_fwd::Heads;
+
+// A run of tokens that is seen as boxes (t, h, w): where it begins, its extents, those of a copy and its tokens' distance.
+struct Part {
+    int first;
+    int shape[3], box[3], steps[3];
+};
+
+Part line(int first, int tokens, int box) { return {first, {1, 1, tokens}, {1, 1, box}, {1, 1, 1}}; }
+
+// Encodes maps until one fails.
+struct Mapper {
+    const AttentionBackward& call;
+    cudaError_t error = cudaSuccess;
+
+    void map(const Strided& tensor, int heads, const Part& part, CUtensorMap* to, Heads* places) {
+        encode(attention_fwd::behind(tensor, part.first), call.bf16 ? BF16 : FP16, heads, part, part.box, to, places);
+    }
+
+    // The sums of dQ. box: what one copy adds.
+    void map_sums(const Part& part, const int (&box)[3], CUtensorMap* to) {
+        const int64_t head = int64_t{call.queries} * call.head_dim;
+        const Strided sums{call.dq_sum + int64_t{part.first} * call.head_dim, head * call.heads, call.head_dim, head};
+        Heads places;  // the heads of all batches, in their order
+        encode(sums, FP32, call.heads, part, box, to, &places);
+    }
+
+    void encode(const Strided& tensor, Elements elements, int heads, const Part& part, const int (&box)[3], CUtensorMap* to,
+                Heads* places) {
+        TensorMap found{};
+        if (error == cudaSuccess)
+            error = tensor_map(tensor, elements, call.batch, heads, call.head_dim, part.shape, box, part.steps, &found);
+        *to = found.map;
+        *places = {found.batch_step, found.head_step};
+    }
+};
+
+// Cuts a box into boxes of 16 rows, in the rows' order: their extents, and where they begin. Returns whether they exist.
+bool cut_box(const Part& part, int (&extents)[3], int (&places)[8][3]) {
+    const auto& box = part.box;
+    int left = 16;
+    for (int axis = 2; axis >= 0; --axis) {
+        extents[axis] = left < box[axis] ? left : box[axis];
+        if (box[axis] % extents[axis] || left % extents[axis]) return false;
+        left /= extents[axis];
+    }
+    if (left > 1) return false;
+    int number = 0;
+    for (int t = 0; t < box[0]; t += extents[0])
+        for (int h = 0; h < box[1]; h += extents[1])
+            for (int w = 0; w < box[2]; w += extents[2]) {
+                const int at[3] = {t, h, w};
+                for (int axis = 0; axis < 3; ++axis) places[number][axis] = at[axis] * part.steps[axis];
+                ++number;
+            }
+    return true;
+}
+
+template <typename S>
+cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
+    const AttentionPlan* plan = call.plan;
+    KvParameters p{};
+    p.scale = call.scale;
+    p.scale_log2 = call.scale * 1.4426950408889634f;
+    p.batch = call.batch;
+    p.heads = call.heads;
+    p.key_heads = call.key_heads;
+    p.queries_per_key = call.heads / call.key_heads;
+    p.head_dim = call.head_dim;
+    Part keys[PARTS] = {line(0, call.keys, SLAB)}, queries[PARTS] = {line(0, call.queries, S::BQ)};
+    p.tiles_per_head = (call.keys + KEYS - 1) / KEYS;
+    p.boxes = (call.queries + S::BQ - 1) / S::BQ;
+    p.slab_step[2] = SLAB;
+    if (plan) {
+        const int q_before = plan->q_globals ? plan->before : 0, q_after = plan->q_globals ? plan->after : 0;
+        keys[0].first = plan->before, queries[0].first = q_before;
+        for (int axis = 0; axis < 3; ++axis) {
+            p.slab[axis] = keys[0].box[axis] = plan->slab[axis];
+            p.steps[axis] = keys[0].steps[axis] = queries[0].steps[axis] = plan->steps[axis];
+            p.slab_step[axis] = axis == plan->stacked ? plan->slab[axis] * plan->steps[axis] : 0;
+            keys[0].shape[axis] = plan->k_shape[axis];
+            queries[0].shape[axis] = plan->q_shape[axis];
+            queries[0].box[axis] = plan->box[axis];
+        }
+        const int rows = plan->box[0] * plan->box[1] * plan->box[2];
+        if (plan->before) keys[1] = line(0, plan->before, SLAB);
+        if (plan->after) keys[2] = line(call.keys - plan->after, plan->after, SLAB);
+        if (q_before) queries[1] = line(0, q_before, rows);
+        if (q_after) queries[2] = line(call.queries - q_after, q_after, rows);
+        p.tiles_per_head = plan->tiles;
+        p.line_tiles = plan->line_tiles;
+        p.line_record = plan->line_record;
+        p.plan = plan->data;
+        p.valid = plan->valid;
+        p.keys_before = plan->before;
+        p.globals = plan->before + plan->after;
+        p.pieces = plan->pieces;
+        p.partial = call.partial;
+    }
+    p.slab_rows = keys[0].box[0] * keys[0].box[1] * keys[0].box[2];
+    p.box_rows = queries[0].box[0] * queries[0].box[1] * queries[0].box[2];
+    p.slab_bytes = S::CHUNKS * 128 * p.slab_rows;
+    p.box_bytes = S::CHUNKS * 128 * p.box_rows;
+    p.stats_bytes = 4 * p.box_rows;
+    p.stats_step = call.stats.step;
+    int sixteen[3] = {};
+    p.by_warp = p.box_rows % 16 == 0 && p.box_rows <= S::BQ && cut_box(queries[0], sixteen, p.warp_place);
+    // A copy of a whole box has the 64 rows of one warpgroup at most.
+    const bool fits = p.slab_rows <= SLAB && p.box_rows <= (S::FUSED && !p.by_warp ? 64 : S::BQ);
+    if (!fits || queries[0].box[2] % 4 || (p.pieces > 0 && !p.partial)) return cudaErrorInvalidValue;
+    const int64_t tiles = (int64_t{p.tiles_per_head} + p.line_tiles) * call.batch * call.key_heads;
+    if (tiles > INT32_MAX || int64_t{call.batch} * call.heads > INT32_MAX / 4) return cudaErrorInvalidConfiguration;
+
+    int device = 0;
+    Mapper mapper{call};
+    mapper.error = cudaGetDevice(&device);
+    if (mapper.error == cudaSuccess && device >= attention_fwd::DEVICES) mapper.error = cudaErrorInvalidDevice;
+    if (mapper.error == cudaSuccess) mapper.error = attention_fwd::allow_shared_memory<attention_backward_kv<S>>(device);
+    for (int part = 0; part < PARTS; ++part) {
+        Heads places;  // those of the video
+        const bool video = part == 0;
+        if (keys[part].shape[2]) {
+            mapper.map(call.k, call.key_heads, keys[part], &p.k[part], video ? &p.k_x : &places);
+            mapper.map(call.v, call.key_heads, keys[part], &p.v[part], video ? &p.v_x : &places);
+            mapper.map(call.dk, call.key_heads, keys[part], &p.dk[part], video ? &p.dk_x : &places);
+            mapper.map(call.dv, call.key_heads, keys[part], &p.dv[part], video ? &p.dv_x : &places);
+            for (int axis = 0; axis < 3; ++axis) p.k_size[part][axis] = keys[part].shape[axis];
+        }
+        if (queries[part].shape[2]) {
+            mapper.map(call.q, call.heads, queries[part], &p.q[part], video ? &p.q_x : &places);
+            mapper.map(call.dout, call.heads, queries[part], &p.dout[part], video ? &p.dout_x : &places);
+            Part rows = p.by_warp ? line(0, 0, 16) : queries[part];
+            if (p.by_warp && video) std::copy_n(sixteen, 3, rows.box);
+            if (S::FUSED) mapper.map_sums(queries[part], rows.box, &p.dq[part]);
+            for (int which = 0; which < 2; ++which)
+                if (mapper.error == cudaSuccess)
+                    mapper.error = stats_map(call.stats, which, call.batch * call.heads, part, queries[part].box,
+                                             queries[part].steps, &p.stats[which][part]);
+        }
+    }
+    if (mapper.error != cudaSuccess) return mapper.error;
+
+    attention_backward_kv<S><<<static_cast<int>(tiles), S::THREADS, S::LAUNCHED, stream>>>(p);
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess && plan && plan->split_tiles > 0 ? attention_backward_sum(call, stream) : error;
+}
+
+template <typename Element, bool PLANNED, bool FUSED>
+cudaError_t choose(const AttentionBackward& call, cudaStream_t stream) {
+    if (call.config != 0) return cudaErrorInvalidValue;
+    if (call.head_dim > 64) return launch<KvShape<Element, 128, 64, PLANNED, FUSED>>(call, stream);
+    return launch<KvShape<Element, 64, 128, PLANNED, FUSED>>(call, stream);
+}
+
+template <bool PLANNED, bool FUSED>
+cudaError_t choose(const AttentionBackward& call, cudaStream_t stream) {
+    if (call.bf16) return choose<__nv_bfloat16, PLANNED, FUSED>(call, stream);
+    return choose<__half, PLANNED, FUSED>(call, stream);
+}
+
+}  // namespace
+
+cudaError_t attention_backward_kv(const AttentionBackward& call, cudaStream_t stream) {
+    if (call.batch == 0) return cudaSuccess;
+    if (call.dq_sum) {
+        const int64_t bytes = int64_t{call.batch} * call.heads * call.queries * call.head_dim * 4;
+        const cudaError_t error = cudaMemsetAsync(call.dq_sum, 0, bytes, stream);
+        if (error != cudaSuccess) return error;
+        return call.plan ? choose<true, true>(call, stream) : choose<false, true>(call, stream);
+    }
+    return call.plan ? choose<true, false>(call, stream) : choose<false, false>(call, stream);
+}
+
+}  // namespace stattn

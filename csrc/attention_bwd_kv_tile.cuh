@@ -1,0 +1,163 @@
+// Key tiles of the attention backward: what their kernel is told, where they lie in memory and what they visit.
+#pragma once
+
+#include <cstdint>
+
+#include "attention_bwd.h"
+#include "sm90.cuh"
+
+namespace stattn::attention_bwd {
+
+using namespace sm90;
+using attention_fwd::Heads;
+using attention_fwd::VIDEO;
+
+constexpr int STAGES = 2;
+constexpr int GROUPS = 2;  // consumer warpgroups
+constexpr int SLAB = 64;   // keys of a warpgroup
+constexpr int KEYS = GROUPS * SLAB;
+constexpr int NOTES = 4;  // what the producer writes down about a box is read until the end of the box behind it
+
+// A part of the queries or keys: that of the video, or of global tokens before or after it.
+constexpr int PARTS = 3;
+
+struct KvParameters {
+    CUtensorMap q[PARTS], dout[PARTS], stats[2][PARTS], dq[PARTS];
+    CUtensorMap k[PARTS], v[PARTS], dk[PARTS], dv[PARTS];
+    Heads q_x, dout_x, k_x, v_x, dk_x, dv_x;
+    float scale, scale_log2;  // of the scores; the same times log2(e)
+    int batch, heads, key_heads;
+    int queries_per_key;  // heads that share one head of the keys
+    int tiles_per_head, line_tiles, line_record;
+    int boxes;                // without a plan: the boxes of every tile
+    int slab_rows;            // keys of a slab
+    int slab_step[3];         // from the first warpgroup's keys to the second's
+    int k_size[PARTS][3];     // extents of the keys' parts
+    int slab[3], steps[3];    // extents of a slab, and the distance of its keys
+    int stats_step, class_width;
+    int box_rows;             // queries of a box
+    bool by_warp;             // whether 16 rows after another are boxes themselves
+    int warp_place[8][3];     // if so, where they begin, counted from the box
+    uint32_t slab_bytes, box_bytes, stats_bytes;  // that copies bring
+    const int* plan;          // or null
+    const uint8_t* valid;     // [B, globals], which global keys are real; or null
+    int keys_before, globals;
+    int head_dim, pieces;
+    float* partial;  // [B][key heads][pieces][dK, dV][128 keys][head_dim], of tiles in pieces
+};
+
+template <typename Element_, int D_, int BQ_, bool PLANNED_, bool FUSED_>
+struct KvShape {
+    using Element = Element_;
+    static constexpr int D = D_;    // columns computed; the tensors may have fewer
+    static constexpr int BQ = BQ_;  // queries of a box
+    static constexpr bool PLANNED = PLANNED_;
+    static constexpr bool FUSED = FUSED_;
+    static constexpr int THREADS = 128 * (GROUPS + 1);
+    static constexpr int CHUNKS = D / 64;
+    static constexpr uint32_t SLAB_CHUNK = SLAB * 128;
+    static constexpr uint32_t TILE_CHUNK = KEYS * 128;
+    static constexpr uint32_t TILE = CHUNKS * TILE_CHUNK;
+    static constexpr uint32_t BOX_CHUNK = BQ * 128;
+    static constexpr uint32_t BOX = CHUNKS * BOX_CHUNK;
+    static constexpr int DS_CHUNKS = BQ / 64;
+    static constexpr uint32_t DS_CHUNK = (KEYS + 8) * 128;  // 64 queries of all keys, and rows that nobody reads
+    static constexpr uint32_t DS = DS_CHUNKS * DS_CHUNK;
+    static constexpr uint32_t STAGED = 64 * 64 * 4;  // a warpgroup's part of dQ
+    static constexpr uint32_t K_AT = 0;
+    static constexpr uint32_t V_AT = K_AT + TILE;
+    static constexpr uint32_t Q_AT = V_AT + TILE;
+    static constexpr uint32_t DO_AT = Q_AT + STAGES * BOX;
+    static constexpr uint32_t DS_AT = DO_AT + STAGES * BOX;
+    static constexpr uint32_t STAGED_AT = DS_AT + (FUSED ? 2 * DS : 0);
+    static constexpr uint32_t STATS_AT = STAGED_AT + (FUSED ? GROUPS * STAGED : 0);  // of all stages: L, then delta
+    static constexpr uint32_t STATS = BQ * 4;
+    static constexpr uint32_t MASKS_AT = STATS_AT + 2 * STAGES * STATS;  // of all stages and warpgroups
+    static constexpr uint32_t MASK = BQ / 8;  // bytes, of a key
+    static constexpr uint32_t MASKS = SLAB * MASK;
+    static constexpr uint32_t NOTES_AT = MASKS_AT + (PLANNED ? STAGES * GROUPS * MASKS : 0);
+    static constexpr uint32_t NOTE = 32;
+    static constexpr uint32_t BARRIERS_AT = NOTES_AT + NOTES * NOTE;
+    static constexpr uint32_t SHARED = BARRIERS_AT + 8 * (4 * STAGES + 3);
+    static constexpr uint32_t LAUNCHED = SHARED + 1024;  // room to align the start
+    // setmaxnreg shares out what the launch allocated: more would wait for ever.
+    static constexpr int CONSUMER_REGISTERS = 240;
+    static constexpr int PRODUCER_REGISTERS = 24;
+    static_assert(D % 64 == 0 && (D == 64 ? BQ == 128 : BQ == 64));  // dQ is 2 x (64 x 64)
+    static_assert(LAUNCHED <= 232448);
+
+    // Addresses of barriers, from that of the first.
+    __device__ static uint32_t full_q(uint32_t base, int stage) { return base + 8 * stage; }
+    __device__ static uint32_t empty_q(uint32_t base, int stage) { return base + 8 * (STAGES + stage); }
+    __device__ static uint32_t full_do(uint32_t base, int stage) { return base + 8 * (2 * STAGES + stage); }
+    __device__ static uint32_t empty_do(uint32_t base, int stage) { return base + 8 * (3 * STAGES + stage); }
+    __device__ static uint32_t full_k(uint32_t base) { return base + 8 * (4 * STAGES); }
+    __device__ static uint32_t full_v(uint32_t base) { return base + 8 * (4 * STAGES + 1); }
+    __device__ static uint32_t ready_ds(uint32_t base) { return base + 8 * (4 * STAGES + 2); }
+};
+
+// A key tile: its first key, and what it visits.
+struct KeyTile {
+    int t, h, w, kind;
+    int batch, head;  // of the keys
+    int number;       // among the tiles of a head, or of its lines
+    bool line;
+    int piece;        // or -1
+};
+
+__device__ __forceinline__ int4 record_at(const KvParameters& p, int number) {
+    return __ldg(reinterpret_cast<const int4*>(p.plan) + number);
+}
+
+// The record of a tile in the list of a query head; the next one says what it visits.
+__device__ __forceinline__ int tile_record(const KvParameters& p, const KeyTile& tile, int head) {
+    return (tile.line ? p.line_record : __ldg(p.plan + head)) + 2 * tile.number;
+}
+
+template <typename S>
+__device__ __forceinline__ KeyTile tile_at(const KvParameters& p, int index) {
+    KeyTile tile{};
+    const int in_lines = S::PLANNED ? p.line_tiles * p.key_heads * p.batch : 0;
+    tile.line = index < in_lines;
+    const int per_head = tile.line ? p.line_tiles : p.tiles_per_head;
+    if (!tile.line) index -= in_lines;
+    tile.number = index % per_head;
+    tile.head = index / per_head % p.key_heads;
+    tile.batch = index / per_head / p.key_heads;
+    tile.piece = -1;
+    if constexpr (S::PLANNED) {
+        const int4 place = record_at(p, tile_record(p, tile, tile.head * p.queries_per_key));
+        tile.t = place.x, tile.h = place.y, tile.w = place.z;
+        tile.kind = place.w & 3, tile.piece = (place.w >> 2) - 1;
+    } else {
+        tile.w = tile.number * KEYS;
+    }
+    return tile;
+}
+
+// The first key of a warpgroup.
+struct Corner {
+    int t, h, w;
+};
+
+__device__ __forceinline__ Corner corner_of(const KvParameters& p, const KeyTile& tile, int group) {
+    if (tile.kind != VIDEO) return {0, 0, tile.w + group * SLAB};
+    return {tile.t + group * p.slab_step[0], tile.h + group * p.slab_step[1], tile.w + group * p.slab_step[2]};
+}
+
+// Whether a row of a warpgroup is a key of the tensors that is to be seen.
+template <typename S>
+__device__ __forceinline__ bool real_key(const KvParameters& p, const KeyTile& tile, const Corner& corner, int row) {
+    if (S::PLANNED && tile.kind == VIDEO) {
+        const int plane = p.slab[1] * p.slab[2];
+        const int t = corner.t + row / plane * p.steps[0], h = corner.h + row / p.slab[2] % p.slab[1] * p.steps[1];
+        const int w = corner.w + row % p.slab[2] * p.steps[2];
+        return row < p.slab_rows && t < p.k_size[VIDEO][0] && h < p.k_size[VIDEO][1] && w < p.k_size[VIDEO][2];
+    }
+    const int key = corner.w + row;
+    if (key >= p.k_size[tile.kind][2]) return false;
+    if (!S::PLANNED || !p.valid) return true;
+    return __ldg(p.valid + int64_t{tile.batch} * p.globals + (tile.kind == attention_fwd::BEFORE ? 0 : p.keys_before) + key);
+}
+
+}  // namespace stattn::attention_bwd
