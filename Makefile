@@ -18,7 +18,7 @@ endif
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 ready = $(if $(SETUP),.venv/.stattn-$(1)) build/.extension
 
-.PHONY: help demo test smoke gpu-test bench lint wheel clean
+.PHONY: help demo test smoke gpu-test bench lint wheel fresh clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,9 +49,16 @@ lint: $(if $(SETUP),.venv/.stattn-lint) ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-wheel: $(if $(SETUP),.venv/.torch) ## dist/stattn-*.whl
-	rm -rf build/lib* build/bdist*
+wheel: $(if $(SETUP),.venv/.torch) ## dist/stattn-*.whl and dist/stattn-*.tar.gz
+	rm -rf dist build/lib* build/bdist*
 	$(PY) -m pip --disable-pip-version-check wheel --no-deps --no-build-isolation --wheel-dir dist .
+	$(PY) -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+
+fresh: wheel ## the README's code in a new environment that holds the wheel and what it asks for
+	rm -rf build/fresh
+	$(PYTHON) -m venv build/fresh
+	build/fresh/bin/pip install --quiet --disable-pip-version-check $(TORCH_ARGS) "$(TORCH)" dist/stattn-*.whl
+	build/fresh/bin/python tests/guides.py README.md
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache stattn/libstattn.so

@@ -43,7 +43,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources with a kernel and a weight file planted: both routes show, whatever the project holds."""
     tree = tmp_path_factory.mktemp("sources") / "stattn"
     tree.mkdir()
-    for name in ("pyproject.toml", "setup.py", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tree)
     for name in ("stattn", "kernels"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
