@@ -8,21 +8,45 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from stattn import dit, masks
+import stattn
+from stattn import dit, masks, modules
 from stattn.accelerate import accelerate
 from stattn.bench_models import ModelShape, psnr, random_model
 from stattn.dit import CONFIGS, WEIGHTS, DiT
 from stattn.graph import SampleGraph
+from stattn.grid import Grid, as_grid
+from stattn.modules import valid_tokens
 from stattn.sampler import FlowMatching, sample
 
 SEEDS = 5
+EAGER = {"*": "reference"}
 STEPS = FlowMatching(50, shift=3.0)
 MASKS = {"full": masks.full(), "window": masks.window(3, 5, 5)}
-EAGER = {"*": "reference"}
+
+
+def plain_attention(q, k, v, grid, mask, *, valid=None, globals_see="all", impl="auto"):
+    """Attention by PyTorch under a boolean mask of all pairs: in few launches, which fifty steps want."""
+    grid = as_grid(grid)
+    seen = allowed(mask, grid).to(q.device)[None, None]
+    real = torch.ones(len(q), grid.tokens, dtype=torch.bool, device=q.device)
+    if valid is not None:
+        real[:, grid.video :] = valid_tokens(valid, len(q), grid.after)
+    # Rows that see nothing see all, and count for nothing.
+    out = F.scaled_dot_product_attention(
+        *(each.transpose(1, 2) for each in (q, k, v)), attn_mask=(seen & real[:, None, None]) | ~real[:, None, :, None]
+    )
+    return out.transpose(1, 2) * real[:, :, None, None]
+
+
+@lru_cache
+def allowed(mask, grid) -> torch.Tensor:
+    return mask.allowed(grid)
 
 
 def trained() -> tuple[DiT, tuple[int, ...], dict]:
@@ -47,7 +71,7 @@ def wan_shaped() -> tuple[DiT, tuple[int, ...], dict]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("make", [trained, wan_shaped], ids=lambda make: make.__name__)
-def test_fifty_fused_steps_end_where_pytorch_s_operations_end(make, mask):
+def test_fifty_fused_steps_end_where_pytorch_s_operations_end(make, mask, monkeypatch):
     exact, shape, options = make()
     options |= {"steps": STEPS, "mask": MASKS[mask], "seed": 0}
     fused = copy.deepcopy(exact).to(torch.bfloat16)
@@ -56,10 +80,12 @@ def test_fifty_fused_steps_end_where_pytorch_s_operations_end(make, mask):
     for name, each in options.items():
         if isinstance(each, torch.Tensor) and each.is_floating_point():
             options[name] = each.to(torch.bfloat16)
-    with accelerate(exact, impl=EAGER):
-        want = sample(exact, shape, impl=EAGER, **options)
-    with accelerate(fused, impl=EAGER):
-        eager = sample(fused, shape, impl=EAGER, **options)
+    by_hand = []
+    for model in (exact, fused):
+        with monkeypatch.context() as patched, accelerate(model, impl=EAGER):
+            patched.setattr(modules, "attention", plain_attention)
+            by_hand.append(sample(model, shape, impl=EAGER, **options))
+    want, eager = by_hand
     got = sample(fused, shape, **options)
     assert (want - want.mean()).abs().max() > 0.1
     error, allowed = ((each.double() - want).square().mean().sqrt().item() for each in (got, eager))
@@ -68,3 +94,12 @@ def test_fifty_fused_steps_end_where_pytorch_s_operations_end(make, mask):
     assert error <= 1.2 * allowed
     assert min(worst) >= 34
     assert torch.equal(SampleGraph(fused, shape, **options)(seed=0), got)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_plain_attention_is_the_reference(mask):
+    grid = Grid(3, 5, 6, after=4)
+    q, k, v = torch.randn(3, 2, grid.tokens, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for valid in (None, torch.tensor([2, 0])):
+        want = stattn.attention(q, k, v, grid, MASKS[mask], valid=valid, impl="reference")
+        torch.testing.assert_close(plain_attention(q, k, v, grid, MASKS[mask], valid=valid), want)
