@@ -87,10 +87,13 @@ class SampleGraph:
         self._graph.replay()
 
     def _rehearsed(self) -> set[int]:
-        """Choose the steps that together launch every kernel: one for each mask, and those at the ends."""
+        """Choose the steps that together launch every kernel: one for each mask, and those at the ends.
+
+        A solver's history is complete in the third.
+        """
         last = len(self._walk.levels) - 2
         seen: list[Any] = []
-        steps = {0, min(1, last), last}
+        steps = {0, min(1, last), min(2, last), last}
         for step in range(last + 1):
             mask = self._walk.mask_at(step)
             if mask not in seen:

@@ -60,6 +60,7 @@ class Walk:
     model: Callable[..., Tensor]
     levels: Sequence[Level]
     order: int
+    corrector: bool
     advance: Callable[..., tuple[Tensor, Tensor]]
     mask_at: Callable[[int], Masks | None]
     masked_input: bool
@@ -106,7 +107,7 @@ class Walk:
             cond, uncond = self.predict(x, now.timestep, passes, step, reads)
             if keep:
                 keep |= {"known_alpha": then.alpha, "known_sigma": then.sigma}
-            weights = step_weights(self.levels, step, self.order)
+            weights = step_weights(self.levels, step, self.order, self.corrector)
             x, clean = self.advance(
                 x,
                 cond,
@@ -117,7 +118,7 @@ class Walk:
                 history=history,
                 **keep,
             )
-            history = (clean,) if self.order == 2 else ()
+            history = (clean, *history)[: self.order - 1 + self.corrector]
             if callback is not None:
                 callback(step + 1, len(self.levels) - 1, clean)
         return x
@@ -159,6 +160,7 @@ def sample(
     steps: int | Schedule = 30,
     prediction: str = "x",
     order: int = 1,
+    corrector: bool = False,
     guidance: float = 1.0,
     rescale: float = 0.0,
     zero_star: bool = False,
@@ -190,7 +192,8 @@ def sample(
     `stattn.denoise_step`. batched: both predictions in one call of twice the batch, or in two calls.
 
     Schedule: steps is a count (FlowMatching of so many) or a schedule; prediction is what the model returns, "x" (the
-    clean video), "v" (the schedule's velocity) or "noise"; order 2 takes DPM-Solver++ (2M) steps.
+    clean video), "v" (the schedule's velocity) or "noise"; order 2 takes DPM-Solver++ (2M) steps, or with corrector
+    UniPC's.
 
     Sparsity: mask is passed to the model; a function is called with the step's number. dense_steps: so many first steps
     use `masks.full`. dense_layers: passed on, where it is not 0, to a model whose so many first layers then do.
@@ -216,6 +219,7 @@ def sample(
         steps=steps,
         prediction=prediction,
         order=order,
+        corrector=corrector,
         guidance=guidance,
         rescale=rescale,
         zero_star=zero_star,
@@ -248,6 +252,7 @@ def prepare(
     steps: int | Schedule = 30,
     prediction: str = "x",
     order: int = 1,
+    corrector: bool = False,
     guidance: float = 1.0,
     rescale: float = 0.0,
     zero_star: bool = False,
@@ -272,6 +277,8 @@ def prepare(
         raise TypeError(f"steps={steps!r} must be a number of steps or a schedule")
     _choice("prediction", prediction, PREDICTIONS)
     _choice("order", order, (1, 2))
+    if not isinstance(corrector, bool) or (corrector and order == 1):
+        raise ValueError(f"corrector={corrector!r} must be a boolean, and goes with order=2")
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale={rescale!r} must lie in [0, 1]")
     if not is_int(dense_layers) or dense_layers < 0:
@@ -299,7 +306,7 @@ def prepare(
         **guide,
     )
     reads_known = _reads_known(model) if masked_input is None else masked_input
-    walk = Walk(model, levels, order, advance, mask_at, reads_known, dtype, keywords)
+    walk = Walk(model, levels, order, corrector, advance, mask_at, reads_known, dtype, keywords)
     return walk, Inputs(noise, passes, known, generated)
 
 

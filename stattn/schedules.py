@@ -107,24 +107,52 @@ class Diffusion:
 Schedule = FlowMatching | Diffusion
 
 
-def step_weights(levels: Sequence[Level], step: int, order: int) -> tuple[float, ...]:
-    """Return the weights of x, of x0 and, at order 2, of the step before's x0 that give x at levels[step + 1].
+def step_weights(levels: Sequence[Level], step: int, order: int, corrector: bool = False) -> tuple[float, ...]:
+    """Return the weights of x, of x0 and of the steps' before, latest first, that give x at levels[step + 1].
 
-    Order 2 is DPM-Solver++ (2M), Lu et al., arXiv:2211.01095; it falls to order 1 where the logarithm of the
-    signal-to-noise ratio is not finite, at pure noise and at data, and at the first step.
+    Order 1 has no history. Order 2 is DPM-Solver++ (2M), Lu et al., arXiv:2211.01095, with one earlier x0; it falls to
+    order 1 where the logarithm of the signal-to-noise ratio is not finite, at pure noise and at data, and at the first
+    step. corrector: UniPC (bh2), Zhao et al., arXiv:2302.04867, with up to two: the step before is first done again,
+    now that x0 at its end is known. Both moves start from the same x, so they are one combination.
     """
     now, then = levels[step], levels[step + 1]
     ratio = then.sigma / now.sigma
     clean = then.alpha - now.alpha * ratio
     if order == 1 or step == 0:
         return ratio, clean
-    before, here, after = (
-        math.log(a / s) if a > 0 and s > 0 else math.inf for a, s, _ in (levels[step - 1], now, then)
-    )
-    if math.inf in (before, here, after):
-        return ratio, clean, 0.0
-    extrapolated = clean * (after - here) / (here - before) / 2
-    return ratio, clean + extrapolated, -extrapolated
+    before, here, after = (_half_log_snr(levels[step + i]) for i in (-1, 0, 1))
+    extrapolated = 0.0
+    if math.isfinite(before) and math.isfinite(here) and math.isfinite(after):
+        extrapolated = clean * (after - here) / (here - before) / 2
+    predicted = clean + extrapolated, -extrapolated
+    if not corrector:
+        return ratio, *predicted
+    corrected = [ratio * each for each in _correction(levels, step)]
+    return ratio, predicted[0] + corrected[0], predicted[1] + corrected[1], *corrected[2 : step + 1]
+
+
+def _half_log_snr(level: Level) -> float:
+    if level.alpha > 0 and level.sigma > 0:
+        return math.log(level.alpha / level.sigma)
+    return math.inf if level.sigma == 0 else -math.inf
+
+
+def _correction(levels: Sequence[Level], step: int) -> tuple[float, float, float]:
+    """Return what UniPC's corrector adds to x at a step >= 1: weights of x0 there, one step and two steps before."""
+    here, before = _half_log_snr(levels[step]), _half_log_snr(levels[step - 1])
+    h = here - before
+    scale = -levels[step].alpha * math.expm1(-h)
+    oldest = _half_log_snr(levels[step - 2]) if step > 1 else -math.inf
+    if not math.isfinite(oldest):
+        return 0.5 * scale, -0.5 * scale, 0.0
+    # The weights r of x0's differences that integrate polynomials of degree 0 and 1 exactly.
+    far = (oldest - before) / h
+    phi = math.expm1(-h) / -h - 1
+    first, second = phi / math.expm1(-h), (phi / -h - 0.5) * 2 / math.expm1(-h)
+    r = (first - second) / (1 - far)
+    new = first - r
+    r = (r - 0.5) / far
+    return scale * new, -scale * (r + new), scale * r
 
 
 def _positive_int(name: str, value: object) -> None:

@@ -39,6 +39,7 @@ OPTIONS = [
     {"steps": 6},
     {"steps": 20, "guidance": 3.0},
     {"steps": Diffusion(6), "guidance": 3.0, "batched": False, "rescale": 0.5, "order": 2},
+    {"steps": 6, "order": 2, "corrector": True},
     {
         "steps": FlowMatching(6, 3.0), "mask": masks.window(3, 3, 3), "dense_steps": 2, "dense_layers": 1,
         "zero_star": True, "guidance": 2.0, "order": 2,

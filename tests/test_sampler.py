@@ -10,7 +10,7 @@ import torch
 
 from stattn import masks
 from stattn.dit import DiT, DiTConfig
-from stattn.sampler import Diffusion, FlowMatching, draw_noise, sample, step_weights
+from stattn.sampler import Diffusion, FlowMatching, Level, draw_noise, sample, step_weights
 
 SHAPE = (2, 3, 4, 6, 6)
 SCHEDULES = [FlowMatching(7), FlowMatching(7, shift=5.0), Diffusion(10), Diffusion(10, betas="cosine", snr_shift=3.0)]
@@ -113,13 +113,19 @@ def test_a_clean_prediction_is_returned_bitwise():
     assert torch.equal(out, clean)
 
 
-@pytest.mark.parametrize(("order", "steps", "low", "high"), [(1, 40, 0.9, 1.1), (2, 160, 1.7, 2.2)])
-def test_the_error_falls_with_the_order_of_the_solver(order, steps, low, high):
+@pytest.mark.parametrize(
+    ("order", "corrector", "steps", "low", "high"),
+    [(1, False, 40, 0.9, 1.1), (2, False, 160, 1.7, 2.2), (2, True, 160, 1.7, 3.2)],
+)
+def test_the_error_falls_with_the_order_of_the_solver(order, corrector, steps, low, high):
     shape = (1, 1, 1, 2, 2)
     noise = torch.linspace(-1.5, 1.5, 4, dtype=torch.float64).view(shape)
     exact = 0.3 + 0.5 * noise  # the flow of a Gaussian carries quantiles to quantiles
     errors = [
-        (sample(_gaussian, shape, steps=n, order=order, noise=noise, dtype=torch.float64) - exact).abs().max().item()
+        (sample(_gaussian, shape, steps=n, order=order, corrector=corrector, noise=noise, dtype=torch.float64) - exact)
+        .abs()
+        .max()
+        .item()
         for n in (steps, 2 * steps)
     ]
     assert errors[0] < 0.05
@@ -207,6 +213,46 @@ def test_second_order_steps_equal_those_of_diffusers_dpm_solver():
         x = theirs.step(model(x, t.expand(2).float()), t, x, return_dict=False)[0]
     ours = sample(model, SHAPE, steps=Diffusion(20, zero_snr=False), prediction="v", order=2, noise=noise)
     torch.testing.assert_close(ours, x, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("shift", [None, 3.0])
+def test_corrected_steps_equal_those_of_diffusers_unipc(shift):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.UniPCMultistepScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction" if shift is None else "flow_prediction",
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+        solver_order=2,
+        lower_order_final=True,
+        use_flow_sigmas=shift is not None,
+        flow_shift=shift,
+    )
+    theirs.set_timesteps(20)
+    schedule = Diffusion(20, zero_snr=False)
+    if shift is not None:
+
+        class Theirs(FlowMatching):
+            def levels(self):
+                sigmas = [float(each) for each in theirs.sigmas]
+                return [Level(1 - s, s, 1000 * s) for s in sigmas]
+
+        schedule = Theirs(20)
+
+    def model(x, t):
+        return torch.tanh(x.roll(1, 1) + (t / 1000).view(-1, 1, 1, 1, 1))
+
+    noise = draw_noise(SHAPE, seed=4)
+    x = noise
+    for level, t in zip(schedule.levels(), theirs.timesteps, strict=False):
+        at = torch.full((2,), level.timestep)
+        x = theirs.step(model(x, at), t, x, return_dict=False)[0]
+    ours = sample(model, SHAPE, steps=schedule, prediction="v", order=2, corrector=True, noise=noise)
+    torch.testing.assert_close(ours, x, rtol=2e-4, atol=2e-4)
+    plain = sample(model, SHAPE, steps=schedule, prediction="v", order=2, noise=noise)
+    assert (plain - x).abs().max() > 1e-3
 
 
 # ---- guidance and text
@@ -519,6 +565,7 @@ REFUSED = [
     ({"prediction": "velocity"}, "prediction='velocity'"),
     ({"prediction": "noise"}, "prediction='noise' does not determine"),
     ({"order": 3}, "order=3"),
+    ({"corrector": True}, "corrector=True.*order=2"),
     ({"rescale": 1.5}, "rescale=1.5"),
     ({"order": True}, "order=True"),
     ({"guidance": 2.0}, "needs text"),
