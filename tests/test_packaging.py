@@ -43,7 +43,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources with a kernel and a weight file planted: both routes show, whatever the project holds."""
     tree = tmp_path_factory.mktemp("sources") / "stattn"
     tree.mkdir()
-    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md", "MANIFEST.in"):
         shutil.copy(ROOT / name, tree)
     for name in ("stattn", "kernels"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so")
@@ -96,6 +96,23 @@ class TestWheel:
     def test_nothing_but_the_package_is_in_the_wheel(self, wheel: zipfile.ZipFile) -> None:
         tops = {name.split("/")[0] for name in wheel.namelist()}
         assert {top for top in tops if not top.endswith(".dist-info")} == {"stattn"}
+
+    def test_a_wheel_made_from_the_source_distribution_is_the_same(
+        self, tree: Path, wheel: zipfile.ZipFile, tmp_path: Path
+    ) -> None:
+        code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True)
+        (path,) = tmp_path.glob("*.tar.gz")
+        shutil.unpack_archive(path, tmp_path / "sources", filter="data")
+        (sources,) = (tmp_path / "sources").iterdir()
+        again = zipfile.ZipFile(build(sources, "build_wheel", tmp_path / "dist"))
+        assert sorted(again.namelist()) == sorted(wheel.namelist())
+        assert (sources / "kernels" / "planted.py").exists()
+
+    def test_the_version_is_one(self, wheel: zipfile.ZipFile) -> None:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert f'__version__ = "{project["version"]}"' in (ROOT / "stattn" / "__init__.py").read_text()
+        assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
     def test_the_core_depends_on_torch_and_numpy_alone(self) -> None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

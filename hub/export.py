@@ -1,0 +1,64 @@
+"""Lay the package out as Hugging Face's kernel-builder wants it: ``python hub/export.py FOLDER``.
+
+A kernel of the Hub is loaded under a name of its own, beside other versions of itself, so that its modules import one
+another relatively and its operations live in a namespace that the builder gives (``_ops.py``, which it writes). Both
+are rewritten here; the sources know nothing of it.
+
+    FOLDER/build.toml  CARD.md  torch-ext/stattn/...  tests/  benchmarks/
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# What the operations, the modules and accelerate consist of; commands, models and training stay behind.
+PARTS = (
+    "__init__", "accelerate", "blocks", "cache", "constants", "extension", "flops", "grid", "integrations", "kernels",
+    "masks", "modules", "ops", "pictures", "plan", "problem", "ranges", "reference", "rope", "tables",
+)  # fmt: skip
+
+FUTURE = "from __future__ import annotations\n"
+IMPORT = re.compile(r"^(\s*)from stattn(\.[\w.]+)? import ", re.MULTILINE)
+OPERATION = re.compile(r"torch\.ops\.stattn\b")
+LIBRARY = re.compile(r'torch\.library\.Library\("stattn"')
+NAME = re.compile(r'f?"stattn::(?:\{(\w+)\}|(\w+))"')
+
+
+def rewrite(text: str, depth: int) -> str:
+    """Rewrite a module that lies ``depth`` folders below the package: its imports, and the names of operations."""
+    here = "." * (depth + 1)
+    text = IMPORT.sub(lambda found: f"{found[1]}from {here}{(found[2] or '.')[1:]} import ", text)
+    wanted = []
+    if OPERATION.search(text):
+        text, wanted = OPERATION.sub("_operations", text), ["ops as _operations"]
+    if LIBRARY.search(text) or NAME.search(text):
+        text = LIBRARY.sub('torch.library.Library(_named("").removesuffix("::")', text)
+        text = NAME.sub(lambda found: f"_named({found[1]})" if found[1] else f'_named("{found[2]}")', text)
+        wanted.append("add_op_namespace_prefix as _named")
+    if wanted:
+        text = text.replace(FUTURE, f"{FUTURE}\nfrom {here}_ops import {', '.join(wanted)}\n", 1)
+    return text
+
+
+def export(folder: Path) -> Path:
+    """Write the layout into a folder. Returns the folder of the package."""
+    package = folder / "torch-ext" / "stattn"
+    for part in PARTS:
+        source = ROOT / "stattn" / part
+        for path in sorted(source.rglob("*.py")) if source.is_dir() else [source.with_suffix(".py")]:
+            place = path.relative_to(ROOT / "stattn")
+            target = package / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(rewrite(path.read_text(encoding="utf-8"), len(place.parts) - 1), encoding="utf-8")
+    for name in ("build.toml", "CARD.md"):
+        shutil.copy(ROOT / "hub" / name, folder / name)
+    shutil.copy(ROOT / "LICENSE", folder)
+    return package
+
+
+if __name__ == "__main__":
+    print(export(Path(sys.argv[1])))

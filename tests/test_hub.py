@@ -1,0 +1,83 @@
+"""The layout for the Hub of kernels: a package that runs under any name, with operations in a namespace of its own."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What the builder writes for a kernel without compiled parts.
+OPS = """
+import torch
+
+ops = torch.ops.stattn_0123abcd
+
+
+def add_op_namespace_prefix(name):
+    return f"stattn_0123abcd::{name}"
+"""
+
+RUN = """
+import importlib, pathlib, sys, torch
+
+class Without:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] == "stattn":
+            raise ImportError("a kernel of the Hub imports itself by relative names alone: " + name)
+
+sys.meta_path.insert(0, Without)
+path = pathlib.Path(sys.argv[1])
+spec = importlib.util.spec_from_file_location("loaded_0123abcd", path / "__init__.py")
+kernel = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernel)
+for each in sorted(path.rglob("*.py")):
+    place = each.relative_to(path).with_suffix("").parts
+    if place[0] != "kernels" and place[-1][:2] != "__":  # those of Triton are imported when they run
+        importlib.import_module(".".join((spec.name, *place)))
+
+q, k, v = torch.randn(3, 1, 60, 2, 16, dtype=torch.float64, requires_grad=True)
+mask = kernel.masks.window(1, 3, 3)
+out = kernel.attention(q, k, v, (3, 4, 5), mask)
+scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)) / 4
+want = scores.masked_fill(~mask.allowed((3, 4, 5)), -torch.inf).softmax(-1) @ v.transpose(1, 2)
+torch.testing.assert_close(out, want.transpose(1, 2))
+out.sum().backward()
+assert hasattr(torch.ops.stattn_0123abcd, "attention") and hasattr(torch.ops.stattn_0123abcd, "patchify3d")
+kernel.modulate(torch.randn(1, 4, 8), torch.randn(1, 8), torch.randn(1, 8))
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    spec = importlib.util.spec_from_file_location("export", ROOT / "hub" / "export.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.export(tmp_path_factory.mktemp("hub"))
+    (found / "_ops.py").write_text(OPS)
+    return found
+
+
+def test_the_package_runs_under_another_name_without_stattn(package, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(package)], cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""}
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_name_of_the_package_or_its_namespace_is_left_in_code(package):
+    for path in package.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r'torch\.ops\.stattn\b|Library\("stattn"|"stattn::', text), path
+        assert not re.search(r"^\s*(import stattn|from stattn)\b", text, re.MULTILINE), path
+
+
+def test_the_builder_is_told_what_the_project_says(package):
+    found = tomllib.loads((package.parent.parent / "build.toml").read_text())
+    assert found["general"]["name"] == package.name == "stattn"
+    assert "torch-noarch" in found
+    assert (package.parent.parent / "CARD.md").exists()
