@@ -134,6 +134,65 @@ stattn::AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const 
     return plan;
 }
 
+// layout: the integers of an AttentionLists, from its shape to its products.
+stattn::AttentionLists attention_lists(const Tensor& q, const Tensor& count, const Tensor& index,
+                                       const std::optional<Tensor>& partial, const Tensor& tables,
+                                       const std::vector<int64_t>& layout, const Tensor& scratch) {
+    constexpr const char* OP = "stattn::attention_forward_lists: ";
+    const auto here = [&](const Tensor& x) { return x.is_cuda() && x.get_device_index() == q.get_device_index(); };
+    STD_TORCH_CHECK(layout.size() == 17, OP, "layout has ", layout.size(), " integers, not 17");
+    for (const int64_t each : layout) STD_TORCH_CHECK(0 <= each && each < INT32_MAX, OP, "layout has ", each);
+    stattn::AttentionLists lists{};
+    int64_t q_tiles = 1, slab = 1, box = 1;
+    for (int axis = 0; axis < 3; ++axis) {
+        lists.shape[axis] = static_cast<int>(layout[axis]);
+        lists.q_tile[axis] = static_cast<int>(layout[3 + axis]);
+        lists.k_tile[axis] = static_cast<int>(layout[6 + axis]);
+        lists.slab[axis] = static_cast<int>(layout[9 + axis]);
+        lists.box[axis] = static_cast<int>(layout[12 + axis]);
+        STD_TORCH_CHECK(lists.slab[axis] > 0 && lists.box[axis] > 0 && lists.q_tile[axis] % lists.slab[axis] == 0 &&
+                            lists.k_tile[axis] % lists.box[axis] == 0 && lists.q_tile[axis] > 0 && lists.k_tile[axis] > 0,
+                        OP, "slabs and boxes must divide tiles");
+        q_tiles *= (layout[axis] + layout[3 + axis] - 1) / layout[3 + axis];
+        slab *= layout[9 + axis], box *= layout[12 + axis];
+    }
+    STD_TORCH_CHECK(slab <= 64 && box <= 64 && layout[15] < 3, OP, "the tiles do not fit");
+    STD_TORCH_CHECK(layout[0] * layout[1] * layout[2] == q.size(1), OP, "the lists are for other queries");
+    lists.stacked = static_cast<int>(layout[15]);
+    lists.products = static_cast<int>(layout[16]);
+    STD_TORCH_CHECK(here(count) && count.scalar_type() == ScalarType::Int && count.dim() == 3 && count.size(2) == q_tiles,
+                    OP, "count must be int32 [B, heads, ", q_tiles, "] on the device of q");
+    STD_TORCH_CHECK(here(index) && index.scalar_type() == ScalarType::Int && index.dim() == 4 &&
+                        index.size(0) == count.size(0) && index.size(1) == count.size(1) && index.size(2) == q_tiles,
+                    OP, "index must be int32 [B, heads, ", q_tiles, ", most] on the device of q");
+    STD_TORCH_CHECK((count.size(0) == 1 || count.size(0) == q.size(0)) && (count.size(1) == 1 || count.size(1) == q.size(2)),
+                    OP, "the lists are for other samples or heads");
+    lists.count = static_cast<const int32_t*>(count.const_data_ptr());
+    lists.index = static_cast<const int32_t*>(index.const_data_ptr());
+    for (int axis = 0; axis < 3; ++axis) lists.count_stride[axis] = count.stride(axis);
+    for (int axis = 0; axis < 4; ++axis) lists.index_stride[axis] = index.stride(axis);
+    if (partial) {
+        STD_TORCH_CHECK(here(*partial) && partial->scalar_type() == ScalarType::Bool && partial->dim() == 4, OP,
+                        "partial must be booleans on the device of q");
+        for (int axis = 0; axis < 4; ++axis) {
+            STD_TORCH_CHECK(partial->size(axis) == index.size(axis), OP, "partial has another shape than index");
+            lists.partial_stride[axis] = partial->stride(axis);
+        }
+        lists.partial = static_cast<const uint8_t*>(partial->const_data_ptr());
+    }
+    lists.samples = static_cast<int>(count.size(0));
+    lists.heads = static_cast<int>(count.size(1));
+    lists.most = static_cast<int>(index.size(3));
+    STD_TORCH_CHECK(here(tables) && tables.is_contiguous() && tables.scalar_type() == ScalarType::Int, OP,
+                    "tables must be contiguous int32 on the device of q");
+    lists.tables = static_cast<const int32_t*>(tables.const_data_ptr());
+    STD_TORCH_CHECK(here(scratch) && scratch.is_contiguous() && scratch.scalar_type() == ScalarType::Int, OP,
+                    "scratch must be contiguous int32 on the device of q");
+    lists.scratch = static_cast<int32_t*>(scratch.mutable_data_ptr());
+    lists.scratch_size = scratch.numel();
+    return lists;
+}
+
 // layout: of the stats, (T, H, W) of the queries, their step on the last axis, global tokens before and after.
 stattn::AttentionStats attention_stats(const Tensor& data, const Tensor& q, const std::vector<int64_t>& layout) {
     STD_TORCH_CHECK(layout.size() == 6, "stattn::attention: the stats' layout has ", layout.size(), " integers, not 6");
@@ -182,9 +241,8 @@ void check_sizes(const Tensor& q, const Tensor& k, const Tensor& v) {
                     "stattn::attention: sizes beyond 2^31");
 }
 
-void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, int64_t config,
-                            std::optional<Tensor> plan, std::vector<int64_t> layout, std::optional<Tensor> valid,
-                            std::optional<Tensor> partial) {
+stattn::AttentionForward attention_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                                        const Tensor& lse, double scale) {
     stattn::AttentionForward call{};
     check_elements(q, scale);
     call.bf16 = q.scalar_type() == ScalarType::BFloat16;
@@ -204,12 +262,19 @@ void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse
     call.queries = static_cast<int>(queries);
     call.keys = static_cast<int>(keys);
     call.scale = static_cast<float>(scale);
+    return call;
+}
+
+void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, int64_t config,
+                            std::optional<Tensor> plan, std::vector<int64_t> layout, std::optional<Tensor> valid,
+                            std::optional<Tensor> partial) {
+    stattn::AttentionForward call = attention_call(q, k, v, out, lse, scale);
     call.config = static_cast<int>(config);
     stattn::AttentionPlan planned{};
     if (plan) {
         planned = attention_plan(*plan, q, k, layout, valid);
         call.plan = &planned;
-        const int64_t numbers = batch * heads * planned.pieces * 192 * ((head_dim > 64 ? 128 : 64) + 1);
+        const int64_t numbers = q.size(0) * q.size(2) * planned.pieces * 192 * ((call.head_dim > 64 ? 128 : 64) + 1);
         STD_TORCH_CHECK(numbers == 0 || (partial && partial->is_cuda() && partial->get_device_index() == q.get_device_index() &&
                                          partial->is_contiguous() && partial->scalar_type() == ScalarType::Float &&
                                          partial->numel() == numbers),
@@ -330,6 +395,18 @@ void attention_backward_finish_cuda(Tensor dq_sum, Tensor dq, double scale) {
     check_launch(stattn::attention_backward_finish(call, current_stream(device)), "stattn::attention_backward_finish");
 }
 
+void attention_forward_lists_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, Tensor count,
+                                  Tensor index, std::optional<Tensor> partial, Tensor tables,
+                                  std::vector<int64_t> layout, Tensor scratch) {
+    const stattn::AttentionForward call = attention_call(q, k, v, out, lse, scale);
+    const stattn::AttentionLists lists = attention_lists(q, count, index, partial, tables, layout, scratch);
+    STD_TORCH_CHECK(call.keys == call.queries, "stattn::attention_forward_lists: ", call.keys, " keys, ", call.queries,
+                    " queries");
+    const int32_t device = q.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    check_launch(stattn::attention_forward_lists(call, lists, current_stream(device)), "stattn::attention_forward_lists");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
@@ -337,6 +414,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
     m.def(
         "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, int config, "
         "Tensor? plan, int[] layout, Tensor? valid, Tensor(c!)? partial) -> ()");
+    m.def(
+        "attention_forward_lists(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, "
+        "Tensor count, Tensor index, Tensor? partial, Tensor tables, int[] layout, Tensor(c!) scratch) -> ()");
     m.def(
         "attention_backward_prepare(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor(a!) stats, "
         "int[] stats_layout) -> ()");
@@ -357,6 +437,7 @@ STABLE_TORCH_LIBRARY_IMPL(stattn, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(stattn, CUDA, m) {
     m.impl("copy_bytes", TORCH_BOX(&copy_bytes_cuda));
     m.impl("attention_forward", TORCH_BOX(&attention_forward_cuda));
+    m.impl("attention_forward_lists", TORCH_BOX(&attention_forward_lists_cuda));
     m.impl("attention_backward_prepare", TORCH_BOX(&attention_backward_prepare_cuda));
     m.impl("attention_backward_dq", TORCH_BOX(&attention_backward_dq_cuda));
     m.impl("attention_backward_kv", TORCH_BOX(&attention_backward_kv_cuda));

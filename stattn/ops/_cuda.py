@@ -10,7 +10,7 @@ import torch
 
 from stattn import extension
 from stattn.masks import full
-from stattn.ops import _cuda_plan
+from stattn.ops import _cuda_lists, _cuda_plan
 from stattn.ops._cuda_plan import is_split, on_device
 from stattn.ops._cuda_tiles import FORWARD_ROWS
 from stattn.problem import Extras, Problem
@@ -54,7 +54,7 @@ def obstacle(
 
 def _mask_obstacle(problem: Problem, extras: Extras) -> str | None:
     if extras.block_index is not None:
-        return "does not serve block lists yet"
+        return _cuda_lists.why_not(problem)
     if extras.k_frames is not None:
         return "does not serve k_frames yet"
     return None if _is_dense(problem, extras.valid is not None) else _cuda_plan.why_not(problem)
@@ -99,6 +99,15 @@ def run(
         return out.zero_(), lse.fill_(-torch.inf)
     valid = extras.valid if problem.grid.globals else None
     scale = max(problem.scale, LEAST_SCALE)
+    if extras.block_index is not None:
+        assert extras.block_count is not None
+        cut, (samples, list_heads, _, most) = _cuda_lists.layout(problem), extras.block_index.shape
+        room = samples * list_heads * cut.triples * (4 + _cuda_lists.GROUPS * min(most, cut.k_tiles))
+        scratch = torch.empty(room, dtype=torch.int32, device=q.device)
+        tables = _cuda_lists.on_device(problem, q.device)
+        lists = (extras.block_count, extras.block_index, extras.block_partial)
+        _list_operation()(q, k, v, out, lse, scale, *lists, tables, cut.integers, scratch)
+        return out, lse
     launch = _operation()
     if _is_dense(problem, valid is not None) and not is_split(problem):
         launch(q, k, v, out, lse, scale, 0, None, [], None, None)
@@ -115,4 +124,10 @@ def run(
 def _operation() -> Callable[..., None]:
     """Give the library's operation itself: by its name, each call would choose among overloads."""
     operation: Callable[..., None] = torch.ops.stattn.attention_forward.default
+    return operation
+
+
+@cache
+def _list_operation() -> Callable[..., None]:
+    operation: Callable[..., None] = torch.ops.stattn.attention_forward_lists.default
     return operation
