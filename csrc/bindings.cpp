@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include <dlfcn.h>
@@ -137,7 +138,7 @@ stattn::AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const 
 // layout: the integers of an AttentionLists, from its shape to its products.
 stattn::AttentionLists attention_lists(const Tensor& q, const Tensor& count, const Tensor& index,
                                        const std::optional<Tensor>& partial, const Tensor& tables,
-                                       const std::vector<int64_t>& layout, const Tensor& scratch) {
+                                       const std::vector<int64_t>& layout) {
     constexpr const char* OP = "stattn::attention_forward_lists: ";
     const auto here = [&](const Tensor& x) { return x.is_cuda() && x.get_device_index() == q.get_device_index(); };
     STD_TORCH_CHECK(layout.size() == 17, OP, "layout has ", layout.size(), " integers, not 17");
@@ -186,10 +187,6 @@ stattn::AttentionLists attention_lists(const Tensor& q, const Tensor& count, con
     STD_TORCH_CHECK(here(tables) && tables.is_contiguous() && tables.scalar_type() == ScalarType::Int, OP,
                     "tables must be contiguous int32 on the device of q");
     lists.tables = static_cast<const int32_t*>(tables.const_data_ptr());
-    STD_TORCH_CHECK(here(scratch) && scratch.is_contiguous() && scratch.scalar_type() == ScalarType::Int, OP,
-                    "scratch must be contiguous int32 on the device of q");
-    lists.scratch = static_cast<int32_t*>(scratch.mutable_data_ptr());
-    lists.scratch_size = scratch.numel();
     return lists;
 }
 
@@ -241,10 +238,39 @@ void check_sizes(const Tensor& q, const Tensor& k, const Tensor& v) {
                     "stattn::attention: sizes beyond 2^31");
 }
 
-stattn::AttentionForward attention_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                                        const Tensor& lse, double scale) {
+// A new contiguous tensor on a CUDA device.
+Tensor new_tensor(const std::vector<int64_t>& sizes, int32_t dtype, int32_t device) {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t axis = sizes.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * sizes[axis];
+    AtenTensorHandle made = nullptr;
+    STD_TORCH_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                             aoti_torch_device_type_cuda(), device, &made) == AOTI_TORCH_SUCCESS,
+                    "stattn: no memory for a tensor");
+    return Tensor(made);
+}
+
+// The integers of a tensor on a CPU: a call passes them faster than as a list.
+std::vector<int64_t> integers(const Tensor& x) {
+    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Long && x.is_contiguous(),
+                    "stattn::attention: layout must be contiguous int64 on the CPU");
+    const auto* first = static_cast<const int64_t*>(x.const_data_ptr());
+    return {first, first + x.numel()};
+}
+
+using Results = std::tuple<Tensor, Tensor>;  // output and LSE
+
+Results new_results(const Tensor& q) {
+    int32_t dtype = q.scalar_type() == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float16();
+    const int32_t device = q.get_device_index();
+    return {new_tensor({q.size(0), q.size(1), q.size(2), q.size(3)}, dtype, device),
+            new_tensor({q.size(0), q.size(2), q.size(1)}, aoti_torch_dtype_float32(), device)};
+}
+
+stattn::AttentionForward attention_call(const Tensor& q, const Tensor& k, const Tensor& v, const Results& results,
+                                        double scale) {
     stattn::AttentionForward call{};
     check_elements(q, scale);
+    const Tensor& out = std::get<0>(results);
     call.bf16 = q.scalar_type() == ScalarType::BFloat16;
     call.q = strided(q, q, "q");
     call.k = strided(k, q, "k");
@@ -253,8 +279,7 @@ stattn::AttentionForward attention_call(const Tensor& q, const Tensor& k, const 
     const int64_t batch = q.size(0), queries = q.size(1), heads = q.size(2), head_dim = q.size(3);
     const int64_t keys = k.size(1), key_heads = k.size(2);
     check_sizes(q, k, v);
-    STD_TORCH_CHECK(out.size(1) == queries && out.size(2) == heads, "stattn::attention: out differs from q");
-    call.lse = const_cast<float*>(row_values(lse, q, "lse"));
+    call.lse = static_cast<float*>(std::get<1>(results).mutable_data_ptr());
     call.batch = static_cast<int>(batch);
     call.heads = static_cast<int>(heads);
     call.key_heads = static_cast<int>(key_heads);
@@ -265,25 +290,29 @@ stattn::AttentionForward attention_call(const Tensor& q, const Tensor& k, const 
     return call;
 }
 
-void attention_forward_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, int64_t config,
-                            std::optional<Tensor> plan, std::vector<int64_t> layout, std::optional<Tensor> valid,
-                            std::optional<Tensor> partial) {
-    stattn::AttentionForward call = attention_call(q, k, v, out, lse, scale);
-    call.config = static_cast<int>(config);
-    stattn::AttentionPlan planned{};
-    if (plan) {
-        planned = attention_plan(*plan, q, k, layout, valid);
-        call.plan = &planned;
-        const int64_t numbers = q.size(0) * q.size(2) * planned.pieces * 192 * ((call.head_dim > 64 ? 128 : 64) + 1);
-        STD_TORCH_CHECK(numbers == 0 || (partial && partial->is_cuda() && partial->get_device_index() == q.get_device_index() &&
-                                         partial->is_contiguous() && partial->scalar_type() == ScalarType::Float &&
-                                         partial->numel() == numbers),
-                        "stattn::attention_forward: partial must be ", numbers, " contiguous float32");
-        if (numbers > 0) call.partial = static_cast<float*>(partial->mutable_data_ptr());
-    }
+Results attention_forward_cuda(Tensor q, Tensor k, Tensor v, double scale, int64_t config, std::optional<Tensor> plan,
+                               std::optional<Tensor> layout, std::optional<Tensor> valid) {
+    STD_TORCH_CHECK(q.is_cuda() && q.dim() == 4, "stattn::attention_forward: q must be [B, N, heads, D] on a CUDA device");
+    check_elements(q, scale);
     const int32_t device = q.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
+    Results results = new_results(q);
+    stattn::AttentionForward call = attention_call(q, k, v, results, scale);
+    call.config = static_cast<int>(config);
+    stattn::AttentionPlan planned{};
+    std::optional<Tensor> partial;
+    if (plan) {
+        STD_TORCH_CHECK(layout.has_value(), "stattn::attention_forward: a plan has a layout");
+        planned = attention_plan(*plan, q, k, integers(*layout), valid);
+        call.plan = &planned;
+        const int64_t dim = call.head_dim > 64 ? 128 : 64;
+        if (planned.pieces > 0) {
+            partial = new_tensor({q.size(0) * q.size(2) * planned.pieces * 192 * (dim + 1)}, aoti_torch_dtype_float32(), device);
+            call.partial = static_cast<float*>(partial->mutable_data_ptr());
+        }
+    }
     check_launch(stattn::attention_forward(call, current_stream(device)), "stattn::attention_forward");
+    return results;
 }
 
 void attention_backward_prepare_cuda(Tensor dout, std::optional<Tensor> dlse, Tensor out, Tensor lse, Tensor stats,
@@ -395,16 +424,22 @@ void attention_backward_finish_cuda(Tensor dq_sum, Tensor dq, double scale) {
     check_launch(stattn::attention_backward_finish(call, current_stream(device)), "stattn::attention_backward_finish");
 }
 
-void attention_forward_lists_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, Tensor count,
-                                  Tensor index, std::optional<Tensor> partial, Tensor tables,
-                                  std::vector<int64_t> layout, Tensor scratch) {
-    const stattn::AttentionForward call = attention_call(q, k, v, out, lse, scale);
-    const stattn::AttentionLists lists = attention_lists(q, count, index, partial, tables, layout, scratch);
-    STD_TORCH_CHECK(call.keys == call.queries, "stattn::attention_forward_lists: ", call.keys, " keys, ", call.queries,
-                    " queries");
+Results attention_forward_lists_cuda(Tensor q, Tensor k, Tensor v, double scale, Tensor count, Tensor index,
+                                     std::optional<Tensor> partial, Tensor tables, Tensor layout, int64_t room) {
+    STD_TORCH_CHECK(q.is_cuda() && q.dim() == 4, "stattn::attention_forward_lists: q must be [B, N, heads, D]");
+    check_elements(q, scale);
     const int32_t device = q.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
+    Results results = new_results(q);
+    const stattn::AttentionForward call = attention_call(q, k, v, results, scale);
+    stattn::AttentionLists lists = attention_lists(q, count, index, partial, tables, integers(layout));
+    STD_TORCH_CHECK(call.keys == call.queries, "stattn::attention_forward_lists: ", call.keys, " keys, ", call.queries,
+                    " queries");
+    Tensor scratch = new_tensor({room}, aoti_torch_dtype_int32(), device);
+    lists.scratch = static_cast<int32_t*>(scratch.mutable_data_ptr());
+    lists.scratch_size = room;
     check_launch(stattn::attention_forward_lists(call, lists, current_stream(device)), "stattn::attention_forward_lists");
+    return results;
 }
 
 }  // namespace
@@ -412,11 +447,11 @@ void attention_forward_lists_cuda(Tensor q, Tensor k, Tensor v, Tensor out, Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
     m.def("copy_bytes(Tensor src, Tensor(a!) dst) -> ()");
     m.def(
-        "attention_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, int config, "
-        "Tensor? plan, int[] layout, Tensor? valid, Tensor(c!)? partial) -> ()");
+        "attention_forward(Tensor q, Tensor k, Tensor v, float scale, int config, Tensor? plan, Tensor? layout, "
+        "Tensor? valid) -> (Tensor, Tensor)");
     m.def(
-        "attention_forward_lists(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, "
-        "Tensor count, Tensor index, Tensor? partial, Tensor tables, int[] layout, Tensor(c!) scratch) -> ()");
+        "attention_forward_lists(Tensor q, Tensor k, Tensor v, float scale, Tensor count, Tensor index, "
+        "Tensor? partial, Tensor tables, Tensor layout, int room) -> (Tensor, Tensor)");
     m.def(
         "attention_backward_prepare(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor(a!) stats, "
         "int[] stats_layout) -> ()");

@@ -23,10 +23,15 @@ def _failure() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         return f"the CUDA library failed to load: {error}"
-    # These write into tensors that they are given.
-    for name in ("copy_bytes", "attention_forward", "attention_forward_lists"):
-        torch.library.register_fake(f"stattn::{name}", lambda *given: None)
+    torch.library.register_fake("stattn::copy_bytes", lambda *given: None)  # writes into a tensor that it is given
+    for name in ("attention_forward", "attention_forward_lists"):
+        torch.library.register_fake(f"stattn::{name}", _attention_results)
     return None
+
+
+def _attention_results(q: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, queries, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=torch.float32)
 
 
 @functools.cache

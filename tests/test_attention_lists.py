@@ -66,7 +66,8 @@ def on(lists: BlockList, device: str) -> BlockList:
 def walk(lists: BlockList) -> np.ndarray:
     """Count, as the kernel walks lists, how often each query takes part with each key."""
     given = problem(lists)
-    integers, triples, k_tiles = _cuda_lists.layout(given)
+    cut = _cuda_lists.layout(given)
+    integers, triples, k_tiles = cut.integers.tolist(), cut.triples, cut.k_tiles
     shape, q_tile, k_tile, slab, box = (np.array(integers[i : i + 3]) for i in (0, 3, 6, 9, 12))
     stacked = integers[15]
     table = _cuda_lists.tables(given)

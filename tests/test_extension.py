@@ -67,7 +67,7 @@ class TestBuild:
         assert len(re.findall(r"STG\.E\.128", copy)) >= 4
         assert not re.findall(r"\b(LDL|STL)\b", sass)
         kernels = [part for part in sass.split("Function : ") if "attention_forward" in part.split("\n")[0]]
-        assert len(kernels) == 10  # dense and with plans, by head dimension, box and dtype
+        assert len(kernels) == 14  # dense, with plans, with lists, by head dimension, box and dtype
         for kernel in kernels:
             assert "HGMMA.64x" in kernel
             assert "UTMALDG.5D" in kernel

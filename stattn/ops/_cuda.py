@@ -12,7 +12,6 @@ from stattn import extension
 from stattn.masks import full
 from stattn.ops import _cuda_lists, _cuda_plan
 from stattn.ops._cuda_plan import is_split, on_device
-from stattn.ops._cuda_tiles import FORWARD_ROWS
 from stattn.problem import Extras, Problem
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -20,7 +19,6 @@ HEAD_DIMS = (64, 128)
 ALIGNMENT = 16  # bytes: what a tensor copy asks of addresses and strides
 LEAST_SCALE = 1e-37  # stands for 0, with which masked scores of -inf would turn into NaN
 
-_PIECES = -2  # where a layout says how many there are
 _FULL = full()
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -92,42 +90,35 @@ def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute attention: output [B, Nq, heads, D] like q, contiguous, and LSE [B, heads, Nq] in fp32."""
-    batch, queries, heads, dim = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     if k.shape[1] == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
-    valid = extras.valid if problem.grid.globals else None
-    scale = max(problem.scale, LEAST_SCALE)
+        batch, queries, heads, _ = q.shape
+        return q.new_zeros(q.shape), q.new_full((batch, heads, queries), -torch.inf, dtype=torch.float32)
     if extras.block_index is not None:
         assert extras.block_count is not None
         cut, (samples, list_heads, _, most) = _cuda_lists.layout(problem), extras.block_index.shape
         room = samples * list_heads * cut.triples * (4 + _cuda_lists.GROUPS * min(most, cut.k_tiles))
-        scratch = torch.empty(room, dtype=torch.int32, device=q.device)
-        tables = _cuda_lists.on_device(problem, q.device)
         lists = (extras.block_count, extras.block_index, extras.block_partial)
-        _list_operation()(q, k, v, out, lse, scale, *lists, tables, cut.integers, scratch)
-        return out, lse
-    launch = _operation()
-    if _is_dense(problem, valid is not None) and not is_split(problem):
-        launch(q, k, v, out, lse, scale, 0, None, [], None, None)
-        return out, lse
-    config, layout, plan = on_device(problem, heads, dim, valid is not None, q.device)
-    valid = valid if valid is None else valid.contiguous()
-    pieces = layout[_PIECES]
-    partial = lse.new_empty(batch * heads * pieces * FORWARD_ROWS * (dim + 1)) if pieces else None
-    launch(q, k, v, out, lse, scale, config, plan, layout, valid, partial)
-    return out, lse
+        tables = _cuda_lists.on_device(problem, q.device)
+        return _list_operation()(q, k, v, max(problem.scale, LEAST_SCALE), *lists, tables, cut.integers, room)
+    valid = extras.valid
+    if valid is not None:
+        valid = valid.contiguous() if problem.grid.globals else None
+    launch, *plan = _launch(problem, q.shape[2], q.shape[3], valid is not None, q.device)
+    return launch(q, k, v, *plan, valid)
+
+
+@lru_cache(maxsize=4096)
+def _launch(problem: Problem, heads: int, dim: int, valid: bool, device: torch.device) -> tuple[Any, ...]:
+    """Give the library's operation and its arguments between v and ``valid``: one look-up for a warm call."""
+    # The operation itself: by its name, each call would choose among overloads.
+    launch, scale = torch.ops.stattn.attention_forward.default, max(problem.scale, LEAST_SCALE)
+    if _is_dense(problem, valid) and not is_split(problem):
+        return launch, scale, 0, None, None
+    config, layout, plan = on_device(problem, heads, dim, valid, device)
+    return launch, scale, config, plan, torch.tensor(layout)
 
 
 @cache
-def _operation() -> Callable[..., None]:
-    """Give the library's operation itself: by its name, each call would choose among overloads."""
-    operation: Callable[..., None] = torch.ops.stattn.attention_forward.default
-    return operation
-
-
-@cache
-def _list_operation() -> Callable[..., None]:
-    operation: Callable[..., None] = torch.ops.stattn.attention_forward_lists.default
+def _list_operation() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    operation: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.ops.stattn.attention_forward_lists.default
     return operation

@@ -27,11 +27,11 @@ MOST_WORDS = 1 << 22  # 8-byte masks of rows on an axis
 class Layout(NamedTuple):
     """How lists are cut.
 
-    integers: those of AttentionLists in csrc/stattn.h, from its shape to its products. triples: of slabs, of each list.
+    integers: int64, those of AttentionLists in csrc/stattn.h from its shape to its products. triples: of slabs, a list.
     k_tiles: their number.
     """
 
-    integers: list[int]
+    integers: torch.Tensor
     triples: int
     k_tiles: int
 
@@ -81,7 +81,7 @@ def layout(problem: Problem) -> Layout:
     triples = math.prod(-(-n // GROUPS) if axis == stacked else n for axis, n in enumerate(slabs))
     products = len(_products(problem)) - 1
     integers = [*shape, *problem.q_tile, *problem.k_tile, *slab, *box, stacked, products]
-    return Layout(integers, triples, _count(shape, problem.k_tile))
+    return Layout(torch.tensor(integers), triples, _count(shape, problem.k_tile))
 
 
 @lru_cache(maxsize=1024)  # captured graphs go on reading tables: few are ever given up
