@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "attention_frames.cuh"
 #include "attention_launch.h"
 
 namespace stattn {
@@ -13,12 +14,30 @@ using attention_fwd::attention_merge;
 using attention_fwd::Parameters;
 using attention_fwd::Shape;
 
+// Lets a launch read the plan for the slots of a ring cache.
+cudaError_t place(const AttentionForward& call, Parameters* p, int warpgroups, cudaStream_t stream) {
+    constexpr int MOST_FRAMES = 8192;  // of which shared memory holds the slots
+    if (call.grid_frames > MOST_FRAMES || p->plan == nullptr) return cudaErrorInvalidValue;
+    cudaError_t error =
+        cudaMemcpyAsync(call.placed_plan, p->plan, call.plan_size * sizeof(int), cudaMemcpyDeviceToDevice, stream);
+    if (error != cudaSuccess) return error;
+    const attention_fwd::PlaceParameters places{call.placed_plan,  call.frames,     call.plan->k_shape[0], call.grid_frames, p->heads,
+                                                p->tiles_per_head, p->line_tiles, p->line_record,        warpgroups};
+    const int64_t blocks = int64_t{p->heads} * p->tiles_per_head + p->line_tiles;
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    attention_fwd::place_frames<<<static_cast<int>(blocks), attention_fwd::PLACERS, call.grid_frames * sizeof(int), stream>>>(
+        places);
+    p->plan = call.placed_plan;
+    return cudaGetLastError();
+}
+
 template <typename S>
 cudaError_t launch(const AttentionForward& call, cudaStream_t stream) {
     Parameters p{};
     attention_fwd::Launch launch;
     cudaError_t error = attention_fwd::describe<S>(call, &p, &launch);
     if (error == cudaSuccess) error = attention_fwd::allow_shared_memory<attention_forward<S>>(launch.device);
+    if (error == cudaSuccess && call.frames) error = place(call, &p, S::WARPGROUPS, stream);
     if (error != cudaSuccess) return error;
     const int blocks = S::PLANNED ? p.tiles : std::min(p.tiles, launch.processors);
     attention_forward<S><<<blocks, S::THREADS, launch.shared, stream>>>(p);

@@ -291,7 +291,8 @@ stattn::AttentionForward attention_call(const Tensor& q, const Tensor& k, const 
 }
 
 Results attention_forward_cuda(Tensor q, Tensor k, Tensor v, double scale, int64_t config, std::optional<Tensor> plan,
-                               std::optional<Tensor> layout, std::optional<Tensor> valid) {
+                               std::optional<Tensor> layout, int64_t grid_frames, std::optional<Tensor> valid,
+                               std::optional<Tensor> frames) {
     STD_TORCH_CHECK(q.is_cuda() && q.dim() == 4, "stattn::attention_forward: q must be [B, N, heads, D] on a CUDA device");
     check_elements(q, scale);
     const int32_t device = q.get_device_index();
@@ -300,11 +301,22 @@ Results attention_forward_cuda(Tensor q, Tensor k, Tensor v, double scale, int64
     stattn::AttentionForward call = attention_call(q, k, v, results, scale);
     call.config = static_cast<int>(config);
     stattn::AttentionPlan planned{};
-    std::optional<Tensor> partial;
+    std::optional<Tensor> partial, placed;
     if (plan) {
         STD_TORCH_CHECK(layout.has_value(), "stattn::attention_forward: a plan has a layout");
         planned = attention_plan(*plan, q, k, integers(*layout), valid);
         call.plan = &planned;
+        if (frames) {
+            STD_TORCH_CHECK(frames->is_cuda() && frames->get_device_index() == device && frames->is_contiguous() &&
+                                frames->scalar_type() == ScalarType::Int && frames->dim() == 1 &&
+                                frames->size(0) == planned.k_shape[0],
+                            "stattn::attention_forward: frames must be contiguous int32 [", planned.k_shape[0], "]");
+            placed = new_tensor({plan->numel()}, aoti_torch_dtype_int32(), device);
+            call.frames = static_cast<const int32_t*>(frames->const_data_ptr());
+            call.grid_frames = static_cast<int>(grid_frames);
+            call.placed_plan = static_cast<int32_t*>(placed->mutable_data_ptr());
+            call.plan_size = plan->numel();
+        }
         const int64_t dim = call.head_dim > 64 ? 128 : 64;
         if (planned.pieces > 0) {
             partial = new_tensor({q.size(0) * q.size(2) * planned.pieces * 192 * (dim + 1)}, aoti_torch_dtype_float32(), device);
@@ -448,7 +460,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
     m.def("copy_bytes(Tensor src, Tensor(a!) dst) -> ()");
     m.def(
         "attention_forward(Tensor q, Tensor k, Tensor v, float scale, int config, Tensor? plan, Tensor? layout, "
-        "Tensor? valid) -> (Tensor, Tensor)");
+        "int grid_frames, Tensor? valid, Tensor? frames) -> (Tensor, Tensor)");
     m.def(
         "attention_forward_lists(Tensor q, Tensor k, Tensor v, float scale, Tensor count, Tensor index, "
         "Tensor? partial, Tensor tables, Tensor layout, int room) -> (Tensor, Tensor)");

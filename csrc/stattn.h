@@ -44,6 +44,11 @@ struct AttentionForward {
     int config;
     const AttentionPlan* plan;  // or null
     float* partial;  // for tiles in pieces: B * heads * pieces * 192 * (head dimension, 64 or 128, + 1) numbers; or null
+    // Of a plan whose boxes lie in frames of a grid: the frame that each key slot holds, and room for the plan of slots.
+    const int32_t* frames;  // [slots], -1 for none; or null
+    int grid_frames;
+    int32_t* placed_plan;
+    int64_t plan_size;      // int32
 };
 cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream);
 

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from probes import Case
+from test_probes import UNIONS
 
 import stattn
-from stattn import extension, masks
+from stattn import extension, masks, plan
 from stattn.blocks import lower
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import CONSTRUCTORS, Mask
@@ -50,7 +52,7 @@ SERVED = AttentionCall("cuda", (9, 0), torch.bfloat16, 128, 4, 2, None, False, N
         ({"capability": (8, 0)}, r"needs compute capability 9\.0, this device has 8\.0"),
         ({"dtype": torch.float32}, "takes bfloat16 and float16, not float32"),
         ({"head_dim": 80}, "head dimension 80 must be 64 or 128"),
-        ({"obstacle": "does not serve k_frames yet"}, "does not serve k_frames yet"),
+        ({"obstacle": "does not serve that"}, "does not serve that"),
     ],
 )
 def test_each_condition_of_the_kernels_is_a_sentence(
@@ -90,7 +92,10 @@ def test_views_and_transposes_are_no_obstacle() -> None:
         ({"grad": True}, "has no backward yet, and a gradient is needed"),
         ({"k": half(2, 24, 4, 66)[..., :64]}, r"k has strides \(6336, 264, 66, 1\): all but"),
         ({"v": half(2, 1, 4, 64).expand(2, 24, 4, 64)}, r"v has strides \(256, 0, 64, 1\)"),
-        ({"extras": Extras(k_frames=torch.arange(2))}, "does not serve k_frames yet"),
+        (
+            {"problem": problem((9000, 1, 1), masks.full()), "extras": Extras(k_frames=torch.arange(2))},
+            "does not serve k_frames of grids of more than 8192 frames",
+        ),
         (
             {"problem": problem((2, 3, 4), masks.window(1, 1, 2), masks.window(1, 1, 2, dilation=(1, 1, 2)))},
             r"mask window\(.*\) and others are dilated in several ways on one axis",
@@ -101,10 +106,11 @@ def test_what_stands_against_the_kernels_is_named(changes: dict[str, Any], words
     assert re.match(words, obstacle(**changes) or "")
 
 
-def test_block_lists_and_negative_scales_are_refused() -> None:
+def test_block_lists_are_no_obstacle_and_negative_scales_are_one() -> None:
     lists = lower(masks.spatial(), (2, 3, 4), (1, 3, 4), (1, 3, 4))
-    assert obstacle(extras=Extras(None, None, lists.count, lists.index)) == "does not serve block lists yet"
     everything = Region((0, 0, 0), (2, 3, 4))
+    listed = Problem(Grid(2, 3, 4), (), everything, everything, True, "all", 0.5, (1, 3, 4), (1, 3, 4))
+    assert obstacle(problem=listed, extras=Extras(None, None, lists.count, lists.index)) is None
     negative = Problem(Grid(2, 3, 4), (masks.full(),), everything, everything, True, "all", -0.5)
     assert obstacle(problem=negative) == "scale=-0.5 must not be negative"
 
@@ -118,9 +124,14 @@ def test_an_explicit_request_on_a_cpu_is_refused() -> None:
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
-def read_plan(given: Problem, heads: int, head_dim: int, valid: np.ndarray | None = None) -> list[np.ndarray]:
-    """Count, as the kernel walks a plan, how often each query of each head takes part with each key."""
-    number, integers, array = _cuda_plan.layout(given, heads, head_dim, valid is not None)
+def read_plan(
+    given: Problem, heads: int, head_dim: int, valid: np.ndarray | None = None, held: list[int] | None = None
+) -> list[np.ndarray]:
+    """Count, as the kernel walks a plan, how often each query of each head takes part with each key.
+
+    held: the frame of each slot of a ring cache.
+    """
+    number, integers, array = _cuda_plan.layout(given, heads, head_dim, valid is not None, frames=held is not None)
     q_shape, k_shape, slab, box, steps = (np.array(integers[i : i + 3]) for i in (0, 3, 6, 9, 12))
     stacked, tiles, before, after, q_globals, line_tiles, line_record, pieces, split_tiles = integers[15:]
     for extents in (slab, box):
@@ -170,6 +181,10 @@ def read_plan(given: Problem, heads: int, head_dim: int, valid: np.ndarray | Non
                 written[query[real]] += once
                 for number in range(boxes):
                     *first, line = records[first_box + number]
+                    if held is not None and not line:
+                        if first[0] not in held:
+                            continue
+                        first[0] = held.index(first[0])
                     if line:
                         key = first[2] + np.arange(len(keys))
                         inside = key < total
@@ -228,6 +243,35 @@ def test_global_tokens_are_planned_beside_the_video(before: int, after: int, q_g
                     real[np.r_[0:before, before + 72 : grid.tokens]] = valid
                 rows = real.nonzero()[0] if q_globals else video
                 assert (seen[rows if q_globals else slice(None)] == want[rows]).all(), f"{mask} {see}"
+
+
+@pytest.mark.parametrize("held", [[0, 1, 2], [4, 5, 2, 3], [-1, 3, -1, 0, 5], [-1]])
+def test_plans_of_ring_caches_visit_the_frames_that_slots_hold(held: list[int]) -> None:
+    frames = torch.tensor(held, dtype=torch.int32)
+    for grid, k_box in (
+        (Grid(6, 4, 5, 1, 2), Region((0, 0, 0), (6, 4, 5))),
+        (Grid(6, 4, 5), Region((0, 1, 0), (6, 2, 5))),
+    ):
+        for mask in planned_masks((6, 4, 5)):
+            q_box = Region((3, 0, 0), (2, 4, 5))
+            case = Case(grid, mask, 1, options={"q_region": q_box, "k_region": k_box, "k_frames": frames})
+            slots = Region((0, *k_box.origin[1:]), (len(held), *k_box.extent[1:]))
+            (seen,) = read_plan(Problem(grid, (mask,), q_box, slots, True, "all", 0.1), 1, 128, held=held)
+            assert (seen == case.truth()[0].numpy()).all(), f"{mask}"
+
+
+@pytest.mark.parametrize("shape", [(6, 7, 8), (7, 9, 10), (8, 8, 5)])
+def test_a_pair_that_several_parts_of_a_union_allow_is_visited_once(shape: Triple) -> None:
+    unions = [*UNIONS, masks.window(3, 5, 3) | masks.window(5, 3, 3) | masks.window(1, 1, 5)]
+    unions = [mask for mask in unions if _cuda_plan.why_not(problem(shape, mask)) is None]
+    assert sum(plan.geometry(mask, Grid(*shape), *[Region((0, 0, 0), shape)] * 2).overlap for mask in unions) > 1
+    for mask in unions:
+        for head_dim in (64, 128):
+            (seen,) = read_plan(problem(shape, mask), 1, head_dim)
+            assert (seen == mask.allowed(shape).numpy()).all(), f"{mask}"
+    both = (UNIONS[0], masks.window(3, 3, 3))
+    for mask, seen in zip(both, read_plan(problem(shape, *both), 2, 128), strict=True):
+        assert (seen == mask.allowed(shape).numpy()).all(), f"{mask}"
 
 
 @pytest.fixture

@@ -53,9 +53,9 @@ def obstacle(
 def _mask_obstacle(problem: Problem, extras: Extras) -> str | None:
     if extras.block_index is not None:
         return _cuda_lists.why_not(problem)
-    if extras.k_frames is not None:
-        return "does not serve k_frames yet"
-    return None if _is_dense(problem, extras.valid is not None) else _cuda_plan.why_not(problem)
+    if extras.k_frames is None and _is_dense(problem, extras.valid is not None):
+        return None
+    return _cuda_plan.why_not(problem, extras.k_frames is not None)
 
 
 @lru_cache(maxsize=1024)
@@ -103,19 +103,20 @@ def run(
     valid = extras.valid
     if valid is not None:
         valid = valid.contiguous() if problem.grid.globals else None
-    launch, *plan = _launch(problem, q.shape[2], q.shape[3], valid is not None, q.device)
-    return launch(q, k, v, *plan, valid)
+    frames = extras.k_frames if extras.k_frames is None else extras.k_frames.contiguous()
+    launch, *plan = _launch(problem, q.shape[2], q.shape[3], valid is not None, frames is not None, q.device)
+    return launch(q, k, v, *plan, valid, frames)
 
 
 @lru_cache(maxsize=4096)
-def _launch(problem: Problem, heads: int, dim: int, valid: bool, device: torch.device) -> tuple[Any, ...]:
+def _launch(problem: Problem, heads: int, dim: int, valid: bool, frames: bool, device: torch.device) -> tuple[Any, ...]:
     """Give the library's operation and its arguments between v and ``valid``: one look-up for a warm call."""
     # The operation itself: by its name, each call would choose among overloads.
     launch, scale = torch.ops.stattn.attention_forward.default, max(problem.scale, LEAST_SCALE)
-    if _is_dense(problem, valid) and not is_split(problem):
-        return launch, scale, 0, None, None
-    config, layout, plan = on_device(problem, heads, dim, valid, device)
-    return launch, scale, config, plan, torch.tensor(layout)
+    if not frames and _is_dense(problem, valid) and not is_split(problem):
+        return launch, scale, 0, None, None, 0
+    config, layout, plan = on_device(problem, heads, dim, valid, device, "forward", frames)
+    return launch, scale, config, plan, torch.tensor(layout), problem.grid.t
 
 
 @cache

@@ -37,7 +37,7 @@ SHORTEST = 256  # boxes of a list that is cut
 def why_not(problem: Problem) -> str | None:
     """Say what in the masks of a problem cannot be planned, or None."""
     masks = tuple(dict.fromkeys(problem.masks))
-    reason = _cuda_plan.why_not(problem)
+    reason = _cuda_plan.why_not(problem, overlaps=False)
     if reason is not None:
         return reason
     _, _, products = _geometry(problem, masks)

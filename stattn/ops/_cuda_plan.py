@@ -5,6 +5,7 @@ A plan is made once per problem, on the host, from the tables of its masks. Its 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -33,10 +34,11 @@ from stattn.ops._cuda_tiles import (
     visit,
 )
 from stattn.problem import Problem
-from stattn.tables import Product, whole
+from stattn.tables import Product, intersect, whole
 
 BEFORE, AFTER, NONE = 1, 2, 3  # kinds of tiles
 DENSE_BOX = 80  # keys
+MOST_FRAMES = 8192  # of a ring cache's grid
 UNSEEN = -1  # marks a box of which a warpgroup sees nothing
 
 
@@ -44,7 +46,7 @@ class Line(NamedTuple):
     """The line of all tokens, where global ones lie before and after the video.
 
     video: keys of the video. queries: whether q holds global tokens. see: what these see, "all" or "globals". valid:
-    whether a call says which of them are real.
+    whether a call says which of them are real. frames: whether it says which frames the keys hold.
     """
 
     before: int
@@ -53,16 +55,22 @@ class Line(NamedTuple):
     queries: bool
     see: str
     valid: bool
+    frames: bool = False
 
 
 @lru_cache(maxsize=512)
-def why_not(problem: Problem) -> str | None:
-    """Say what in the masks of a problem cannot be planned, or None."""
+def why_not(problem: Problem, frames: bool = False, overlaps: bool = True) -> str | None:
+    """Say what in the masks of a problem cannot be planned, or None.
+
+    frames: whether the call says which frames the keys hold. overlaps: whether parts of unions may overlap.
+    """
     masks = tuple(dict.fromkeys(problem.masks))
     for mask in masks:
-        if plan.geometry(mask, problem.grid, problem.q_box, problem.k_box).overlap:
+        if not overlaps and plan.geometry(mask, problem.grid, problem.q_box, problem.k_box).overlap:
             return f"mask {mask} is a union whose parts overlap on several axes"
-    _, _, products = _geometry(problem, masks)
+    if frames and problem.grid.t > MOST_FRAMES:
+        return f"does not serve k_frames of grids of more than {MOST_FRAMES} frames"
+    *_, products = _geometry(problem, masks, frames)
     if common_steps(products) is None:
         return f"mask {masks[0]}{' and others are' if len(masks) > 1 else ' is'} dilated in several ways on one axis"
     return None
@@ -70,19 +78,28 @@ def why_not(problem: Problem) -> str | None:
 
 @lru_cache(maxsize=128)
 def layout(
-    problem: Problem, heads: int, head_dim: int, valid: bool = False, kernel: str = "forward"
+    problem: Problem,
+    heads: int,
+    head_dim: int,
+    valid: bool = False,
+    kernel: str = "forward",
+    frames: bool = False,
 ) -> tuple[int, list[int], np.ndarray]:
     """Plan a problem: the kernel's configuration, its integers (AttentionPlan in csrc/stattn.h), the plan's array.
 
-    valid: whether the call says which global tokens are real. kernel: "forward" or "dq".
+    valid: whether the call says which global tokens are real. kernel: "forward" or "dq". frames: whether the call says
+    which frames the keys hold; the first place of a box is then a frame, which the device exchanges for its slot.
     """
     masks = tuple(dict.fromkeys(problem.masks))
     of_head = [masks.index(mask) for mask in problem.masks] if len(problem.masks) > 1 else [0] * heads
-    q_box, k_box, products = _geometry(problem, masks)
-    tiling = choose(q_box, k_box, products, head_dim, kernel)
-    line = Line(problem.grid.before, problem.grid.after, k_box.video, problem.q_globals, problem.globals_see, valid)
+    q_box, k_box, products = _geometry(problem, masks, frames)
+    tiling = choose(q_box, k_box, products, head_dim, kernel, frames)
+    held = Region(k_box.origin, (problem.k_box.extent[0], *k_box.extent[1:])) if frames else k_box
+    line = Line(
+        problem.grid.before, problem.grid.after, held.video, problem.q_globals, problem.globals_see, valid, frames
+    )
     encoded = encode(tiling, products, of_head, line, problem.q_tokens if kernel == "forward" else None)
-    integers = [*q_box.extent, *k_box.extent, *tiling.slab, *tiling.box, *tiling.steps, tiling.stacked]
+    integers = [*q_box.extent, *held.extent, *tiling.slab, *tiling.box, *tiling.steps, tiling.stacked]
     integers += [encoded.tiles, line.before, line.after, int(line.queries), encoded.line_tiles, encoded.line_record]
     return tiling.config.number, [*integers, encoded.pieces, encoded.split_tiles], encoded.array
 
@@ -95,19 +112,31 @@ def is_split(problem: Problem) -> bool:
 
 @lru_cache(maxsize=1024)  # captured graphs go on reading plans: few are ever given up
 def on_device(
-    problem: Problem, heads: int, head_dim: int, valid: bool, device: torch.device, kernel: str = "forward"
+    problem: Problem,
+    heads: int,
+    head_dim: int,
+    valid: bool,
+    device: torch.device,
+    kernel: str = "forward",
+    frames: bool = False,
 ) -> tuple[int, list[int], torch.Tensor]:
     """Give the plan of a problem with its array on a device, copied there once."""
-    number, integers, array = layout(problem, heads, head_dim, valid, kernel)
+    number, integers, array = layout(problem, heads, head_dim, valid, kernel, frames)
     return number, integers, torch.from_numpy(array).to(device)
 
 
-def _geometry(problem: Problem, masks: Sequence[Mask]) -> tuple[Region, Region, list[tuple[Product, ...]]]:
-    """Lay the masks out on common axes: those of all, if they merge the same ones."""
-    laid = [plan.geometry(mask, problem.grid, problem.q_box, problem.k_box) for mask in masks]
-    if len({(each.shape, each.q_box, each.k_box) for each in laid}) == 1:
-        return laid[0].q_box, laid[0].k_box, [each.products for each in laid]
-    return problem.q_box, problem.k_box, [plan.disjoint(mask.products(problem.grid))[0] for mask in masks]
+def _geometry(
+    problem: Problem, masks: Sequence[Mask], frames: bool = False
+) -> tuple[Region, Region, list[tuple[Product, ...]]]:
+    """Lay the masks out on common axes: those of all, if they merge the same ones. frames: keys are of all frames."""
+    laid = [plan.geometry(mask, problem.grid, problem.q_box, problem.k_box, frames) for mask in masks]
+    q_box, k_box, products = laid[0].q_box, laid[0].k_box, [each.products for each in laid]
+    if len({(each.shape, each.q_box, each.k_box) for each in laid}) > 1:
+        q_box, k_box = problem.q_box, problem.k_box
+        products = [plan.disjoint(mask.products(problem.grid))[0] for mask in masks]
+    if frames:
+        k_box = Region((0, *k_box.origin[1:]), (problem.grid.t, *k_box.extent[1:]))
+    return q_box, k_box, products
 
 
 # --- the plan's array -------------------------------------------------------------------------------------------------
@@ -139,7 +168,7 @@ def encode(
     table = _MaskTable(tiling)
     video = [_video_list(tiling, each, table, line, queries) for each in products]
     lines = _line_list(tiling, table, line, queries)
-    masks, numbers = table.combine([each.masks for each in (*video, lines)])
+    masks, numbers = table.combine(_as_wide([each.masks for each in (*video, lines)]))
     records = np.concatenate([masks.reshape(-1), np.zeros(-masks.size % 4, np.int32)]).reshape(-1, 4)
     head_records = -(-len(of_head) // (4 * ROWS)) * ROWS  # groups of masks begin at multiples of their size
     parts = [np.zeros((head_records, 4), np.int32), records]
@@ -215,18 +244,23 @@ class _MaskTable:
         return first
 
     def combine(self, records: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Join the masks of the axes to those of rows. records: of masks, [boxes, warpgroups, 4] each.
+        """Join the masks of the axes to those of rows. records: of masks, [boxes, warpgroups, equally many] each.
 
         Returns the different groups of masks [groups, ROWS, words], and for each of ``records`` the numbers of the
         groups [boxes, warpgroups].
         """
         masks = np.concatenate([np.zeros((0, self._width // 32), np.int32), *self._masks])
-        triples = np.concatenate([each[..., :3].reshape(-1, 3) for each in records])
-        different, inverse = np.unique(triples, axis=0, return_inverse=True)
+        axes = np.concatenate([np.delete(each, 3, 2).reshape(-1, each.shape[2] - 1) for each in records])
+        different, inverse = np.unique(axes, axis=0, return_inverse=True)
         row = np.minimum(np.arange(ROWS), product_of(self._slab) - 1)
+        place = np.unravel_index(row, self._slab)
         joined = np.full((len(different), ROWS, masks.shape[1]), -1, np.int32)
-        for axis, place in enumerate(np.unravel_index(row, self._slab)):
-            joined &= masks[different[:, axis, None] + place]
+        for first in range(0, different.shape[1], 3):
+            some = np.flatnonzero(different[:, first] >= 0)
+            seen = np.full((len(some), ROWS, masks.shape[1]), -1, np.int32)
+            for axis in AXES:
+                seen &= masks[different[some, first + axis, None] + place[axis]]
+            joined[some] &= seen if first == 0 else ~seen
         ends = np.cumsum([len(each) * self._warpgroups for each in records])[:-1]
         parts = np.split(inverse.reshape(-1), ends)
         return joined, [part.reshape(-1, self._warpgroups) for part in parts]
@@ -236,7 +270,8 @@ class _Entries(NamedTuple):
     """Boxes of tiles.
 
     tile: [boxes]. masked: whether rows have masks, [boxes]. box: its record, [boxes, 4]. masks: the records of its
-    masks, [boxes, warpgroups, 4], in which masks are counted from the table's first.
+    masks, [boxes, warpgroups, 4 or more], in which masks are counted from the table's first: those of the three axes,
+    the last word of the record, and threes of axes whose pairs are not seen here, -1 for none.
     """
 
     tile: np.ndarray
@@ -254,7 +289,7 @@ def _video_list(
         rows_of(tiling.q_box, tiling.k_box, tiling.steps, whole(stop), axis, tiling.tile[axis]).corner[places[axis]]
         for axis, stop in enumerate(_stops(tiling.q_box))
     ]
-    entries = [_product_boxes(tiling, product, table, places) for product in products]
+    entries = [_product_boxes(tiling, each, table, places, products[:n]) for n, each in enumerate(products)]
     entries.append(_line_boxes(tiling, table, line, places.shape[1], with_video=False))
     return _List(np.stack([*corners, 0 * corners[0]], 1), entries, queries)
 
@@ -270,28 +305,45 @@ def _line_list(tiling: Tiling, table: _MaskTable, line: Line, queries: int | Non
 
 def _line_boxes(tiling: Tiling, table: _MaskTable, line: Line, tiles: int, with_video: bool) -> _Entries:
     """Cut the line's keys into boxes, the same for each of ``tiles`` tiles."""
-    rows = product_of(tiling.box)
-    parts = [(0, line.before, True), (line.before, line.video if with_video else 0, False)]
-    parts.append((line.before + line.video, line.after, True))
-    boxes, masked, masks, number = [], [], [], 0
-    for start, length, is_global in parts:
+    rows, full = product_of(tiling.box), tiling.config.box
+    boxes: list[tuple[int, ...]] = []
+    masked, masks, number = [], [], 0
+
+    def add_line(start: int, length: int, is_global: bool) -> None:
+        nonlocal number
         for first in range(0, length, rows):
             count = min(rows, length - first)
             number += is_global
             boxes.append((0, 0, start + first, 1))
-            masked.append(count < tiling.config.box or (is_global and line.valid))
+            masked.append(count < full or (is_global and line.valid))
             sees = [table.line(axis, tiling.slab[axis], count) for axis in AXES]
-            masks.append([(*sees, number if is_global and line.valid else 0)] * tiling.warpgroups)
+            masks.append((*sees, number if is_global and line.valid else 0))
+
+    add_line(0, line.before, True)
+    if with_video and not line.frames:
+        add_line(line.before, line.video, False)
+    elif with_video:  # not in a line: some slots may hold no frame
+        cuts = [range(0, n, extent) for n, extent in zip(tiling.k_box.extent, tiling.box, strict=True)]
+        for first in itertools.product(*cuts):
+            counts = [min(e, n - o) for o, e, n in zip(first, tiling.box, tiling.k_box.extent, strict=True)]
+            boxes.append((*first, 0))
+            masked.append(product_of(counts) < full)
+            spans = [np.broadcast_to([0, n], (1, tiling.slab[axis], 2)) for axis, n in enumerate(counts)]
+            masks.append((*(int(table.find(axis, each)[0]) for axis, each in enumerate(spans)), 0))
+    add_line(line.before + line.video, line.after, True)
+    found = np.array(masks, np.int64).reshape(-1, 1, 4)
     return _Entries(
         np.repeat(np.arange(tiles), len(boxes)),
         np.tile(np.array(masked, bool), tiles),
         np.tile(np.array(boxes, np.int64).reshape(-1, 4), (tiles, 1)),
-        np.tile(np.array(masks, np.int64).reshape(-1, tiling.warpgroups, 4), (tiles, 1, 1)),
+        np.tile(found, (tiles, tiling.warpgroups, 1)),
     )
 
 
-def _product_boxes(tiling: Tiling, product: Product, table: _MaskTable, places: np.ndarray) -> _Entries:
-    """Cut what the tiles at ``places`` visit of a product into boxes."""
+def _product_boxes(
+    tiling: Tiling, product: Product, table: _MaskTable, places: np.ndarray, earlier: Sequence[Product] = ()
+) -> _Entries:
+    """Cut what tiles at ``places`` visit of a product into boxes. earlier: products whose pairs are left to them."""
     rows = [rows_of(tiling.q_box, tiling.k_box, tiling.steps, product[a], a, tiling.tile[a]) for a in AXES]
     visits = [visit(each) for each in rows]
     boxes = [in_boxes(each, extent) for each, extent in zip(visits, tiling.box, strict=True)]
@@ -306,11 +358,12 @@ def _product_boxes(tiling: Tiling, product: Product, table: _MaskTable, places: 
     number[order[0]], number[order[1]] = rest // (middle * inmost), rest // inmost % middle
     number[order[2]] = rest % inmost
     inner = np.ones(len(tile), bool)
-    first, masks = [], []
+    first, masks, keys = [], [], []
     for axis in AXES:
         place, at = places[axis][tile], number[axis]
         inner &= (boxes[axis].whole_from[place] <= at) & (at < boxes[axis].whole_to[place])
         key = visits[axis].first[place] + at * tiling.box[axis]  # in its class
+        keys.append(key)
         first.append(rows[axis].key[place] + tiling.steps[axis] * key)
         masks.append(_axis_masks(tiling, axis, rows[axis], visits[axis], boxes[axis], table, place, at))
     # A box with columns that no key fills has masks always.
@@ -318,7 +371,36 @@ def _product_boxes(tiling: Tiling, product: Product, table: _MaskTable, places: 
     found = np.stack(masks, 2)
     unseen = (found == UNSEEN).any(2)
     found = np.concatenate([np.maximum(found, 0), np.where(unseen, UNSEEN, 0)[..., None]], 2)
+    for other in earlier:
+        if all(rule.counts().any() for rule in intersect(product, other)):
+            others = _masks_at(tiling, other, table, [places[axis][tile] for axis in AXES], keys)
+            masked = np.logical_or(masked, (others >= 0).any((1, 2)))
+            found = np.concatenate([found, others], 2)
     return _Entries(tile, masked, np.stack([*first, 0 * tile], 1), found)
+
+
+def _masks_at(
+    tiling: Tiling, product: Product, table: _MaskTable, places: Sequence[np.ndarray], keys: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Number the masks of a product for boxes that begin at ``keys`` (in their class) of tiles at ``places``.
+
+    Returns [boxes, warpgroups, 3], -1 where a warpgroup sees nothing.
+    """
+    found, meets = [], np.ones((len(keys[0]), tiling.warpgroups), bool)
+    for axis in AXES:
+        slab, extent = tiling.slab[axis], tiling.box[axis]
+        groups = tiling.warpgroups if axis == tiling.stacked else 1
+        rows = rows_of(tiling.q_box, tiling.k_box, tiling.steps, product[axis], axis, tiling.tile[axis])
+        different, inverse = np.unique(np.stack([places[axis], keys[axis]], 1), axis=0, return_inverse=True)
+        start = different[:, 1, None, None]
+        lo, hi = (x.reshape(len(x), groups, slab)[different[:, 0]] for x in (rows.lo, rows.hi))
+        spans = np.stack([np.clip(lo - start, 0, extent), np.clip(hi + 1 - start, 0, extent)], 3)
+        spans[spans[..., 0] >= spans[..., 1]] = 0
+        numbers = table.find(axis, spans.reshape(-1, slab, 2)).reshape(-1, groups)
+        found.append(np.broadcast_to(numbers[inverse.reshape(-1)], meets.shape))
+        some: np.ndarray = (spans != 0).any((2, 3))
+        meets &= some[inverse.reshape(-1)]
+    return np.where(meets[..., None], np.stack(found, 2), -1)
 
 
 def _axis_masks(
@@ -350,6 +432,12 @@ def _axis_masks(
     return np.broadcast_to(numbers[place, at], (len(at), tiling.warpgroups)) if groups == 1 else numbers[place, at]
 
 
+def _as_wide(masks: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Fill records of masks up to the width of the widest: nothing is left out of what is added."""
+    width = max(each.shape[2] for each in masks)
+    return [np.pad(each, ((0, 0), (0, 0), (0, width - each.shape[2])), constant_values=-1) for each in masks]
+
+
 class _List:
     """Tiles or pieces of them, their boxes and the masks of these.
 
@@ -358,7 +446,8 @@ class _List:
     """
 
     def __init__(self, corners: np.ndarray, entries: Sequence[_Entries], queries: int | None) -> None:
-        tile, masked, box, masks = (np.concatenate(each) for each in zip(*entries, strict=True))
+        tile, masked, box = (np.concatenate(each) for each in zip(*(each[:3] for each in entries), strict=True))
+        masks = np.concatenate(_as_wide([each.masks for each in entries]))
         order = np.lexsort((~masked, tile))  # stable: in a tile by products and row-major, those with masks first
         tile, masked = tile[order], masked[order]
         self._boxes = box[order]

@@ -130,9 +130,17 @@ def common_steps(products: Sequence[Sequence[Product]]) -> Triple | None:
 
 
 def choose(
-    q_box: Region, k_box: Region, products: Sequence[Sequence[Product]], head_dim: int, kernel: str = "forward"
+    q_box: Region,
+    k_box: Region,
+    products: Sequence[Sequence[Product]],
+    head_dim: int,
+    kernel: str = "forward",
+    thin: bool = False,
 ) -> Tiling:
-    """Choose the extents of tiles and boxes: the least time by a count of boxes, of those with masks, and of tiles."""
+    """Choose the extents of tiles and boxes: the least time by a count of boxes, of those with masks, and of tiles.
+
+    thin: boxes have an extent of 1 on the first axis.
+    """
     warpgroups, configs, unit, split = KERNELS[kernel]
     flat = [product for each in products for product in each]
     steps = common_steps(products)
@@ -146,6 +154,8 @@ def choose(
         )
         for box, multiples in ((q_box, (1, 1, 1)), (k_box, (1, 1, unit)))
     )
+    if thin:
+        k_shape = 1, k_shape[1], k_shape[2]
     candidates = []
     for slab in _extents(q_shape, ROWS):
         part = sum(product_of([float(visits(p[a], a, slab[a]).length.sum()) for a in AXES]) for p in flat)
