@@ -130,10 +130,12 @@ def check(
     dtype: torch.dtype = torch.float32,
     dim: int = 16,
     only: Sequence[int] | None = None,
+    backward: bool = True,
 ) -> None:
     """Run all five probes of a case and compare each with the truth, bit by bit.
 
-    only: the chunks of ``dim`` keys or queries to look at; all of them when None.
+    only: the chunks of ``dim`` keys or queries to look at; all of them when None. backward: False for the probes of the
+    count and the forward pass alone.
     """
     rows, columns, heads = len(case.rows()), len(case.columns()), case.heads
     seed = torch.Generator().manual_seed(rows * 31 + columns)
@@ -190,6 +192,8 @@ def check(
 
     out, _ = case.call(zeros(len(k_chunks), rows), zeros(len(k_chunks), columns), identity(k_chunks, columns), impl)
     same("forward", seen(out, k_chunks, columns), by_key)
+    if not backward:
+        return
 
     # V enters only through dP, so its gradient needs no value of it.
     v = zeros(len(q_chunks), columns).requires_grad_()

@@ -264,7 +264,7 @@ def test_plans_of_ring_caches_visit_the_frames_that_slots_hold(held: list[int]) 
 def test_a_pair_that_several_parts_of_a_union_allow_is_visited_once(shape: Triple) -> None:
     unions = [*UNIONS, masks.window(3, 5, 3) | masks.window(5, 3, 3) | masks.window(1, 1, 5)]
     unions = [mask for mask in unions if _cuda_plan.why_not(problem(shape, mask)) is None]
-    assert sum(plan.geometry(mask, Grid(*shape), *[Region((0, 0, 0), shape)] * 2).overlap for mask in unions) > 1
+    assert sum(plan.geometry(mask, Grid(*shape), *[Region((0, 0, 0), shape)] * 2).overlap for mask in unions) > 0
     for mask in unions:
         for head_dim in (64, 128):
             (seen,) = read_plan(problem(shape, mask), 1, head_dim)

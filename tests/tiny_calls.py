@@ -1,0 +1,63 @@
+"""Tiny calls of the CUDA kernels of attention, one of each kind, to be watched by compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python tests/tiny_calls.py
+
+Prints how many there were. initcheck does not see what tensor copies write, so the output is read by no other kernel:
+``--unread`` leaves it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import stattn
+from stattn import masks
+from stattn.blocks import BlockList, lower
+from stattn.grid import Grid, Region
+
+
+def calls() -> Iterator[tuple[Grid, Any, dict[str, Any]]]:
+    """Give grids, masks or lists, and the options of calls."""
+    yield Grid(1, 1, 130), masks.full(), {}
+    yield Grid(3, 5, 7), masks.window(3, 3, 3), {}
+    yield Grid(4, 6, 6), masks.spatial() | masks.temporal() | masks.window(3, 3, 3), {}
+    yield Grid(4, 6, 6), masks.sliding_tile((1, 2, 2), (3, 3, 3)), {}
+    yield Grid(2, 9, 18), masks.window(2, 2, 3, dilation=(1, 2, 3)), {}
+    yield Grid(3, 5, 7, 3, 70), masks.window(3, 3, 3), {"valid": (torch.arange(73) % 3 > 0)[None].cuda()}
+    yield Grid(6, 4, 60), masks.frame_causal(2), {"q_region": Region((5, 0, 0), (1, 4, 60))}
+    yield Grid(1, 2, 2000), masks.full(), {"q_region": Region((0, 0, 0), (1, 1, 90))}  # in pieces
+    held = torch.tensor([-1, 3, 0, 5], dtype=torch.int32, device="cuda")
+    yield Grid(6, 4, 5), masks.frame_causal(2), {"k_frames": held}
+    for q_tile, k_tile in (((2, 4, 8), (2, 4, 8)), ((6, 8, 8), (2, 4, 4))):
+        lists = lower(masks.window(3, 3, 3), (6, 8, 9), q_tile, k_tile, "cuda")
+        yield Grid(6, 8, 9), lists, {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make tiny calls of attention for compute-sanitizer.")
+    parser.add_argument("--unread", action="store_true", help="do not read the output")
+    unread = parser.parse_args().unread
+    count = 0
+    for (grid, mask, options), dim in itertools.product(list(calls()), (64, 128)):
+        rows = options["q_region"].video if "q_region" in options else grid.tokens
+        columns = grid.tokens
+        if "k_frames" in options:
+            columns = len(options["k_frames"]) * grid.h * grid.w + grid.globals
+        q = torch.randn(1, rows, 2, dim).to("cuda", torch.bfloat16)
+        k, v = torch.randn(2, 1, columns, 1, dim).to("cuda", torch.bfloat16)
+        out, lse = stattn.attention(q, k, v, grid, mask, return_lse=True, impl="cuda", **options)
+        assert not lse.isnan().any()
+        assert unread or out.isfinite().all()
+        assert isinstance(mask, BlockList) or mask.key
+        count += 1
+    torch.cuda.synchronize()
+    print(f"{count} calls")
+
+
+if __name__ == "__main__":
+    main()
