@@ -439,14 +439,7 @@ class DiT(nn.Module):
         hints: one [B, N, dim] for each of the first layers, added to the video tokens before it.
         """
         tokens, text, keys, at = inputs
-        # The noise level is embedded in the weights' precision even where autocast would round it, as Wan does.
-        with torch.autocast(tokens.device.type, enabled=False):
-            temb = self.embed_time(timestep)
-            e, e_text = self._project_time(self.time_proj, temb), None
-            if self.config.kind == "joint":
-                # Frames may differ in noise; the text, which all of them read, follows the noisiest.
-                temb_text = temb if timestep.ndim == 1 else self.embed_time(timestep.amax(dim=1))
-                e_text = self._project_time(self.text_time_proj, temb_text)
+        temb, e, e_text = self.modulations(timestep)
         for layer, block in enumerate(ranges.each("layer", self.blocks)):
             here = at._replace(
                 mask=full() if layer < dense_layers else at.mask, cache=None if cache is None else cache.layer(layer)
@@ -460,6 +453,18 @@ class DiT(nn.Module):
 
         shift, scale = _modulation(self.scale_shift_table, temb.unsqueeze(-2))
         return self.proj_out(self.norm_out(tokens, scale, shift, at.frames))
+
+    def modulations(self, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Embed noise levels [...] as [..., dim]; project them to the six of a block, and to those of its text."""
+        # In the weights' precision even where autocast would round it, as Wan does.
+        with torch.autocast(timestep.device.type, enabled=False):
+            temb = self.embed_time(timestep)
+            e, e_text = self._project_time(self.time_proj, temb), None
+            if self.config.kind == "joint":
+                # Frames may differ in noise; the text, which all of them read, follows the noisiest.
+                temb_text = temb if timestep.ndim == 1 else self.embed_time(timestep.amax(dim=1))
+                e_text = self._project_time(self.text_time_proj, temb_text)
+        return temb, e, e_text
 
     def encode_text(self, text: Tensor, text_valid: Tensor | None = None) -> EncodedText:
         """Do once what all calls with one text share: embed it, and project it to the keys of cross-attention."""

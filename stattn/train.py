@@ -18,13 +18,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from stattn import checks, dit, masks, media, results, world
 from stattn.accelerate import accelerate
@@ -32,7 +34,7 @@ from stattn.dit import DiT
 from stattn.masks import Mask
 from stattn.metrics import synth
 from stattn.sampler import FlowMatching, sample
-from stattn.trainer import PRESETS, Recipe, Trainer, materialize_attention
+from stattn.trainer import PARALLEL, PRESETS, AdapterRecipe, Recipe, Trainer, materialize_attention
 
 EVALUATION_SEED, PICTURE_SEED = 1_000_000, 2_000_000
 # Guidance of 2 makes motion jump (flicker 1.3 to 1.5 times that of real clips), 1 blurs it (0.8).
@@ -96,11 +98,36 @@ def _sample(
     )
 
 
-class Run:
-    """The clock, log, pictures and checkpoints of a trainer, in a folder."""
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of training run does in its own way.
 
-    def __init__(self, trainer: Trainer, out: Path, *, minutes: float | None, steps: int | None):
-        self.trainer, self.out, self.minutes, self.limit = trainer, out, minutes, steps
+    picture(model, recipe) gives clips [B, 3, T, H, W] and a caption for each; evaluate(model, recipe, clips) gives
+    numbers for the record.
+    """
+
+    trainer: type[Trainer]
+    picture: Callable[[nn.Module, Any], tuple[Tensor, list[str]]]
+    evaluate: Callable[[nn.Module, Any, int], dict[str, Any]]
+
+
+def _picture(model: nn.Module, recipe: Recipe, clips: int = 6) -> tuple[Tensor, list[str]]:
+    device = next(model.parameters()).device
+    scene = world.sample(clips, *_size(recipe), seed=PICTURE_SEED, device=device)
+    schedule = FlowMatching(20, SHIFT)
+    video = _sample(cast(DiT, model), scene, None, schedule, GUIDANCE, PICTURE_SEED, "reference")
+    return video, scene.captions()
+
+
+VIDEO = Kind(Trainer, _picture, lambda model, recipe, clips: evaluate_masks(cast(DiT, model), recipe, clips))
+
+
+class Run:
+    """The clock, log, pictures and checkpoints of a trainer, in a folder, which the first process of a group writes."""
+
+    def __init__(self, trainer: Trainer, kind: Kind, out: Path, *, minutes: float | None, steps: int | None):
+        self.trainer, self.kind, self.out, self.minutes, self.limit = trainer, kind, out, minutes, steps
+        self.lead = trainer.rank == 0
         self.began = time.monotonic()
         self.total = torch.zeros((), device=trainer.device)  # of the losses since the last line of the log
         self.count = 0
@@ -110,21 +137,31 @@ class Run:
         """Count the seconds of the run, those before it was resumed included."""
         return time.monotonic() - self.began
 
-    @property
-    def progress(self) -> float:
-        """Say how much of the run is over, by its clock or by its steps, whichever is further."""
-        spent = self.seconds / (60 * self.minutes) if self.minutes is not None else 0.0
-        return max(spent, self.trainer.steps / self.limit if self.limit is not None else 0.0)
+    def clock(self, interrupted: bool) -> tuple[float, float, bool]:
+        """Say how much of the run is over, by its clock or by its steps, whichever is further; its seconds; and whether
+        it is interrupted. The first process decides for all.
+        """
+        seconds = self.seconds
+        spent = seconds / (60 * self.minutes) if self.minutes is not None else 0.0
+        progress = max(spent, self.trainer.steps / self.limit if self.limit is not None else 0.0)
+        if self.trainer.ranks == 1:
+            return progress, seconds, interrupted
+        said = torch.tensor([progress, seconds, float(interrupted)], dtype=torch.float64)
+        dist.broadcast(said, 0)
+        return float(said[0]), float(said[1]), bool(said[2])
 
-    def step(self) -> None:
+    def step(self, progress: float) -> None:
         """Take one step."""
-        self.total += self.trainer.step(self.progress)
+        self.total += self.trainer.step(progress)
         self.count += 1
 
     def log(self) -> float:
         """Write the mean loss since the last line and return it (waits for the device). Raises FloatingPointError when
         it is not finite.
         """
+        if self.trainer.ranks > 1:
+            dist.all_reduce(self.total)
+            self.total /= self.trainer.ranks
         loss = self.total.item() / max(self.count, 1)
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -133,16 +170,20 @@ class Run:
         self.total.zero_()
         self.count = 0
         line = {"step": self.trainer.steps, "seconds": round(self.seconds, 2), "loss": round(loss, 5)}
-        with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.lead:
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         return loss
 
     def save(self) -> None:
         """Write the checkpoint; a run killed meanwhile keeps the one before."""
-        state = self.trainer.state() | {"seconds": self.seconds, "total": self.total.item(), "count": self.count}
-        torch.save(state | {"recipe": _plain(self.trainer.recipe)}, self.out / "checkpoint.new")
-        os.replace(self.out / "checkpoint.new", self.out / "checkpoint.pt")
-        dit.save(self.trainer.average, self.out / "checkpoint.safetensors", steps=self.trainer.steps)
+        trainer = self.trainer
+        state = trainer.state() | {"seconds": self.seconds, "total": self.total.item(), "count": self.count}
+        average = trainer.averaged_model()
+        if self.lead:
+            torch.save(state | {"recipe": _plain(trainer.recipe)}, self.out / "checkpoint.new")
+            os.replace(self.out / "checkpoint.new", self.out / "checkpoint.pt")
+            trainer.write(average, self.out / "checkpoint.safetensors", steps=trainer.steps)
 
     def resume(self) -> None:
         """Continue from the checkpoint. Raises ValueError when there is none, or when it is of another recipe."""
@@ -160,6 +201,8 @@ class Run:
         self.began = time.monotonic() - state["seconds"]
         self.total.fill_(state["total"])
         self.count = state["count"]
+        if not self.lead:
+            return
         # What a killed run wrote after its last checkpoint will be written again.
         log = self.out / "log.jsonl"
         lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
@@ -167,32 +210,33 @@ class Run:
             "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= self.trainer.steps), encoding="utf-8"
         )
 
-    def picture(self, clips: int = 6) -> None:
+    def picture(self) -> None:
         """Write a contact sheet of clips sampled with the averaged weights."""
-        recipe = self.trainer.recipe
-        scene = world.sample(clips, *_size(recipe), seed=PICTURE_SEED, device=self.trainer.device)
-        video = _sample(self.trainer.average, scene, None, FlowMatching(20, SHIFT), GUIDANCE, PICTURE_SEED, "reference")
-        media.contact_sheet(self.out / "samples" / f"{self.trainer.steps:06d}.png", video, captions=scene.captions())
+        model = self.trainer.averaged_model()
+        if self.lead:
+            video, captions = self.kind.picture(model, self.trainer.recipe)
+            media.contact_sheet(self.out / "samples" / f"{self.trainer.steps:06d}.png", video, captions=captions)
 
     def finish(self, name: str, clips: int, notes: dict[str, Any]) -> dict[str, Any]:
         """Write the averaged weights in fp16, evaluated as written, and the record of the run; returns the record."""
         trainer, recipe = self.trainer, self.trainer.recipe
-        rounded = {key: value.half() for key, value in trainer.average.state_dict().items()}
-        model = materialize_attention(DiT(recipe.model, impl="reference").to(trainer.device)).eval()
-        model.load_state_dict(rounded)
+        model = trainer.averaged_model(torch.float16)
+        if not self.lead:
+            return {}
         lines = [json.loads(line) for line in (self.out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         record = {
             **notes,
             "recipe": _plain(recipe),
-            "parameters": model.num_parameters,
+            "parameters": sum(parameter.numel() for _, parameter in trainer.trained),
             "versions": results.versions(),
             "machine": results.machine(trainer.device),
+            "processes": trainer.ranks,
             "steps": trainer.steps,
             "minutes": round(self.seconds / 60, 2),
             "losses": [[line["step"], line["loss"]] for line in lines[:: max(1, len(lines) // 50)]],
-            "evaluation": evaluate_masks(model, recipe, clips),
+            "evaluation": self.kind.evaluate(model, recipe, clips),
         }
-        dit.save(model.half(), self.out / f"{name}.safetensors", **record)
+        trainer.write(model, self.out / f"{name}.safetensors", dtype=torch.float16, **record)
         return record
 
 
@@ -212,6 +256,8 @@ def train(
     clips: int = 128,
     quiet: bool = False,
     command: str | None = None,
+    parallel: str = "ddp",
+    start: str | None = None,
 ) -> dict[str, Any]:
     """Train until ``minutes`` or ``steps`` are over, whichever comes first, evaluate, and write everything to ``out``;
     returns the record of the run.
@@ -219,7 +265,9 @@ def train(
     name: of the final files. device: by default CUDA where there is one. compile: compile the loss, by default on CUDA.
     resume: continue from the checkpoint in ``out``. log_every: steps; the only times at which the loop waits for the
     device. sample_every, checkpoint_every: seconds. clips: to evaluate, under each of the recipe's masks; 0 skips it.
-    Ctrl-C finishes the step, writes the checkpoint and raises KeyboardInterrupt. Raises ValueError without minutes and
+    parallel: how the processes of a group started by ``torchrun`` share the work, "ddp" or "fsdp"; each calls this, and
+    the first writes. start: weights to begin from, a shipped model's name or a .safetensors file. Ctrl-C finishes the
+    step, writes the checkpoint and raises KeyboardInterrupt. Raises ValueError without minutes and
     steps, for an ``out`` whose run would be overwritten, and for a checkpoint of another recipe; FloatingPointError
     when the loss is not finite.
     """
@@ -233,43 +281,79 @@ def train(
         raise ValueError(
             f"out={str(folder)!r} holds the checkpoint of another run: resume it, or choose another folder"
         )
-    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(recipe, where, compile=where.type == "cuda" if compile is None else compile)
-    run = Run(trainer, folder, minutes=minutes, steps=steps)
-    if resume:
-        run.resume()
-    else:
-        (folder / "log.jsonl").write_text("", encoding="utf-8")
+    kind = kinds(recipe)
+    with _group(device) as where:
+        folder.mkdir(parents=True, exist_ok=True)
+        fast = where.type == "cuda" if compile is None else compile
+        trainer = kind.trainer(recipe, where, compile=fast, parallel=parallel, start=start)
+        run = Run(trainer, kind, folder, minutes=minutes, steps=steps)
+        if resume:
+            run.resume()
+        elif run.lead:
+            (folder / "log.jsonl").write_text("", encoding="utf-8")
+        precision = torch.get_float32_matmul_precision()
+        # TF32 for the patch embedding, the only product that autocast leaves in fp32
+        torch.set_float32_matmul_precision("high")
+        try:
+            _loop(run, log_every, sample_every, checkpoint_every, quiet)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        run.picture()
+        return run.finish(name, clips, {"name": name, "command": command, "seed": recipe.seed})
 
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(
-        "high"
-    )  # TF32 for the patch embedding, the only product that autocast leaves in fp32
+
+def kinds(recipe: Recipe) -> Kind:
+    """Choose the kind of run for a recipe."""
+    if isinstance(recipe, AdapterRecipe):
+        from stattn.video import train_adapters
+
+        return train_adapters.kind(recipe)
+    return VIDEO
+
+
+def _loop(run: Run, log_every: int, sample_every: float, checkpoint_every: float, quiet: bool) -> None:
+    trainer = run.trainer
     pictured = saved = run.seconds
+    with _interrupted() as interrupted, _bar(quiet or not run.lead) as bar:
+        while True:
+            progress, seconds, stopped = run.clock(interrupted.is_set())
+            if progress >= 1 or stopped:
+                break
+            run.step(progress)
+            if trainer.steps % log_every == 0:
+                loss = run.log()
+                bar.set_postfix(step=trainer.steps, loss=f"{loss:.4f}", refresh=False)
+                bar.update(min(100.0, 100 * progress) - bar.n)
+            if seconds - pictured >= sample_every:
+                run.picture()
+                pictured = seconds
+            if seconds - saved >= checkpoint_every:
+                run.save()
+                saved = seconds
+    run.save()
+    if stopped:
+        raise KeyboardInterrupt(f"stopped at step {trainer.steps}; the checkpoint is in {run.out}")
+    if run.count:
+        run.log()
+
+
+@contextmanager
+def _group(device: torch.device | str | None) -> Iterator[torch.device]:
+    """Join the processes that torchrun started, if it did; gives this process's device."""
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device(device if device is not None else here)
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield where
+        return
+    if where.type == "cuda":
+        where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(where)
+    # The clock is told on the host, where nothing waits for the device.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
     try:
-        with _interrupted() as interrupted, _bar(quiet) as bar:
-            while run.progress < 1 and not interrupted.is_set():
-                run.step()
-                if trainer.steps % log_every == 0:
-                    loss = run.log()
-                    bar.set_postfix(step=trainer.steps, loss=f"{loss:.4f}", refresh=False)
-                    bar.update(min(100.0, 100 * run.progress) - bar.n)
-                if run.seconds - pictured >= sample_every:
-                    run.picture()
-                    pictured = run.seconds
-                if run.seconds - saved >= checkpoint_every:
-                    run.save()
-                    saved = run.seconds
-        run.save()
-        if interrupted.is_set():
-            raise KeyboardInterrupt(f"stopped at step {trainer.steps}; the checkpoint is in {folder}")
-        if run.count:
-            run.log()
+        yield where
     finally:
-        torch.set_float32_matmul_precision(precision)
-    run.picture()
-    return run.finish(name, clips, {"name": name, "command": command, "seed": recipe.seed})
+        dist.destroy_process_group()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -296,6 +380,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=None, help="clips a step (default: the preset's)")
     parser.add_argument("--learning-rate", type=float, default=None, help="peak learning rate (default: the preset's)")
     parser.add_argument("--seed", type=int, default=None, help="of weights and clips (default: 0)")
+    parser.add_argument(
+        "--data", default=None, metavar="DIR", help="a folder of video files with captions in .txt (default: the world)"
+    )
+    parser.add_argument("--start", default=None, metavar="WEIGHTS", help="weights to begin from (default: random)")
+    parser.add_argument(
+        "--parallel", choices=PARALLEL, default="ddp", help="how processes under torchrun share the work (default: ddp)"
+    )
     parser.add_argument("--log-every", type=int, default=50, metavar="STEPS")
     parser.add_argument("--sample-every", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--checkpoint-every", type=float, default=120.0, metavar="SECONDS")
@@ -317,7 +408,7 @@ def main(args: argparse.Namespace) -> int:
         return _train_extractor(args)
     if args.evaluate is not None:
         return _evaluate_weights(args)
-    given = {name: getattr(args, name) for name in ("batch", "learning_rate", "seed")}
+    given = {name: getattr(args, name) for name in ("batch", "learning_rate", "seed", "data")}
     recipe = dataclasses.replace(
         PRESETS[args.preset], **{name: value for name, value in given.items() if value is not None}
     )
@@ -337,13 +428,17 @@ def main(args: argparse.Namespace) -> int:
             clips=args.clips,
             quiet=args.quiet,
             command=_command(args),
+            parallel=args.parallel,
+            start=args.start,
         )
     except KeyboardInterrupt as stopped:
         print(stopped, file=sys.stderr)
         return 130
-    print(
-        json.dumps({"steps": record["steps"], "minutes": record["minutes"], **record["evaluation"]["masks"]}, indent=2)
-    )
+    if record:
+        found = record["evaluation"]
+        print(
+            json.dumps({"steps": record["steps"], "minutes": record["minutes"], **found.get("masks", found)}, indent=2)
+        )
     return 0
 
 

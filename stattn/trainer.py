@@ -20,16 +20,28 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import MethodType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stattn import dit, masks, tasks, world
-from stattn.dit import DiT, DiTConfig
+from stattn.dit import CrossBlock, DiT, DiTConfig, JointBlock
+from stattn.folder import FolderClips
 from stattn.grid import Grid
 from stattn.masks import Mask
 from stattn.modules import SpaceTimeAttention
@@ -42,8 +54,8 @@ class Recipe:
     """What is trained, on what, and how.
 
     level_mean, level_std: of the logit of s. masks: (key, weight) pairs, one drawn a step. tasks: a weight for each of
-    ``tasks.TASKS``. clause_dropout: how often a caption leaves out what moves, what else is there, or the camera.
-    warmup: steps.
+    ``tasks.TASKS``. data: a folder of video files (``stattn.folder``), or "" for the synthetic world. clause_dropout:
+    how often a caption leaves out what moves, what else is there, or the camera. warmup: steps.
     """
 
     model: DiTConfig
@@ -64,6 +76,7 @@ class Recipe:
     clause_dropout: float = 0.15
     masks: tuple[tuple[str, float], ...] = (("full()", 0.5), ("window(5, 7, 7)", 0.2), ("window(5, 5, 5)", 0.3))
     tasks: tuple[float, ...] = (0.5, 0.1, 0.1, 0.1, 0.1, 0.1)
+    data: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,6 +95,19 @@ class Recipe:
         return t, h, w
 
 
+@dataclass(frozen=True)
+class AdapterRecipe(Recipe):
+    """What adapters of a frozen base are trained on, and how; model is the base's config.
+
+    adapts: "camera" or "memory". base: the base's weights. adapter: the fields of ``AdapterConfig`` but base.
+    """
+
+    adapts: str = "camera"
+    base: str = "tiny"
+    adapter: tuple[tuple[str, int], ...] = ()
+
+
+Model = TypeVar("Model", bound=nn.Module)
 # A score whose exponential is 0 beside any score of normalised queries and keys, and finite: kernels need no special
 # case for a tile of keys that are all hidden.
 HIDDEN = -1e4
@@ -97,6 +123,32 @@ PRESETS: dict[str, Recipe] = {
         batch=32,
         masks=(("full()", 0.6), ("window(3, 3, 3)", 0.4)),
     ),
+    # Adapters of a frozen tiny: it follows a camera, and it remembers what left the picture.
+    "camera": AdapterRecipe(
+        _TINY,
+        adapts="camera",
+        adapter=(("camera_layers", 3),),
+        batch=64,
+        learning_rate=5e-4,
+        masks=(("full()", 1.0),),
+        tasks=(0.6, 0.2, 0.05, 0.05, 0.05, 0.05),
+    ),
+    "memory": AdapterRecipe(
+        _TINY,
+        adapts="memory",
+        adapter=(("memory_tokens", 16),),
+        batch=64,
+        learning_rate=5e-4,
+        caption_dropout=1.0,
+        masks=(("full()", 1.0),),
+        tasks=(0, 0, 0, 0, 0, 1),
+    ),
+    # Patches as large as the published cubes: 64 tokens a clip, each of more numbers than the model is wide.
+    "cubes": Recipe(
+        dataclasses.replace(_TINY, layers=8, patch=(4, 16, 16)),
+        batch=256,
+        masks=(("full()", 0.7), ("window(3, 3, 3)", 0.3)),
+    ),
     "smoke": Recipe(
         dataclasses.replace(_TINY, layers=2, heads=2, head_dim=16, ffn_dim=64, text_dim=32, freq_dim=32),
         frames=4,
@@ -109,7 +161,7 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
-def materialize_attention(model: DiT) -> DiT:
+def materialize_attention(model: Model) -> Model:
     """Let every SpaceTimeAttention of a model write its mask out and call PyTorch's scaled dot product attention.
 
     For training on small grids: one dense kernel with a bias beats everything at 512 tokens, ``torch.compile`` sees
@@ -126,11 +178,13 @@ def materialize_attention(model: DiT) -> DiT:
 def attention_bias(allowed: Tensor, grid: Grid, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Write a mask out as additive scores [B or 1, 1, N, N]: 0 where a key is seen, ``HIDDEN`` elsewhere.
 
-    allowed: booleans [N, N] of ``Mask.allowed(grid)``. valid: [B] counts of the real tokens among the grid.after global
-    ones behind the video.
+    allowed: booleans [N, N] of ``Mask.allowed(grid)``. valid: which of the grid.after global tokens behind the video
+    are real, [B] counts or [B, after] booleans.
     """
     seen = allowed[None]
-    if valid is not None:
+    if valid is not None and valid.ndim == 2:
+        seen = seen & F.pad(valid, (grid.video, 0), value=True)[:, None]
+    elif valid is not None:
         place = torch.arange(grid.tokens, device=allowed.device) - grid.video
         seen = seen & (place < valid[:, None])[:, None]
     return torch.zeros((), dtype=dtype, device=allowed.device).masked_fill(~seen, HIDDEN)[:, None]
@@ -201,19 +255,43 @@ def flow_loss(
 
 
 class Trainer:
-    """Hold a model, its average, its optimizer and the number of steps taken; take one step at a time."""
+    """Hold a model, its average, its optimizer and the number of steps taken; take one step at a time.
 
-    def __init__(self, recipe: Recipe, device: torch.device, *, compile: bool = False):
+    In a group of processes (``torchrun``) each draws its share of the batch, and gradients are averaged: "ddp" keeps
+    the whole model in every process, "fsdp" a shard of it (FSDP2).
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        compile: bool = False,
+        parallel: str = "ddp",
+        start: str | Path | None = None,
+    ):
+        if parallel not in PARALLEL:
+            raise ValueError(f"parallel={parallel!r} must be one of {', '.join(PARALLEL)}")
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if recipe.batch % self.ranks:
+            raise ValueError(f"batch={recipe.batch} must be a multiple of the {self.ranks} processes")
         torch.manual_seed(recipe.seed)
         self.recipe, self.steps = recipe, 0
-        self.model = materialize_attention(DiT(recipe.model, impl="reference").to(device))
+        self.model = self.build().to(device)
+        if start is not None:
+            self.begin_from(start)
         self.device = device = next(self.model.parameters()).device  # with its index
-        self.average = (
-            materialize_attention(DiT(recipe.model, impl="reference").to(device)).requires_grad_(False).eval()
-        )
+        self.average = self.build().to(device).requires_grad_(False).eval()
         self.average.load_state_dict(self.model.state_dict())
-        decay = [p for p in self.model.parameters() if p.ndim >= 2]
-        plain = [p for p in self.model.parameters() if p.ndim < 2]
+        self.sharded = parallel == "fsdp" and self.ranks > 1
+        if self.sharded:
+            shard(self.model)
+            shard(self.average)
+        self.trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        names = {name for name, _ in self.trained}
+        self.averaged = [parameter for name, parameter in self.average.named_parameters() if name in names]
+        decay = [p for _, p in self.trained if p.ndim >= 2]
+        plain = [p for _, p in self.trained if p.ndim < 2]
         groups: list[dict[str, Any]] = [{"params": decay}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
             groups,
@@ -223,13 +301,37 @@ class Trainer:
             fused=True,
         )
         self.generator = torch.Generator(device)
-        self.grid = Grid(*recipe.grid, after=recipe.model.text_len)
-        self.model.rope(self.grid, device)  # made before the loss is compiled, which would have to trace how
+        self.grid = Grid(*recipe.grid, after=self.globals())
+        self.clips = FolderClips(recipe.data, recipe, device, recipe.model.text_len) if recipe.data else None
         self.allowed = [masks.parse(key).allowed(self.grid).to(device) for key, _ in recipe.masks]
+        # The rotary tables are made before the loss is compiled, which would have to trace how.
+        self.prepare()
         self.loss: Callable[..., Tensor] = (
-            torch.compile(flow_loss, dynamic=False, fullgraph=True) if compile else flow_loss
+            torch.compile(self.objective, dynamic=False, fullgraph=True) if compile else self.objective
         )
         self.autocast = device.type == "cuda"
+
+    objective = staticmethod(flow_loss)
+
+    def build(self) -> nn.Module:
+        """Make the model, as it is before training."""
+        return materialize_attention(DiT(self.recipe.model, impl="reference"))
+
+    def globals(self) -> int:
+        """Count the tokens beside the video's."""
+        return self.recipe.model.text_len
+
+    def begin_from(self, start: str | Path) -> None:
+        """Take over weights: a shipped model's name, or a .safetensors file. Raises ValueError for another config."""
+        given = dit.load(start, device="cpu")
+        if given.config != self.recipe.model:
+            raise ValueError(f"start={str(start)!r} has another config than the recipe's model")
+        self.model.load_state_dict(given.state_dict())
+
+    def prepare(self) -> None:
+        """Make what a step looks up."""
+        for model in (self.model, self.average):
+            cast(DiT, model).rope(self.grid, self.device)
 
     def step(self, progress: float) -> Tensor:
         """Take one step at a learning rate for ``progress`` in [0, 1) through the run; returns the loss, on the
@@ -244,55 +346,125 @@ class Trainer:
         with kernel, torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.loss(self.model, *self.batch(), recipe.least_level)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        parameters = [parameter for _, parameter in self.trained]
+        if self.ranks > 1 and not self.sharded:
+            average_gradients(parameters, self.ranks)
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
         # The average of a young run forgets its first steps faster.
         decay = min(recipe.ema, (1 + self.steps) / (10 + self.steps))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+            torch._foreach_lerp_([_local(p) for p in self.averaged], [_local(p) for p in parameters], 1 - decay)
         return loss.detach()
 
     @torch.no_grad()
     def batch(self) -> tuple[Tensor, ...]:
         """Draw this step's clips, noise, levels, regions, captions and mask: the tensors of ``flow_loss``."""
-        recipe, generator, device, size = self.recipe, self.generator, self.device, self.recipe.batch
-        generator.manual_seed(recipe.seed * 1_000_003 + self.steps)
-        choice = random.Random(recipe.seed * 1_000_003 + self.steps)
+        recipe, size = self.recipe, self.recipe.batch // self.ranks
+        choice = self.seed()
         index = choice.choices(range(len(self.allowed)), [weight for _, weight in recipe.masks])[0]
+        clean, ids, valid = self.draw(size)
+        noise, level, generated = self.corruption(clean)
+        dtype = torch.bfloat16 if self.autocast else torch.float32
+        return clean, noise, level, generated, ids, valid, attention_bias(self.allowed[index], self.grid, valid, dtype)
 
-        def uniform(*shape: int) -> Tensor:
-            return torch.rand(*shape, generator=generator, device=device)
+    def seed(self) -> random.Random:
+        """Seed the generator for this step and process, and give another for what the host decides."""
+        seed = self.recipe.seed * 1_000_003 + self.steps * self.ranks + self.rank
+        self.generator.manual_seed(seed)
+        return random.Random(seed)
 
-        scene = world.sample(size, recipe.frames, recipe.height, recipe.width, generator=generator, device=device)
-        clean = scene.draw()
-        kept = uniform(3, size) >= recipe.clause_dropout
-        ids, valid = scene.tokens(recipe.model.text_len, motion=kept[0], others=kept[1], camera=kept[2])
-        valid = torch.where(uniform(size) < recipe.caption_dropout, 0, valid)
-        noise = torch.randn(clean.shape, generator=generator, device=device)
-        normal = torch.randn(size, generator=generator, device=device)
+    def uniform(self, *shape: int) -> Tensor:
+        """Draw numbers in [0, 1) on the device."""
+        return torch.rand(*shape, generator=self.generator, device=self.device)
+
+    def draw(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw clips with captions: [size, 3, T, H, W], ids and counts."""
+        recipe = self.recipe
+        if self.clips is not None:
+            clean, ids, valid = self.clips.draw(size, self.generator)
+        else:
+            frames = (recipe.frames, recipe.height, recipe.width)
+            scene = world.sample(size, *frames, generator=self.generator, device=self.device)
+            clean = scene.draw()
+            kept = self.uniform(3, size) >= recipe.clause_dropout
+            ids, valid = scene.tokens(recipe.model.text_len, motion=kept[0], others=kept[1], camera=kept[2])
+        return clean, ids, torch.where(self.uniform(size) < recipe.caption_dropout, 0, valid)
+
+    def corruption(self, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw noise, its levels [B], and the regions to be generated."""
+        recipe, generator, size = self.recipe, self.generator, len(clean)
+        noise = torch.randn(clean.shape, generator=generator, device=self.device)
+        normal = torch.randn(size, generator=generator, device=self.device)
         level = torch.sigmoid(recipe.level_mean + recipe.level_std * normal)
-        task = tasks.draw_tasks(size, recipe.tasks, generator=generator, device=device)
+        task = tasks.draw_tasks(size, recipe.tasks, generator=generator, device=self.device)
         generated = tasks.generated_region(task, recipe.frames, recipe.height, recipe.width, generator=generator)
-        bias = attention_bias(self.allowed[index], self.grid, valid, torch.bfloat16 if self.autocast else torch.float32)
-        return clean, noise, level, generated, ids, valid, bias
+        return noise, level, generated
 
     def state(self) -> dict[str, Any]:
-        """Give all that a continued run needs."""
-        return {
-            "steps": self.steps,
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        """Give all that a continued run needs; every process of a group must ask."""
+        model, average = self.model.state_dict(), self.average.state_dict()
+        optimizer = self.optimizer.state_dict()
+        if self.sharded:
+            whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            model, average = (get_model_state_dict(each, options=whole) for each in (self.model, self.average))
+            optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=whole)
+        return {"steps": self.steps, "model": model, "average": average, "optimizer": optimizer}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
         self.steps = state["steps"]
+        if self.sharded:
+            whole = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(self.model, state["model"], options=whole)
+            set_model_state_dict(self.average, state["average"], options=whole)
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=whole)
+            return
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def averaged_model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Give the averaged model as it will be stored: rounded to a dtype, and whole; every process must ask."""
+        if not self.sharded and dtype == torch.float32:
+            return self.average
+        tensors = self.state()["average"] if self.sharded else self.average.state_dict()
+        model = self.build().to(self.device).requires_grad_(False).eval()
+        model.load_state_dict({name: each.to(dtype) for name, each in tensors.items()})
+        return model
+
+    def write(self, model: nn.Module, path: Path, *, dtype: torch.dtype = torch.float32, **notes: Any) -> None:
+        """Write a model's weights, and notes about them."""
+        plain = DiT(self.recipe.model).to(dtype)
+        plain.load_state_dict({name: each.to(dtype) for name, each in model.state_dict().items()})
+        dit.save(plain, path, **notes)
+
+
+PARALLEL = ("ddp", "fsdp")
+
+
+def shard(model: nn.Module) -> None:
+    """Shard a model's parameters over the processes: its blocks one by one, then the rest."""
+    for module in model.modules():
+        if isinstance(module, (CrossBlock, JointBlock)):
+            fully_shard(module)
+    fully_shard(model)
+
+
+def average_gradients(parameters: list[nn.Parameter], ranks: int) -> None:
+    """Average the gradients of all processes, in one message."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= ranks
+    for gradient, mean in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def learning_rate(recipe: Recipe, step: int, progress: float) -> float:

@@ -47,6 +47,7 @@ __all__ = [
     "render",
     "sample",
     "tokenize",
+    "with_camera",
     "with_colours",
 ]
 
@@ -321,3 +322,14 @@ def with_colours(scene: Scene, colours: Tensor) -> Scene:
     if colours.shape != scene.colours.shape:
         raise ValueError(f"colours of shape {tuple(colours.shape)} must be {tuple(scene.colours.shape)}")
     return dataclasses.replace(scene, colours=colours)
+
+
+def with_camera(scene: Scene, camera: Tensor) -> Scene:
+    """Film the same scene by another camera: objects keep their way in the glass box. camera: [B, T, 6]."""
+    if camera.shape != scene.camera.shape:
+        raise ValueError(f"camera of shape {tuple(camera.shape)} must be {tuple(scene.camera.shape)}")
+    zoom = CAMERA_FIELDS.index("zoom")
+    growth = (camera[..., zoom] / scene.camera[..., zoom])[..., None]
+    middle = constant((scene.width / 2, scene.height / 2), scene.device)
+    centres = (scene.centres - middle) * growth[..., None] + middle
+    return dataclasses.replace(scene, camera=camera, centres=centres, radii=scene.radii * growth)

@@ -139,8 +139,8 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(tmp_path: Path, m
     _run(tmp_path / "whole", steps=7)
     step = train.Run.step
 
-    def stop_after_three(run: train.Run) -> None:
-        step(run)
+    def stop_after_three(run: train.Run, progress: float) -> None:
+        step(run, progress)
         if run.trainer.steps == 3:
             signal.raise_signal(signal.SIGINT)
 

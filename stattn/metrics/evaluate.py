@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from stattn import checks, media
+from stattn.folder import caption_of, video_files
 from stattn.metrics import distances, extractors, pixels
-
-VIDEO_FILES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".gif")
 
 
 @dataclass(frozen=True)
@@ -26,17 +25,6 @@ class Networks:
     clips: str | None = "synth-r3d"
     frames: str | None = "synth-frame"
     text: str | None = "synth-clip"
-
-
-def video_files(folder: str | Path) -> list[Path]:
-    """List the video files of a folder by name. Raises NotADirectoryError, and ValueError when there are none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{str(folder)!r} is no folder")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEO_FILES)
-    if not found:
-        raise ValueError(f"{str(folder)!r} holds no video files ({', '.join(VIDEO_FILES)})")
-    return found
 
 
 def evaluate(
@@ -91,7 +79,7 @@ def evaluate(
 def _folder(files: Sequence[Path], loaded: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     rows: list[dict[str, float]] = []
     features = []
-    captions = [_caption(path) for path in files]
+    captions = [caption_of(path) for path in files]
     text = loaded["text"] if all(caption is not None for caption in captions) else None
     for path, caption in zip(files, captions, strict=True):
         video, _ = media.read_video(path)
@@ -122,11 +110,6 @@ def clip_metrics(
         pictures, words = text(extractors.fit(video, text))[0], text.text([caption])[0]
         found[f"CLIPSIM({text.name})"] = distances.clipsim(pictures, words)
     return found
-
-
-def _caption(path: Path) -> str | None:
-    beside = path.with_suffix(".txt")
-    return beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
 
 
 def table(found: dict[str, Any]) -> str:
