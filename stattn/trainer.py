@@ -337,27 +337,29 @@ class Trainer:
         """Take one step at a learning rate for ``progress`` in [0, 1) through the run; returns the loss, on the
         device.
         """
-        recipe = self.recipe
-        rate = learning_rate(recipe, self.steps, progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         # Of PyTorch's kernels this one takes a bias that all heads share without copying it.
         kernel = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if self.autocast else nullcontext()
         with kernel, torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = self.loss(self.model, *self.batch(), recipe.least_level)
+            loss = self.loss(self.model, *self.batch(), self.recipe.least_level)
         loss.backward()
-        parameters = [parameter for _, parameter in self.trained]
         if self.ranks > 1 and not self.sharded:
-            average_gradients(parameters, self.ranks)
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
+            average_gradients([parameter for _, parameter in self.trained], self.ranks)
+        self.update(learning_rate(self.recipe, self.steps, progress))
+        return loss.detach()
+
+    def update(self, rate: float) -> None:
+        """Move the weights along their gradients, and the average after them."""
+        parameters = [parameter for _, parameter in self.trained]
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
         # The average of a young run forgets its first steps faster.
-        decay = min(recipe.ema, (1 + self.steps) / (10 + self.steps))
+        decay = min(self.recipe.ema, (1 + self.steps) / (10 + self.steps))
         with torch.no_grad():
             torch._foreach_lerp_([_local(p) for p in self.averaged], [_local(p) for p in parameters], 1 - decay)
-        return loss.detach()
 
     @torch.no_grad()
     def batch(self) -> tuple[Tensor, ...]:
@@ -404,7 +406,7 @@ class Trainer:
         return noise, level, generated
 
     def state(self) -> dict[str, Any]:
-        """Give all that a continued run needs; every process of a group must ask."""
+        """Give all that a continued run needs; every process must ask, and of a sharded model the first gets it."""
         model, average = self.model.state_dict(), self.average.state_dict()
         optimizer = self.optimizer.state_dict()
         if self.sharded:
@@ -427,10 +429,12 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def averaged_model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Give the averaged model as it will be stored: rounded to a dtype, and whole; every process must ask."""
-        if not self.sharded and dtype == torch.float32:
-            return self.average
+        """Give the averaged model as it will be stored: rounded to a dtype, and whole; every process must ask, and of
+        a sharded one the first gets it.
+        """
         tensors = self.state()["average"] if self.sharded else self.average.state_dict()
+        if (not self.sharded and dtype == torch.float32) or not tensors:
+            return self.average
         model = self.build().to(self.device).requires_grad_(False).eval()
         model.load_state_dict({name: each.to(dtype) for name, each in tensors.items()})
         return model

@@ -41,7 +41,7 @@ def phase_correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def affine_motion(
-    a: Tensor, b: Tensor, *, weight: Tensor | None = None, levels: int = 3, iterations: int = 12
+    a: Tensor, b: Tensor, *, weight: Tensor | None = None, levels: int = 3, iterations: int = 8
 ) -> Tensor:
     """Fit the affine map that takes what pictures a show to where b shows it: [B, 2, 3], p' = M [p, 1].
 
