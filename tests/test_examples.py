@@ -1,0 +1,26 @@
+"""The examples run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+def test_fine_tuning_lowers_the_loss_of_sparse_attention_and_says_what_ran(tmp_path):
+    pytest.importorskip("safetensors")
+    small = "--steps 4 --batch 4 --seeds 1 --held-out 1 --device cpu".split()
+    out = tmp_path / "finetune.json"
+    command = [sys.executable, str(ROOT / "examples" / "finetune_sparse.py"), *small, "--out", str(out)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert [run["mask"] for run in record["runs"]] == ["full()", "window(5, 7, 7)", "window(3, 5, 5)"]
+    assert 0.1 < record["density"]["window(3, 5, 5)"] < 0.15 < 0.45 < record["density"]["window(5, 7, 7)"] < 0.5
+    sparse = record["runs"][2]
+    assert sparse["after"] < sparse["before"]
+    assert "14.6%" in done.stdout
