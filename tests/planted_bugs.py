@@ -25,6 +25,10 @@ REFERENCE = "stattn/reference/attention.py"
 PLANS = "tests/test_plan.py::test_tables_show_what_the_mask_allows_in_parts_of_the_grid_and_both_ways"
 ATTENTION = "tests/test_attention_kernels.py::test_results_and_gradients_are_within_rule_1"
 AWKWARD = "tests/test_probes.py::test_every_constructor_is_seen_as_it_is_on_awkward_grids"
+HOSTS = (
+    "tests/test_integrations.py::"
+    "test_every_family_equals_a_dense_masked_run_on_two_grids_and_undo_restores_it_bitwise"
+)
 
 
 class Bug(NamedTuple):
@@ -340,6 +344,41 @@ BUGS = (
         "layer < dense_layers",
         "layer <= dense_layers",
         ("tests/test_dit.py::test_the_first_layers_may_be_dense[cross]",),
+    ),
+    Bug(
+        "host-tokens-on-the-wrong-side",
+        "stattn/integrations/_layers.py",
+        'if self.extra == "before" else',
+        'if self.extra != "before" else',
+        ("tests/test_integrations.py::test_tokens_of_conditions_beside_the_grid_are_global",),
+    ),
+    Bug(
+        "host-angles-of-h-and-w-swapped",
+        "stattn/integrations/_layers.py",
+        "(each[:, 0, 0], each[0, :, 0], each[0, 0])[axis]",
+        "(each[:, 0, 0], each[0, 0], each[0, :, 0])[axis]",
+        (f"{HOSTS}[wan]",),
+    ),
+    Bug(
+        "host-padded-text-taken-for-real",
+        "stattn/integrations/_processors.py",
+        "[:, -text:].bool()",
+        "[:, :text].bool()",
+        (f"{HOSTS}[hunyuanvideo]",),
+    ),
+    Bug(
+        "host-masks-of-the-other-process",
+        "stattn/integrations/diffusers.py",
+        "mask[self.rank * part : (self.rank + 1) * part]",
+        "mask[: part]",
+        ("tests/test_two_processes.py::test_ulysses_shares_heads_and_their_masks[wan2.2-ti2v]",),
+    ),
+    Bug(
+        "host-steps-counted-by-calls",
+        "stattn/integrations/_layers.py",
+        "        if now != self.time:\n",
+        "        if True:\n",
+        ("tests/test_integrations.py::test_the_first_steps_are_dense_by_the_changes_of_the_timestep",),
     ),
 )
 
