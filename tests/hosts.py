@@ -203,6 +203,20 @@ def cosmos_model() -> nn.Module:
     )
 
 
+def ltx2_perturbed(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    mask = torch.ones(batch, 1, 1)
+    mask[1:] = 0
+    return ltx2(grid, batch) | {"spatio_temporal_guidance_blocks": [1], "perturbation_mask": mask}
+
+
+HUNYUAN_VIDEO = {"num_single_layers": 1, "text_embed_dim": 10, "pooled_projection_dim": 8, "guidance_embeds": True}
+LTX2 = {
+    "audio_in_channels": 4,
+    "audio_out_channels": 4,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 6,
+    "audio_cross_attention_dim": 12,
+}
 HUNYUAN = {
     "in_channels": 4,
     "out_channels": 4,
@@ -240,13 +254,11 @@ FAMILIES: dict[str, Family] = {
     "wan-vace": Family(lambda: model("WanVACETransformer3DModel", **WAN, vace_layers=[0], vace_in_channels=6), vace),
     "skyreels-v2": Family(lambda: model("SkyReelsV2Transformer3DModel", **WAN), wan),
     "hunyuanvideo": Family(
+        lambda: model("HunyuanVideoTransformer3DModel", **HUNYUAN, **HUNYUAN_VIDEO), hunyuan, "after"
+    ),
+    "hunyuanvideo-i2v": Family(
         lambda: model(
-            "HunyuanVideoTransformer3DModel",
-            **HUNYUAN,
-            num_single_layers=1,
-            text_embed_dim=10,
-            pooled_projection_dim=8,
-            guidance_embeds=True,
+            "HunyuanVideoTransformer3DModel", **HUNYUAN, **HUNYUAN_VIDEO, image_condition_type="token_replace"
         ),
         hunyuan,
         "after",
@@ -272,17 +284,13 @@ FAMILIES: dict[str, Family] = {
         "before",
     ),
     "ltx": Family(lambda: model("LTXVideoTransformer3DModel", **LTX), ltx),
-    "ltx-2": Family(
+    "ltx-2": Family(lambda: model("LTX2VideoTransformer3DModel", **LTX, **LTX2), ltx2),
+    "ltx-2.3": Family(
         lambda: model(
-            "LTX2VideoTransformer3DModel",
-            **LTX,
-            audio_in_channels=4,
-            audio_out_channels=4,
-            audio_num_attention_heads=2,
-            audio_attention_head_dim=6,
-            audio_cross_attention_dim=12,
+            "LTX2VideoTransformer3DModel", **LTX, **LTX2, perturbed_attn=True, gated_attn=True, rope_type="split"
         ),
-        ltx2,
+        ltx2_perturbed,
+        fullgraph=False,
     ),
     "mochi": Family(
         lambda: model(
