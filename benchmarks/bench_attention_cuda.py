@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import random_lists, sta_lists
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import stattn
 from stattn import extension, masks, results
-from stattn.grid import Grid
+from stattn.blocks import BlockList, tile_of
+from stattn.grid import Grid, Region
 from stattn.masks import Mask
 
 pytestmark = [
@@ -34,11 +36,24 @@ ROWS = 32
 
 
 class Case(NamedTuple):
+    """mask: or what makes block lists on a device. q_frames: the last frames only, as queries."""
+
     name: str
     grid: Grid
     heads: int
     dim: int
-    mask: Mask
+    mask: Mask | Callable[[str], BlockList]
+    q_frames: int | None = None
+
+    @property
+    def q_region(self) -> Region | None:
+        if self.q_frames is None:
+            return None
+        return Region((self.grid.t - self.q_frames, 0, 0), (self.q_frames, self.grid.h, self.grid.w))
+
+    @property
+    def queries(self) -> int:
+        return self.grid.tokens if self.q_region is None else self.q_region.video
 
 
 DENSE = (
@@ -61,24 +76,34 @@ MASKED = (
     Case("frame_causal_3/wan-1.3b-480p", Grid(21, 30, 52), 12, 128, masks.frame_causal(3)),
     Case("window_7_15_15/hunyuan-720p", Grid(33, 45, 80), 24, 128, masks.window(7, 15, 15)),
     Case("joint_256/hunyuan-720p", Grid(33, 45, 80, 0, 256), 24, 128, masks.window(7, 15, 15)),
+    Case("blocks64_sta/30x48x80", LATENT_720P, 24, 128, sta_lists),
+    Case("blocks64_random162/115200", LATENT_720P, 24, 128, random_lists),
+    Case("frame_causal_query/self-forcing", Grid(21, 30, 52), 12, 128, masks.frame_causal(3), q_frames=3),
 )
 
 
 def tensors(case: Case) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator("cuda").manual_seed(0)
-    shape = (1, case.grid.tokens, case.heads, case.dim)
-    return tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(3))
+    shapes = [(1, tokens, case.heads, case.dim) for tokens in (case.queries, case.grid.tokens, case.grid.tokens)]
+    return tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator) for shape in shapes)
 
 
-def assert_right(out: torch.Tensor, qkv: tuple[torch.Tensor, ...], case: Case) -> None:
+def seen_by(case: Case, mask: Mask | BlockList, rows: torch.Tensor, head: int) -> torch.Tensor:
+    """What rows of q see: booleans [rows, keys]."""
+    if isinstance(mask, Mask):
+        return mask.allowed(case.grid, rows + case.grid.tokens - case.queries).to("cuda")
+    kinds = mask.kinds()[0, head % mask.count.shape[1]]
+    return kinds[tile_of(case.grid, mask.q_tile, "cuda")[rows]][:, tile_of(case.grid, mask.k_tile, "cuda")] > 0
+
+
+def assert_right(out: torch.Tensor, qkv: tuple[torch.Tensor, ...], case: Case, mask: Mask | BlockList) -> None:
     """Compare sampled rows, the first and the last with float64, and refuse more than rounding explains."""
     q, k, v = qkv
-    chosen = torch.randperm(case.grid.tokens, generator=torch.Generator().manual_seed(1))[:ROWS]
-    chosen = torch.cat([chosen, torch.tensor([0, case.grid.tokens - 1])])
-    seen = case.mask.allowed(case.grid, chosen).to("cuda")
+    chosen = torch.randperm(case.queries, generator=torch.Generator().manual_seed(1))[:ROWS]
+    chosen = torch.cat([chosen, torch.tensor([0, case.queries - 1])])
     for head in range(0, case.heads, 7):
         scores = q[0, chosen, head].double() @ k[0, :, head].double().T / math.sqrt(case.dim)
-        want = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v[0, :, head].double()
+        want = scores.masked_fill(~seen_by(case, mask, chosen, head), -torch.inf).softmax(-1) @ v[0, :, head].double()
         error = (out[0, chosen, head].double() - want).square().mean().sqrt() / want.square().mean().sqrt()
         assert error < 2 * torch.finfo(q.dtype).eps, f"{case.name}, head {head}: relative error {error:.2e}"
 
@@ -104,7 +129,7 @@ def test_dense_attention_beside_cudnn(benchmark: Any, report: results.Report, ca
     ours, theirs = f"attention/cuda/{case.name}", f"attention/torch-cudnn/{case.name}"
     contenders = {ours: partial(stattn.attention, *qkv, case.grid, impl="cuda"), theirs: cudnn}
     for call in contenders.values():
-        assert_right(call(), qkv, case)
+        assert_right(call(), qkv, case, masks.full())
     timings = measure(benchmark, report, contenders, rounds=3 if case.grid.tokens > 100_000 else 15)
     report.results.append(results.Result.of(ours, timings[ours], baseline=(theirs, timings[theirs]), checked=True))
     report.results.append(results.Result.of(theirs, timings[theirs], checked=True))
@@ -114,8 +139,9 @@ def test_dense_attention_beside_cudnn(benchmark: Any, report: results.Report, ca
 def test_masks_beside_dense_attention_and_a_copy(benchmark: Any, report: results.Report, case: Case) -> None:
     qkv = tensors(case)
     ours = f"attention/cuda/{case.name}"
-    call = partial(stattn.attention, *qkv, case.grid, case.mask, impl="cuda")
-    assert_right(call(), qkv, case)
+    mask = case.mask if isinstance(case.mask, Mask) else case.mask("cuda")
+    call = partial(stattn.attention, *qkv, case.grid, mask, q_region=case.q_region, impl="cuda")
+    assert_right(call(), qkv, case, mask)
     contenders: dict[str, Callable[[], Any]] = {ours: call}
     if case.name.startswith("temporal"):
         other = "copy of q, k, v and out"  # as many bytes are read and written
@@ -129,7 +155,12 @@ def test_masks_beside_dense_attention_and_a_copy(benchmark: Any, report: results
     timings = measure(benchmark, report, contenders, rounds=7)
     beside = timings[other]
     if not case.name.startswith("temporal"):
-        pairs = case.mask.density(case.grid) * case.grid.tokens**2 * case.heads
+        if isinstance(mask, BlockList):
+            pairs = int(mask.count.sum()) * (case.heads // mask.count.shape[1]) * math.prod(mask.q_tile + mask.k_tile)
+        elif case.q_frames is not None:  # the last frames see all that is before them
+            pairs = case.queries * case.grid.tokens * case.heads
+        else:
+            pairs = mask.density(case.grid) * case.grid.tokens**2 * case.heads
         share = pairs / (dense.grid.tokens**2 * dense.heads)
         beside = results.Timing(tuple(sample * share for sample in beside.samples))
     report.results.append(results.Result.of(ours, timings[ours], baseline=(other, beside), checked=True))

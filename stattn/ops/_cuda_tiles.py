@@ -196,8 +196,8 @@ def cut_list(boxes: int, queries: int | None) -> list[int]:
     """Cut the list of a tile into pieces that different blocks walk: the number of boxes of each, the longest first.
 
     It is cut if its head has few tiles beside it, which might not keep all blocks busy; a matter of the list and of the
-    queries of a head alone, None if lists are never cut. Half, a third and a sixth
-    let blocks end together (by simulation, for many numbers of tiles); of few tiles more pieces are made.
+    queries of a head alone, None if lists are never cut. Half, a third and a sixth let blocks end together (simulated
+    for many numbers of tiles); few tiles are cut into more pieces.
     """
     if queries is None:
         return [boxes]
