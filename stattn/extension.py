@@ -12,6 +12,7 @@ import torch
 
 LIBRARY = Path(__file__).parent / "libstattn.so"
 CAPABILITY = (9, 0)
+_IMPLEMENTATIONS = torch.library.Library("stattn", "IMPL")
 
 
 @functools.cache
@@ -26,6 +27,8 @@ def _failure() -> str | None:
     torch.library.register_fake("stattn::copy_bytes", lambda *given: None)  # writes into a tensor that it is given
     for name in ("attention_forward", "attention_forward_lists"):
         torch.library.register_fake(f"stattn::{name}", _attention_results)
+        for key in ("AutogradCUDA", "ADInplaceOrView"):  # gradients are those of stattn::attention
+            _IMPLEMENTATIONS.impl(name, torch.library.fallthrough_kernel, key)
     return None
 
 

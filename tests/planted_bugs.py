@@ -380,6 +380,34 @@ BUGS = (
         "        if True:\n",
         ("tests/test_integrations.py::test_the_first_steps_are_dense_by_the_changes_of_the_timestep",),
     ),
+    Bug(
+        "cuda-boxes-partly-seen-go-without-masks",
+        "stattn/ops/_cuda_tiles.py",
+        "np.maximum(visits.whole_to // extent, whole_from))\n",
+        "np.maximum(-(-visits.whole_to // extent), whole_from))\n",
+        ("tests/test_attention_cuda.py::test_a_plan_visits_each_allowed_pair_once_and_no_other[64-shape2]",),
+    ),
+    Bug(
+        "cuda-unions-count-what-two-parts-allow-twice",
+        "stattn/ops/_cuda_plan.py",
+        "seen if first == 0 else ~seen\n",
+        "seen if first == 0 else np.int32(-1)\n",
+        ("tests/test_attention_cuda.py::test_a_pair_that_several_parts_of_a_union_allow_is_visited_once[shape0]",),
+    ),
+    Bug(
+        "cuda-lists-see-the-next-key",
+        "stattn/ops/_cuda_lists.py",
+        "(lo <= key) & (key <= hi) & ",
+        "(lo <= key) & (key <= hi + 1) & ",
+        ("tests/test_attention_lists.py::test_slabs_boxes_and_masks_make_up_what_lists_allow[shape1-q_tile1-k_tile1]",),
+    ),
+    Bug(
+        "cuda-pieces-of-a-list-lose-a-box",
+        "stattn/ops/_cuda_tiles.py",
+        "return [*pieces, boxes - sum(pieces)]\n",
+        "return [*pieces, boxes - sum(pieces) - 1]\n",
+        ("tests/test_attention_cuda.py::test_pieces_of_lists_cover_them_and_get_shorter",),
+    ),
 )
 
 

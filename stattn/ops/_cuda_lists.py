@@ -136,7 +136,7 @@ def _table(problem: Problem, rule: Rule, axis: int) -> np.ndarray:
     key = start[:, None] + place  # [boxes, columns]
     row = np.arange(1 if is_whole(rule) else length)[:, None, None]
     lo, hi = rule.lo[: len(row), None, None], rule.hi[: len(row), None, None]
-    seen = (lo <= key) & (key <= hi) & (key < length) & ((key - row) % rule.step == 0)
+    seen = (lo <= key) & (key <= hi) & ((key - row) % rule.step == 0)  # no bound lies behind the grid
     bits = np.packbits(np.pad(seen, ((0, 0), (0, 0), (0, BOX - len(column)))), axis=2, bitorder="little")
     return bits.view(np.uint64)[..., 0]
 
