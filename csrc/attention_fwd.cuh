@@ -315,7 +315,7 @@ __device__ __forceinline__ void store(const Parameters& p, const Tile& tile, flo
         barrier_arrive(empty_q);
     }
 
-    if (lane % 4 == 0) {
+    if (lane % 4 == 0 && p.lse) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             if (token[half] >= 0)
@@ -563,7 +563,7 @@ __global__ void __launch_bounds__(128) attention_merge(const __grid_constant__ P
             if (column < dim)
                 *reinterpret_cast<uint32_t*>(row + column) = pack<typename S::Element>(low * inverse, high * inverse);
         }
-        if (threadIdx.x % 4 == 0)
+        if (threadIdx.x % 4 == 0 && p.lse)
             p.lse[int64_t{sequence} * p.queries + token] =
                 sum[half] > 0.0f ? (top[half] + log2f(sum[half])) * LN_2 : -INFINITY;
     }

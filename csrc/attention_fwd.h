@@ -17,7 +17,7 @@ struct Parameters {
     // Global tokens: keys and values as one line of all tokens, queries and output before and after the video.
     CUtensorMap k_line, v_line, q_line[2], o_line[2];
     Heads q_x, k_x, v_x, o_x;
-    float* lse;         // [B, heads, queries]
+    float* lse;         // [B, heads, queries], or null
     float scale_log2;   // of the scores, times log2(e)
     int batch, heads;   // of the queries
     int queries_per_key;  // heads that share one head of the keys

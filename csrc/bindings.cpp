@@ -259,18 +259,20 @@ std::vector<int64_t> integers(const Tensor& x) {
 
 using Results = std::tuple<Tensor, Tensor>;  // output and LSE
 
-Results new_results(const Tensor& q) {
-    int32_t dtype = q.scalar_type() == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float16();
-    const int32_t device = q.get_device_index();
-    return {new_tensor({q.size(0), q.size(1), q.size(2), q.size(3)}, dtype, device),
-            new_tensor({q.size(0), q.size(2), q.size(1)}, aoti_torch_dtype_float32(), device)};
+Tensor new_output(const Tensor& q) {
+    const int32_t dtype =
+        q.scalar_type() == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16() : aoti_torch_dtype_float16();
+    return new_tensor({q.size(0), q.size(1), q.size(2), q.size(3)}, dtype, q.get_device_index());
 }
 
-stattn::AttentionForward attention_call(const Tensor& q, const Tensor& k, const Tensor& v, const Results& results,
+Tensor new_lse(const Tensor& q) {
+    return new_tensor({q.size(0), q.size(2), q.size(1)}, aoti_torch_dtype_float32(), q.get_device_index());
+}
+
+stattn::AttentionForward attention_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                                         double scale) {
     stattn::AttentionForward call{};
     check_elements(q, scale);
-    const Tensor& out = std::get<0>(results);
     call.bf16 = q.scalar_type() == ScalarType::BFloat16;
     call.q = strided(q, q, "q");
     call.k = strided(k, q, "k");
@@ -279,7 +281,6 @@ stattn::AttentionForward attention_call(const Tensor& q, const Tensor& k, const 
     const int64_t batch = q.size(0), queries = q.size(1), heads = q.size(2), head_dim = q.size(3);
     const int64_t keys = k.size(1), key_heads = k.size(2);
     check_sizes(q, k, v);
-    call.lse = static_cast<float*>(std::get<1>(results).mutable_data_ptr());
     call.batch = static_cast<int>(batch);
     call.heads = static_cast<int>(heads);
     call.key_heads = static_cast<int>(key_heads);
@@ -290,15 +291,17 @@ stattn::AttentionForward attention_call(const Tensor& q, const Tensor& k, const 
     return call;
 }
 
-Results attention_forward_cuda(Tensor q, Tensor k, Tensor v, double scale, int64_t config, std::optional<Tensor> plan,
-                               std::optional<Tensor> layout, int64_t grid_frames, std::optional<Tensor> valid,
-                               std::optional<Tensor> frames) {
+// lse: or null.
+Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t config,
+               const std::optional<Tensor>& plan, const std::optional<Tensor>& layout, int64_t grid_frames,
+               const std::optional<Tensor>& valid, const std::optional<Tensor>& frames, float* lse) {
     STD_TORCH_CHECK(q.is_cuda() && q.dim() == 4, "stattn::attention_forward: q must be [B, N, heads, D] on a CUDA device");
     check_elements(q, scale);
     const int32_t device = q.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    Results results = new_results(q);
-    stattn::AttentionForward call = attention_call(q, k, v, results, scale);
+    Tensor out = new_output(q);
+    stattn::AttentionForward call = attention_call(q, k, v, out, scale);
+    call.lse = lse;
     call.config = static_cast<int>(config);
     stattn::AttentionPlan planned{};
     std::optional<Tensor> partial, placed;
@@ -324,7 +327,23 @@ Results attention_forward_cuda(Tensor q, Tensor k, Tensor v, double scale, int64
         }
     }
     check_launch(stattn::attention_forward(call, current_stream(device)), "stattn::attention_forward");
-    return results;
+    return out;
+}
+
+Results attention_forward_cuda(Tensor q, Tensor k, Tensor v, double scale, int64_t config, std::optional<Tensor> plan,
+                               std::optional<Tensor> layout, int64_t grid_frames, std::optional<Tensor> valid,
+                               std::optional<Tensor> frames) {
+    STD_TORCH_CHECK(q.is_cuda() && q.dim() == 4, "stattn::attention_forward: q must be [B, N, heads, D] on a CUDA device");
+    Tensor lse = new_lse(q);
+    auto* const numbers = static_cast<float*>(lse.mutable_data_ptr());
+    return {forward(q, k, v, scale, config, plan, layout, grid_frames, valid, frames, numbers), lse};
+}
+
+// The output alone: one tensor less to make.
+Tensor attention_output_cuda(Tensor q, Tensor k, Tensor v, double scale, int64_t config, std::optional<Tensor> plan,
+                             std::optional<Tensor> layout, int64_t grid_frames, std::optional<Tensor> valid,
+                             std::optional<Tensor> frames) {
+    return forward(q, k, v, scale, config, plan, layout, grid_frames, valid, frames, nullptr);
 }
 
 void attention_backward_prepare_cuda(Tensor dout, std::optional<Tensor> dlse, Tensor out, Tensor lse, Tensor stats,
@@ -442,8 +461,9 @@ Results attention_forward_lists_cuda(Tensor q, Tensor k, Tensor v, double scale,
     check_elements(q, scale);
     const int32_t device = q.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    Results results = new_results(q);
-    const stattn::AttentionForward call = attention_call(q, k, v, results, scale);
+    Results results{new_output(q), new_lse(q)};
+    stattn::AttentionForward call = attention_call(q, k, v, std::get<0>(results), scale);
+    call.lse = static_cast<float*>(std::get<1>(results).mutable_data_ptr());
     stattn::AttentionLists lists = attention_lists(q, count, index, partial, tables, integers(layout));
     STD_TORCH_CHECK(call.keys == call.queries, "stattn::attention_forward_lists: ", call.keys, " keys, ", call.queries,
                     " queries");
@@ -461,6 +481,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
     m.def(
         "attention_forward(Tensor q, Tensor k, Tensor v, float scale, int config, Tensor? plan, Tensor? layout, "
         "int grid_frames, Tensor? valid, Tensor? frames) -> (Tensor, Tensor)");
+    m.def(
+        "attention_output(Tensor q, Tensor k, Tensor v, float scale, int config, Tensor? plan, Tensor? layout, "
+        "int grid_frames, Tensor? valid, Tensor? frames) -> Tensor");
     m.def(
         "attention_forward_lists(Tensor q, Tensor k, Tensor v, float scale, Tensor count, Tensor index, "
         "Tensor? partial, Tensor tables, Tensor layout, int room) -> (Tensor, Tensor)");
@@ -484,6 +507,7 @@ STABLE_TORCH_LIBRARY_IMPL(stattn, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(stattn, CUDA, m) {
     m.impl("copy_bytes", TORCH_BOX(&copy_bytes_cuda));
     m.impl("attention_forward", TORCH_BOX(&attention_forward_cuda));
+    m.impl("attention_output", TORCH_BOX(&attention_output_cuda));
     m.impl("attention_forward_lists", TORCH_BOX(&attention_forward_lists_cuda));
     m.impl("attention_backward_prepare", TORCH_BOX(&attention_backward_prepare_cuda));
     m.impl("attention_backward_dq", TORCH_BOX(&attention_backward_dq_cuda));

@@ -37,7 +37,7 @@ struct AttentionPlan {
 };
 struct AttentionForward {
     Strided q, k, v, out;
-    float* lse;  // [B, heads, queries]
+    float* lse;  // [B, heads, queries], or null
     int batch, heads, key_heads, head_dim, queries, keys;
     float scale;
     bool bf16;  // else fp16

@@ -25,8 +25,10 @@ def _failure() -> str | None:
     except (OSError, RuntimeError) as error:
         return f"the CUDA library failed to load: {error}"
     torch.library.register_fake("stattn::copy_bytes", lambda *given: None)  # writes into a tensor that it is given
+    torch.library.register_fake("stattn::attention_output", lambda *given: _attention_results(*given)[0])
     for name in ("attention_forward", "attention_forward_lists"):
         torch.library.register_fake(f"stattn::{name}", _attention_results)
+    for name in ("attention_forward", "attention_output", "attention_forward_lists"):
         for key in ("AutogradCUDA", "ADInplaceOrView"):  # gradients are those of stattn::attention
             _IMPLEMENTATIONS.impl(name, torch.library.fallthrough_kernel, key)
     return None

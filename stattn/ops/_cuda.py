@@ -100,23 +100,39 @@ def run(
         lists = (extras.block_count, extras.block_index, extras.block_partial)
         tables = _cuda_lists.on_device(problem, q.device)
         return _list_operation()(q, k, v, max(problem.scale, LEAST_SCALE), *lists, tables, cut.integers, room)
-    valid = extras.valid
+    results: tuple[torch.Tensor, torch.Tensor] = _call(0, q, k, v, problem, extras)
+    return results
+
+
+def output(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras) -> torch.Tensor:
+    """Compute the output alone, which takes the host less."""
+    if extras.block_index is not None or k.shape[1] == 0:
+        return run(q, k, v, problem, extras)[0]
+    result: torch.Tensor = _call(1, q, k, v, problem, extras)
+    return result
+
+
+def _call(which: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras) -> Any:
+    """Call the operation that gives both results (0), or the output alone (1)."""
+    valid, frames = extras.valid, extras.k_frames
     if valid is not None:
         valid = valid.contiguous() if problem.grid.globals else None
-    frames = extras.k_frames if extras.k_frames is None else extras.k_frames.contiguous()
-    launch, *plan = _launch(problem, q.shape[2], q.shape[3], valid is not None, frames is not None, q.device)
-    return launch(q, k, v, *plan, valid, frames)
+    if frames is not None:
+        frames = frames.contiguous()
+    operations, plan = _launch(problem, q.shape[2], q.shape[3], valid is not None, frames is not None, q.device)
+    return operations[which](q, k, v, *plan, valid, frames)
 
 
 @lru_cache(maxsize=4096)
 def _launch(problem: Problem, heads: int, dim: int, valid: bool, frames: bool, device: torch.device) -> tuple[Any, ...]:
-    """Give the library's operation and its arguments between v and ``valid``: one look-up for a warm call."""
-    # The operation itself: by its name, each call would choose among overloads.
-    launch, scale = torch.ops.stattn.attention_forward.default, max(problem.scale, LEAST_SCALE)
+    """Give the library's operations and their arguments between v and ``valid``: one look-up for a warm call."""
+    # The operations themselves: by their names, each call would choose among overloads.
+    operations = torch.ops.stattn.attention_forward.default, torch.ops.stattn.attention_output.default
+    scale = max(problem.scale, LEAST_SCALE)
     if not frames and _is_dense(problem, valid) and not is_split(problem):
-        return launch, scale, 0, None, None, 0
+        return operations, (scale, 0, None, None, 0)
     config, layout, plan = on_device(problem, heads, dim, valid, device, "forward", frames)
-    return launch, scale, config, plan, torch.tensor(layout), problem.grid.t
+    return operations, (scale, config, plan, torch.tensor(layout), problem.grid.t)
 
 
 @cache

@@ -138,7 +138,9 @@ def attention(
         out, lse = torch.ops.stattn.attention(q, k, v, *known.static, *extras, deterministic, known.name)
     elif grad:
         out, lse = _Direct.apply(q, k, v, known, extras, deterministic)
-    elif known.name == "cuda":  # its operation has nothing to do with autograd
+    elif known.run is _cuda.run:  # whose operations have nothing to do with autograd
+        if not return_lse:
+            return _cuda.output(q, k, v, known.problem, extras)
         out, lse = known.run(q, k, v, known.problem, extras)
     else:
         with torch._C._AutoDispatchBelowAutograd():
