@@ -3,8 +3,8 @@
     python -m pytest benchmarks/bench_step.py --results benchmarks/results/h200
     stattn bench step --shape wan2.1-1.3b-480p           # the same from the command line
 
-Contenders are those of `stattn.bench_models`, rows those of `stattn.bench_runs.measure_step`. On a GPU, diffusers' own
-transformer is compiled as a whole, which takes minutes; the other compiled ones by blocks.
+Contenders are those of `stattn.bench_models`, rows those of `stattn.bench_runs.measure_step`. What is compiled is
+compiled by blocks, so that it takes seconds and not minutes; benchmarks/NOTES.md says what that costs diffusers.
 """
 
 from __future__ import annotations

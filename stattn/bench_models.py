@@ -4,7 +4,7 @@
 eager                       the same DiT by PyTorch alone: its operations one by one, attention by SDPA
 compiled                    the same under torch.compile, attention by cuDNN's kernel
 flex, flex-window           compiled, self-attention by FlexAttention: dense, and under the shape's window
-diffusers                   diffusers' own Wan transformer, compiled, attention by cuDNN; weights through stattn.convert
+diffusers                   diffusers' own Wan transformer, attention by cuDNN, compiled by its compile_repeated_blocks
 stattn-dense                this package
 stattn-sliding_tile         the same under whole tiles, 9 to 10 % of the pairs
 stattn-window               the same under the exact window, about 10 %
@@ -180,7 +180,8 @@ def contender(name: str, model: DiT, shape: ModelShape) -> Contender:
             name, _in_blocks(twin), mask, lambda q, k, v: flex(*(each.transpose(1, 2) for each in (q, k, v)))
         )
     if name == "diffusers":
-        wan = torch.compile(diffusers_wan(model))
+        wan = diffusers_wan(model)
+        wan.compile_repeated_blocks(fullgraph=True, dynamic=False)
         return Contender(
             name,
             lambda x, t, text: wan(x, t, text, return_dict=False)[0],
@@ -190,7 +191,7 @@ def contender(name: str, model: DiT, shape: ModelShape) -> Contender:
     raise ValueError(f"contender {name!r} must be one of {', '.join(names(shape, 'cuda'))}")
 
 
-def diffusers_wan(model: DiT) -> nn.Module:
+def diffusers_wan(model: DiT) -> Any:
     """Return diffusers' Wan transformer with a DiT's weights, its attention by cuDNN's kernel on a GPU."""
     import diffusers
 
@@ -200,8 +201,7 @@ def diffusers_wan(model: DiT) -> nn.Module:
     wan.load_state_dict(convert.to_diffusers_state_dict(model.state_dict(), model.config), assign=True)
     if weight.is_cuda:
         wan.set_attention_backend("_native_cudnn")
-    found: nn.Module = wan.eval().requires_grad_(False)
-    return found
+    return wan.eval().requires_grad_(False)
 
 
 def _in_blocks(model: DiT) -> DiT:
