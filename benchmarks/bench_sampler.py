@@ -15,22 +15,32 @@ import pytest
 from stattn import bench_models, bench_runs, results
 
 ALL = ["stattn-dense", "stattn-sliding_tile", "stattn-window"]
+# name, layers (None: all), steps, contenders, whether final latents are compared with dense ones; takes a minute
 CASES = [
-    pytest.param("wan-small", 4, ALL, "cpu", id="wan-small"),
-    pytest.param("wan2.1-1.3b-480p", 50, ["stattn-sliding_tile"], "cuda", id="wan2.1-1.3b", marks=pytest.mark.gpu),
+    pytest.param("wan-small", None, 4, ALL, True, "cpu", id="wan-small"),
+    pytest.param("wan2.1-1.3b-480p", None, 50, ALL[1:2], False, "cuda", id="wan2.1-1.3b", marks=pytest.mark.gpu),
+    pytest.param("wan2.1-1.3b-480p", 4, 50, ALL, True, "cuda", id="wan2.1-1.3b-4-layers", marks=pytest.mark.gpu),
 ]
 
 
-@pytest.mark.parametrize(("name", "steps", "wanted", "there"), CASES)
+@pytest.mark.parametrize(("name", "layers", "steps", "wanted", "compare", "there"), CASES)
 def test_sampler(
-    benchmark: Any, report: results.Report, device: str, name: str, steps: int, wanted: list[str], there: str
+    benchmark: Any,
+    report: results.Report,
+    device: str,
+    name: str,
+    layers: int | None,
+    steps: int,
+    wanted: list[str],
+    compare: bool,
+    there: str,
 ) -> None:
     if device != there:
         pytest.skip(f"measures the {there.upper()}, this machine measures the {device.upper()}")
-    shape = bench_models.SHAPES[name]
+    shape = bench_models.SHAPES[name].of_layers(layers)
 
     def run() -> None:
-        bench_runs.measure_sampler(report, shape, wanted, device, steps=steps)
+        bench_runs.measure_sampler(report, shape, wanted, device, steps=steps, compare=compare)
 
     # A sample takes too long to be repeated for pytest-benchmark, whose table holds the whole measurement.
     benchmark.pedantic(run, rounds=1, iterations=1)

@@ -338,13 +338,20 @@ GAP = 10.0  # microseconds without a kernel that are too many
 
 
 def measure_sampler(
-    report: results.Report, shape: ModelShape, wanted: Sequence[str], device: str, *, steps: int = 50, rounds: int = 1
+    report: results.Report,
+    shape: ModelShape,
+    wanted: Sequence[str],
+    device: str,
+    *,
+    steps: int = 50,
+    rounds: int = 1,
+    compare: bool = True,
 ) -> None:
     """Time whole samples: on a GPU one graph each, on a CPU the loop.
 
     Rows sampler/<shape>/<contender>: seconds for all steps beside steps x the time of one, launched by the host; and
     behind it gap (the longest time between two kernels of a replay), loop (seconds when the host launches all steps),
-    density, snr and psnr (of the final latents to those under dense attention, from the same noise).
+    density, snr and psnr (of the final latents to those under dense attention, from the same noise, if compare).
     """
     dtype = dtype_of(device)
     model = random_model(shape, device, dtype)
@@ -354,7 +361,7 @@ def measure_sampler(
     own = {"stattn-dense": masks.full(), "stattn-sliding_tile": shape.sliding_tile, "stattn-window": shape.window}
     dense: Tensor | None = None
     for name in own:
-        if name not in wanted and name != "stattn-dense":
+        if name not in wanted and (name != "stattn-dense" or not compare):
             continue
         twin = sharing(model, mask=own[name])
         row = f"sampler/{shape.name}/{name}"
