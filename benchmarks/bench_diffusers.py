@@ -3,8 +3,9 @@
     python -m pytest benchmarks/bench_diffusers.py --results benchmarks/results/h200
 
 Names are diffusers/<model>/<contender>: Wan 2.1 1.3B at 480p x 81 frames, all layers, its blocks compiled, beside the
-same with cuDNN's attention; two blocks of HunyuanVideo 1.5 at 720p x 121 frames as they come, in time and in peak
-memory (.../memory), where the original builds a mask of all pairs in each layer. Without a GPU, tiny models in fp32.
+same with cuDNN's attention; two blocks of HunyuanVideo 1.5 at 720p x 121 frames as they come, in time, and in peak
+memory at 61 and 121 frames (.../memory): the original builds a mask of all pairs in each layer. Without a GPU, tiny
+models in fp32.
 """
 
 from __future__ import annotations
@@ -87,33 +88,28 @@ WAN = (
         masks.sliding_tile((2, 4, 4), (2, 1, 1)),
     )
 )
-HUNYUAN = (
-    Case(
-        "hunyuanvideo-1.5-720p-2-blocks",
+HUNYUAN_TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "num_layers": 2,
+    "num_refiner_layers": 1,
+    "rope_axes_dim": (8, 12, 12),
+    "text_embed_dim": 32,
+    "image_embed_dim": 16,
+}
+
+
+def hunyuan(frames: int) -> Case:
+    """Two blocks of HunyuanVideo 1.5 at 720p; tiny without a GPU."""
+    grid = ((frames - 1) // 4 + 1, 45, 80) if ON_GPU else (5, 12, 12)
+    return Case(
+        f"hunyuanvideo-1.5-{'720p' if ON_GPU else 'tiny'}-{frames}-frames-2-blocks",
         "HunyuanVideo15Transformer3DModel",
-        {"num_layers": 2},
-        hunyuan_inputs((31, 45, 80), (1000, 256, 729), 3584, 1152),
-        (31, 45, 80),
-        masks.sliding_tile((4, 9, 16), (3, 3, 2)),
+        {"num_layers": 2} if ON_GPU else HUNYUAN_TINY,
+        hunyuan_inputs(grid, *(((1000, 256, 729), 3584, 1152) if ON_GPU else ((16, 8, 4), 32, 16))),
+        grid,
+        masks.sliding_tile((4, 9, 16), (3, 3, 2)) if ON_GPU else masks.sliding_tile((2, 4, 4), (2, 1, 1)),
     )
-    if ON_GPU
-    else Case(
-        "hunyuanvideo-1.5-tiny",
-        "HunyuanVideo15Transformer3DModel",
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 32,
-            "num_layers": 2,
-            "num_refiner_layers": 1,
-            "rope_axes_dim": (8, 12, 12),
-            "text_embed_dim": 32,
-            "image_embed_dim": 16,
-        },
-        hunyuan_inputs((5, 12, 12), (16, 8, 4), 32, 16),
-        (5, 12, 12),
-        masks.sliding_tile((2, 4, 4), (2, 1, 1)),
-    )
-)
 
 
 def build(case: Case) -> nn.Module:
@@ -191,35 +187,46 @@ def test_wan_of_all_layers(benchmark: Any, report: results.Report) -> None:
         report.results.append(results.Result.of(name, timing, baseline=beside, checked=True))
 
 
-@torch.no_grad()
-def test_two_blocks_of_hunyuanvideo_in_time_and_memory(benchmark: Any, report: results.Report) -> None:
-    case = HUNYUAN
+def accelerated(case: Case) -> tuple[dict[str, Callable[[], Any]], str]:
+    """Make the original and its accelerated twins, compared with one another. Returns calls by name, and the first."""
     transformer, call = build(case), case.inputs(DEVICE, DTYPE)
     full, sparse = twin(transformer), twin(transformer)
     stattn.accelerate(full)
     stattn.accelerate(sparse, case.sparse)
     checked(transformer, call, None, {"full": full})
     checked(transformer, call, case.sparse, {"sparse": sparse})
-    base = f"diffusers/{case.name}/original"
-    contenders = {
-        base: transformer,
-        f"diffusers/{case.name}/stattn-full": full,
-        f"diffusers/{case.name}/stattn-sliding_tile": sparse,
-    }
-    calls = {name: lambda each=each: each(**call) for name, each in contenders.items()}
+    names = {"original": transformer, "stattn-full": full, "stattn-sliding_tile": sparse}
+    calls = {f"diffusers/{case.name}/{name}": lambda each=each: each(**call) for name, each in names.items()}
+    return calls, f"diffusers/{case.name}/original"
+
+
+@torch.no_grad()
+def test_the_time_of_two_blocks_of_hunyuanvideo(benchmark: Any, report: results.Report) -> None:
+    case = hunyuan(121)
+    calls, base = accelerated(case)
     timings = results.time_contenders(calls, device=DEVICE, rounds=3, warmup=1)
     benchmark.pedantic(lambda: calls[base](), rounds=1, iterations=1)
-    report.versions |= {"diffusers": diffusers.__version__}
+    report.versions |= {
+        "diffusers": diffusers.__version__,
+        f"density of {case.name}": f"{case.sparse.density(case.grid):.2%}",
+    }
     for name, timing in timings.items():
         beside = None if name == base else (base, timings[base])
         report.results.append(results.Result.of(name, timing, baseline=beside, checked=True))
-    if ON_GPU:
-        peaks = {name: peak(each) for name, each in calls.items()}
-        for name, value in peaks.items():
-            there = None if name == base else results.Baseline(f"{base}/memory", peaks[base])
-            ratio = None if name == base else peaks[base] / value
-            found = results.Result(f"{name}/memory", "GiB", value, value, value, there, ratio, True)
-            report.results.append(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("frames", [61, 121])
+@torch.no_grad()
+def test_the_memory_of_two_blocks_of_hunyuanvideo(benchmark: Any, report: results.Report, frames: int) -> None:
+    calls, base = accelerated(hunyuan(frames))
+    peaks = {name: peak(each) for name, each in calls.items()}
+    benchmark.pedantic(lambda: calls[base](), rounds=1, iterations=1)
+    report.versions |= {"diffusers": diffusers.__version__}
+    for name, value in peaks.items():
+        there = None if name == base else results.Baseline(f"{base}/memory", peaks[base])
+        ratio = None if name == base else peaks[base] / value
+        report.results.append(results.Result(f"{name}/memory", "GiB", value, value, value, there, ratio, True))
 
 
 def peak(call: Callable[[], Any]) -> float:
