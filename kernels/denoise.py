@@ -35,20 +35,20 @@ from stattn.kernels._compile import Specialization
 
 
 class Config(NamedTuple):
-    """Elements of a tile and its warps; the same of the kernel that sums."""
+    """Elements of a tile and its warps, and of a tile that draws numbers; the same of the kernel that sums."""
 
     elements: int
     warps: int
+    drawn_elements: int
     sum_elements: int
     sum_warps: int
 
 
-# Estimated from registers and bytes in flight: `python benchmarks/bench_denoise.py --tune` measures them all.
 CONFIGS = (
-    Config(elements=2048, warps=4, sum_elements=4096, sum_warps=8),
-    Config(elements=1024, warps=4, sum_elements=2048, sum_warps=4),
-    Config(elements=1024, warps=2, sum_elements=8192, sum_warps=8),
-    Config(elements=4096, warps=8, sum_elements=4096, sum_warps=4),
+    Config(elements=2048, warps=4, drawn_elements=1024, sum_elements=4096, sum_warps=8),
+    Config(elements=1024, warps=4, drawn_elements=512, sum_elements=2048, sum_warps=4),
+    Config(elements=1024, warps=2, drawn_elements=512, sum_elements=8192, sum_warps=8),
+    Config(elements=4096, warps=8, drawn_elements=2048, sum_elements=4096, sum_warps=4),
 )
 MOST_PARTIALS = 256
 MOST_CHANNELS = 16  # of a tile of tokens
@@ -229,32 +229,49 @@ def denoise_sums(
 
 
 @triton.jit
+def add_five(a0, a1, a2, a3, a4, b0, b1, b2, b3, b4):
+    """Add five sums at once, in one exchange between warps."""
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4
+
+
+@triton.jit
+def add_two(a0, a1, b0, b1):
+    """Add two sums at once."""
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
 def guidance_factors(
     sums_ptr, sample, count, guidance, rescale, STAR: tl.constexpr, RESCALE: tl.constexpr, PARTIALS: tl.constexpr
 ):
     """Return the factors of u and of the guided output."""
     at = sums_ptr + sample * (5 * PARTIALS) + tl.arange(0, PARTIALS)
-    c, u = tl.sum(tl.load(at)), tl.sum(tl.load(at + PARTIALS))
-    cc, uu = tl.sum(tl.load(at + 2 * PARTIALS)), tl.sum(tl.load(at + 3 * PARTIALS))
-    cu = tl.sum(tl.load(at + 4 * PARTIALS))
-    star, factor = c * 0 + 1.0, c * 0 + 1.0
+    if RESCALE:
+        parts = (
+            tl.load(at), tl.load(at + PARTIALS), tl.load(at + 2 * PARTIALS), tl.load(at + 3 * PARTIALS),
+            tl.load(at + 4 * PARTIALS),
+        )  # fmt: skip
+        c, u, cc, uu, cu = tl.reduce(parts, 0, add_five)
+    else:
+        uu, cu = tl.reduce((tl.load(at + 3 * PARTIALS), tl.load(at + 4 * PARTIALS)), 0, add_two)
+    star = cu * 0 + 1.0
     if STAR:
         star = cu / (uu + 1e-8)
+    factor = 1.0
     if RESCALE:
+        # Variances times count^2: every program does this sum, and a division in float64 takes its time.
         n = count.to(tl.float64)
         strength = c * 0 + guidance
         rest = (1.0 - strength) * star
-        mean = (strength * c + rest * u) / n
+        total = strength * c + rest * u
         both, one, other = 2.0 * strength * rest * cu, strength * strength * cc, rest * rest * uu
-        spread = (one + both + other) / n - mean * mean
-        wanted = tl.maximum(cc / n - (c / n) * (c / n), 0.0)
+        spread = n * (one + both + other) - total * total
+        wanted = tl.maximum(n * cc - c * c, 0.0)
         # The rounding of these sums gives a constant output a spread of 1e-16 of them.
-        varies = spread > 1e-14 * (one + tl.abs(both) + other) / n
-        ratio = tl.sqrt(tl.where(varies, wanted / tl.where(varies, spread, 1.0), 1.0))
-        share = c * 0 + rescale
-        ratio = tl.sqrt(tl.where(varies, wanted / tl.where(varies, spread, 1.0), 1.0))
-        factor = share * ratio + (1.0 - share)
-    return star.to(tl.float32), factor.to(tl.float32)
+        varies = spread > 1e-14 * n * (one + tl.abs(both) + other)
+        ratio = tl.sqrt(tl.where(varies, wanted / tl.where(varies, spread, 1.0), 1.0).to(tl.float32))
+        factor = rescale * ratio + (1.0 - rescale)
+    return star.to(tl.float32), factor
 
 
 @triton.jit
@@ -465,7 +482,8 @@ def advance(
     }
     units = places // shared["ALIGN"]
     past_weights = (*weights[2:], 0.0, 0.0, 0.0)[:3]
-    tile = _tile(config.elements, channels, patch is not None)
+    elements = config.elements if seeds is None else config.drawn_elements
+    tile = _tile(elements, channels, patch is not None)
     programs = batch * triton.cdiv(channels, tile["CHANNELS"]) * triton.cdiv(places, tile["PLACES"])
     with _device(sample):
         if sums is not None:
@@ -514,7 +532,8 @@ def _advance(
     patch, output = outputs
     config = CONFIGS[number]
     types, constants = _types(denoise_advance, output, given, patch)
-    constants |= _tile(config.elements, 16, patch[0] > 0) | {"STAR": False, "RESCALE": False} | flags
+    elements = config.drawn_elements if "seeds" in given else config.elements
+    constants |= _tile(elements, 16, patch[0] > 0) | {"STAR": False, "RESCALE": False} | flags
     if not flags:
         constants["sums_ptr"] = None
     unaligned = ("height", "width", "offset")

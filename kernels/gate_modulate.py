@@ -26,6 +26,7 @@ from stattn.kernels._rows import (
     ABSENT,
     GROUP,
     TOKEN,
+    Tile,
     append,
     as_vector,
     constant_row,
@@ -58,7 +59,7 @@ from stattn.kernels._sums import Slots, finish, programs_for, slots_for, store_s
 class Config(NamedTuple):
     """vector, elements: see ``tile_for``. stages: tiles in flight, backward.
 
-    warps, registers: backward, as in ``stattn.kernels.modulate``.
+    warps, registers: backward, as in ``stattn.kernels.modulate``, for rows that leave a thread many elements.
     """
 
     vector: int
@@ -66,6 +67,12 @@ class Config(NamedTuple):
     stages: int
     warps: int
     registers: int | None
+
+    def together(self, tile: Tile) -> tuple[int, int | None]:
+        """Return the warps that are meant to run together, and the most registers of a thread."""
+        if self.registers is None and tile.chunks * self.vector <= FEW_ELEMENTS:
+            return 2 * self.warps, 128
+        return self.warps, self.registers
 
 
 CONFIGS = (Config(8, 40, 1, 0, None), Config(4, 20, 1, 0, None))
@@ -75,6 +82,8 @@ BACKWARD_CONFIGS = (
     Config(4, 12, 2, 132 * 16, 128),
     Config(4, 12, 3, 132 * 16, 128),
 )
+# With so few elements of a row a thread does with 128 registers, and twice as many warps run together.
+FEW_ELEMENTS = 12
 # Longer rows leave no registers for the sums over tokens.
 MAX_FUSED_CHANNELS = 6144
 
@@ -261,17 +270,18 @@ def backward(
     dresidual, dout: of x' (None for 0) and of the modulated x'. wanted: which of the last five to compute; the others
     are empty, as are dy without a gate, which is dx, and that of a shift per token, which is dout.
     """
-    vector, elements, stages, warps, registers = config or BACKWARD_CONFIGS[0]
+    config = config or BACKWARD_CONFIGS[0]
     batch, tokens, channels = residual.shape
     dx = torch.empty((batch, tokens, channels), dtype=residual.dtype, device=residual.device)
     dy = None if gate is None else torch.empty((batch, tokens, channels), dtype=y.dtype, device=y.device)
-    tile = tile_for(channels, vector, elements, 1)
+    tile = tile_for(channels, config.vector, config.elements, 1)
+    warps, registers = config.together(tile)
     wide = channels > MAX_FUSED_CHANNELS
     groups = group_rows(residual, gate, scale, shift)
     gates, scales, shifts = as_vector(gate, tokens), as_vector(scale, tokens), as_vector(shift, tokens)
     per_token, gate_per_token = scales.kind == TOKEN.value, gates.kind == TOKEN.value
     token_vectors = (scale if per_token else None, gate if gate_per_token else None)
-    stages = stages_for(stages, tile, dresidual, dout, residual, y, *token_vectors)
+    stages = stages_for(config.stages, tile, dresidual, dout, residual, y, *token_vectors)
     dgate, dscale = gradient(gate, wanted[0]), gradient(scale, wanted[1])
     dshift = gradient(shift, wanted[2] and shifts.kind != TOKEN.value)
     dweight, dbias = gradient(weight, wanted[3]), gradient(bias, wanted[4])
@@ -346,7 +356,7 @@ def specializations() -> Iterator[Specialization]:
         for channels in (5120, 12288, 1536)[: 2 if number else 3]:
             tile = tile_for(channels, config.vector, config.elements, 1)
             wide = channels > MAX_FUSED_CHANNELS
-            limit: dict[str, Any] = {"maxnreg": config.registers}
+            limit: dict[str, Any] = {"maxnreg": config.together(tile)[1]}
             slots = Slots() if wide else slots_for(True, False, True, True, False)
             absent = dict.fromkeys(("y", "dy", "sums", "dgate", "dscale") if wide else ("dgate", "dscale"))
             yield Specialization(

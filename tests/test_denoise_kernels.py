@@ -140,13 +140,17 @@ def test_every_step_is_as_close_to_float64_as_eager_code(
 def test_every_config_is_right(config: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.advance, "__defaults__", (kernels.CONFIGS[config],))
     for name, patch in (("kept and noised", None), ("both", (1, 2, 2)), ("both", None)):
-        assert_right(problem(name, WAN if device == "cuda" else SMALL[0], torch.float32, torch.float16, device, patch))
+        options = problem(name, WAN if device == "cuda" else SMALL[0], torch.float32, torch.float16, device, patch)
+        assert_right(options)
+        got = call(options, "triton")
+        for _ in range(50 if device == "cuda" else 1):
+            assert_same(call(options, "triton"), got)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_sums_over_many_tiles_are_right(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "MOST_PARTIALS", 2)
-    tiny = kernels.CONFIGS[0]._replace(elements=16, warps=1, sum_elements=16, sum_warps=1)
+    tiny = kernels.CONFIGS[0]._replace(elements=16, warps=1, drawn_elements=16, sum_elements=16, sum_warps=1)
     monkeypatch.setattr(kernels.advance, "__defaults__", (tiny,))
     for patch in (None, (1, 2, 2)):
         assert_right(problem("both", SMALL[0], torch.float32, torch.float32, device, patch))

@@ -158,13 +158,17 @@ def nan_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def assert_no_worse(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Compare with float64 by the rule that a kernel may err twice as much as eager PyTorch."""
+def assert_no_worse(name: str, got: Tensor, eager: Tensor, exact: Tensor, terms: float = 0.0) -> None:
+    """Compare with float64 by the rule that a kernel may err twice as much as eager PyTorch.
+
+    terms: the size of float32 terms that cancel: each may be off by half a last bit.
+    """
     assert got.dtype == eager.dtype
     assert got.shape == eager.shape
     if not got.numel():
         return
     error, slack = (got - exact).abs(), torch.finfo(got.dtype).eps * exact.abs().max()
+    slack += torch.finfo(torch.float32).eps * terms
     bound = 2 * ((eager - exact).abs().max() + slack)
     where = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
     assert error.max() <= bound, f"{name}: error {error.max():.3g} at {where}, bound {bound:.3g}"
@@ -186,8 +190,11 @@ def test_results_and_gradients_err_no_more_than_eager_pytorch(device, dtype, ope
         douts = tuple(torch.randn(2, *inputs.x.shape, device=device).to(dtype))
         exact = run(operation, case, double(inputs), tuple(each.double() for each in douts), "reference")
         eager = run(operation, case, inputs, douts, "reference")
+        # The layer norm of one channel is constant: its gradient adds up terms of 1 / sqrt(eps) dout, which cancel.
+        alone = case.channels == 1 and case.norm == "layer" and operation != "gate_residual"
+        terms = 1e3 * float(max(each.abs().max() for each in (*douts, douts[0] * inputs.y))) if alone else 0.0
         for name, got in run(operation, case, inputs, douts, "triton").items():
-            assert_no_worse(f"{name} of {label}", got, eager[name], exact[name])
+            assert_no_worse(f"{name} of {label}", got, eager[name], exact[name], terms)
 
 
 @pytest.mark.parametrize(("device", "dtype"), DTYPES)
@@ -214,6 +221,9 @@ def test_every_config_is_right(device, monkeypatch):
             with monkeypatch.context() as patched:
                 patched.setattr(module, name, (config,))
                 got = run(operation, case, inputs, douts, "triton")
+                for _ in range(50 if device == "cuda" else 0):
+                    again = run(operation, case, inputs, douts, "triton")
+                    assert all(torch.equal(again[each], tensor) for each, tensor in got.items()), config
                 for each, tensor in got.items():
                     exact = want[operation][each]
                     # Two roundings to fp16 apart, and a sum over 4,200 tokens in another order.
@@ -230,7 +240,7 @@ def test_an_offset_of_a_thousand_and_an_outlier_cost_no_digits(device, norm):
     x[0] += 1000
     x[1, :, 7] = 3e4
     eager, got = (modulate(x, None, None, norm=norm, impl=impl) for impl in ("reference", "triton"))
-    assert_no_worse("output", got, eager, modulate(x.double(), None, None, norm=norm))
+    assert_no_worse("output", got, eager, modulate(x.double(), None, None, norm=norm, impl="reference"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
