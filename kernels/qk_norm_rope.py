@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-warn-unreachable
-# mypy: disable-error-code="assignment, misc"
+# mypy: disable-error-code="assignment, misc, var-annotated"
 # (Tuples grow in loops that Triton unrolls.)
 """RMSNorm of queries and keys with 3-D rotary position embedding: one pass forward, one backward.
 
@@ -9,13 +9,14 @@
     g = dy turned back by the same angle,  u = g * weight
     dx = r * u - x * r^3 * mean(u * x),    dweight = sum over tokens (and heads) of g * x * r
 
-One launch serves q and k: the first programs take rows of q, the rest rows of k. A row, the heads of one token, stays
-in registers between the sum and the rotation, so that memory sees it once. It is held as chunks of heads in which every
-thread owns 16 bytes: pairs never leave their thread, and 40 heads are five chunks of 8, not 64 with masks. Angles come
-from the axis tables (a few KB, always cached) by index.
+A forward launch serves q and k: the first programs take rows of q, the rest rows of k; the backward has one for each. A
+row, the heads of one token, stays in registers between the sum and the rotation, so that memory sees it once. It is
+held as chunks of heads in which every thread owns 16 bytes or 8: pairs never leave their thread, and 40 heads are five
+chunks of 8, not 64 with masks. Angles come from the axis tables (a few KB, always cached) by index.
 
-All arithmetic is in fp32; y and dx are rounded once. dweight: every program sums the rows pid, pid + PROGRAMS, ... in
-fp32, and a second kernel adds these partial sums in a fixed order: reruns agree bitwise, on any GPU.
+All arithmetic is in fp32; y and dx are rounded once. In the backward a program walks over neighbouring rows, of which
+the next ones are on their way to shared memory meanwhile, and counts its place in the video along. dweight: it sums its
+rows in fp32, and a second kernel adds these partial sums in a fixed order: reruns agree bitwise, on any GPU.
 
 Bound by memory: forward reads and writes q and k once, backward reads q, k and their gradients and writes two.
 """
@@ -39,41 +40,44 @@ class Config(NamedTuple):
 
     elements: the most elements of a row that a forward thread holds, which sets the warps of a program. rows: rows one
     after the other in a forward program. back_elements: as elements, in the backward. back_registers: the most
-    registers of a backward thread in programs of 8 warps, for 16-bit types. programs: of the backward, for q and for k.
+    registers of a backward thread, which say how many programs run together. back_stages: rows of a backward program in
+    flight, one of them in registers.
     """
 
     elements: int
     rows: int
     back_elements: int
     back_registers: int
-    programs: int
+    back_stages: int
 
 
-# Estimated from registers and bytes in flight: `python benchmarks/bench_qk_norm_rope.py --tune` measures them all.
 CONFIGS = (
-    Config(elements=64, rows=1, back_elements=32, back_registers=128, programs=1056),
-    Config(elements=32, rows=1, back_elements=32, back_registers=128, programs=528),
-    Config(elements=64, rows=4, back_elements=32, back_registers=168, programs=1056),
-    Config(elements=32, rows=4, back_elements=32, back_registers=128, programs=264),
+    Config(elements=64, rows=1, back_elements=24, back_registers=168, back_stages=3),
+    Config(elements=32, rows=1, back_elements=24, back_registers=168, back_stages=2),
+    Config(elements=64, rows=4, back_elements=24, back_registers=232, back_stages=4),
+    Config(elements=32, rows=4, back_elements=24, back_registers=168, back_stages=4),
 )
+SMS, REGISTERS = 132, 65536  # of an H200
 MOST_WARPS = 16
+# Bytes of shared memory that rows in flight may take: every GPU since sm_80 has them.
+IN_FLIGHT = 96 << 10
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def token_angles(
-    token, t_ptr, h_ptr, w_ptr, t_extent, h_extent, w_extent, before, HALF: tl.constexpr,
+def place_of(video, h_extent, w_extent):
+    """Return t, h and w of a video token."""
+    return video // w_extent // h_extent, video // w_extent % h_extent, video % w_extent
+
+
+@triton.jit
+def angles_at(
+    t, h, w, inside, t_ptr, h_ptr, w_ptr, t_extent, h_extent, w_extent, HALF: tl.constexpr,
     T_PAIRS: tl.constexpr, H_PAIRS: tl.constexpr, W_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Return cos and sin of a token, [1, HALF] each; 1 and 0 for global tokens and for pairs behind the last."""
-    video = token - before
-    inside = (video >= 0) & (video < t_extent * h_extent * w_extent)
-    video = tl.where(inside, video, 0)
-    w = video % w_extent
-    h = video // w_extent % h_extent
-    t = video // w_extent // h_extent
+    """Return cos and sin of a place, [HALF] each; 1 and 0 where not ``inside`` and for pairs behind the last."""
     pair = tl.arange(0, HALF)
     on_t = pair < T_PAIRS
     on_h = pair < T_PAIRS + H_PAIRS
@@ -83,44 +87,78 @@ def token_angles(
     at = tl.where(on_t, t_at, tl.where(on_h, h_at, w_at))
     to_sin = tl.where(on_t, t_extent * T_PAIRS, tl.where(on_h, h_extent * H_PAIRS, w_extent * W_PAIRS))
     inside = inside & (pair < T_PAIRS + H_PAIRS + W_PAIRS)
-    cos = tl.load(at, mask=inside, other=1.0)
-    sin = tl.load(at + to_sin, mask=inside, other=0.0)
+    return tl.load(at, mask=inside, other=1.0), tl.load(at + to_sin, mask=inside, other=0.0)
+
+
+@triton.jit
+def token_angles(
+    token, t_ptr, h_ptr, w_ptr, t_extent, h_extent, w_extent, before, HALF: tl.constexpr,
+    T_PAIRS: tl.constexpr, H_PAIRS: tl.constexpr, W_PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Return cos and sin of a token, [1, HALF] each; 1 and 0 for global tokens."""
+    video = token - before
+    inside = (video >= 0) & (video < t_extent * h_extent * w_extent)
+    t, h, w = place_of(tl.where(inside, video, 0), h_extent, w_extent)
+    cos, sin = angles_at(
+        t, h, w, inside, t_ptr, h_ptr, w_ptr, t_extent, h_extent, w_extent, HALF, T_PAIRS, H_PAIRS, W_PAIRS
+    )
     return cos[None, :], sin[None, :]
 
 
 @triton.jit
+def heads_at(ptr, head_stride, FIRST: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """Return where the heads of a chunk start, [CHUNK, 1]. head_stride None: each lies behind the one before it."""
+    if head_stride is None:
+        return ptr + FIRST * DIM + tl.arange(0, CHUNK)[:, None] * DIM
+    else:
+        return ptr + (FIRST + tl.arange(0, CHUNK)[:, None]).to(tl.int64) * head_stride
+
+
+@triton.jit
 def load_pairs(
-    ptr, head_stride, stride, first, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    CHUNK: tl.constexpr, INTERLEAVED: tl.constexpr, CACHE: tl.constexpr,
+    ptr, head_stride, stride, FIRST: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    CHUNK: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Load heads first ... first + CHUNK - 1 of a row as their pairs of features, two tiles [CHUNK, HALF]."""
-    head = first + tl.arange(0, CHUNK)[:, None]
-    at = ptr + head.to(tl.int64) * head_stride
+    """Load heads FIRST ... FIRST + CHUNK - 1 of a row as their pairs of features, two tiles [CHUNK, HALF]."""
+    WHOLE: tl.constexpr = FIRST + CHUNK <= HEADS and 2 * HALF == DIM
+    head = FIRST + tl.arange(0, CHUNK)[:, None]
+    at = heads_at(ptr, head_stride, FIRST, DIM, CHUNK)
     if INTERLEAVED:
         feature = tl.arange(0, 2 * HALF)[None, :]
-        x = tl.load(at + feature * stride, mask=(head < HEADS) & (feature < DIM), other=0.0, cache_modifier=CACHE)
+        if WHOLE:
+            x = tl.load(at + feature * stride)
+        else:
+            x = tl.load(at + feature * stride, mask=(head < HEADS) & (feature < DIM), other=0.0)
         a, b = tl.split(x.reshape(CHUNK, HALF, 2))
     else:
         pair = tl.arange(0, HALF)[None, :]
-        inside = (head < HEADS) & (pair < DIM // 2)
-        a = tl.load(at + pair * stride, mask=inside, other=0.0, cache_modifier=CACHE)
-        b = tl.load(at + (pair + DIM // 2) * stride, mask=inside, other=0.0, cache_modifier=CACHE)
+        if WHOLE:
+            a = tl.load(at + pair * stride)
+            b = tl.load(at + (pair + DIM // 2) * stride)
+        else:
+            inside = (head < HEADS) & (pair < DIM // 2)
+            a = tl.load(at + pair * stride, mask=inside, other=0.0)
+            b = tl.load(at + (pair + DIM // 2) * stride, mask=inside, other=0.0)
     return a, b
 
 
 @triton.jit
 def store_pairs(
-    ptr, a, b, head_stride, stride, first, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    ptr, a, b, head_stride, stride, FIRST: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
     CHUNK: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Round two tiles [CHUNK, HALF] of pairs and store them where ``load_pairs`` finds them."""
-    head = first + tl.arange(0, CHUNK)[:, None]
-    at = ptr + head.to(tl.int64) * head_stride
+    WHOLE: tl.constexpr = FIRST + CHUNK <= HEADS and 2 * HALF == DIM
+    head = FIRST + tl.arange(0, CHUNK)[:, None]
+    at = heads_at(ptr, head_stride, FIRST, DIM, CHUNK)
     a, b = a.to(ptr.dtype.element_ty), b.to(ptr.dtype.element_ty)
     if INTERLEAVED:
         feature = tl.arange(0, 2 * HALF)[None, :]
         x = tl.join(a, b).reshape(CHUNK, 2 * HALF)
-        tl.store(at + feature * stride, x, mask=(head < HEADS) & (feature < DIM))
+        if WHOLE:
+            tl.store(at + feature * stride, x)
+        else:
+            tl.store(at + feature * stride, x, mask=(head < HEADS) & (feature < DIM))
     else:
         pair = tl.arange(0, HALF)[None, :]
         inside = (head < HEADS) & (pair < DIM // 2)
@@ -136,7 +174,7 @@ def load_weight(
     """Load a weight as pairs of tiles [CHUNK, HALF]: of every chunk, or of one head, repeated, that serves all."""
     tiles = ()
     for i in tl.static_range(CHUNKS if ACROSS else 1):
-        a, b = load_pairs(ptr, DIM if ACROSS else 0, 1, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED, "")
+        a, b = load_pairs(ptr, None if ACROSS else 0, 1, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED)
         tiles = tiles + ((a, b),)
     return tiles
 
@@ -180,7 +218,7 @@ def forward_row(
     y_ptr += batch * y_batch + token.to(tl.int64) * y_token
     chunks = ()
     for i in tl.static_range(CHUNKS):
-        a, b = load_pairs(x_ptr, x_head, x_feature, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED, "")
+        a, b = load_pairs(x_ptr, x_head, x_feature, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED)
         chunks = chunks + ((a, b),)
     if t_ptr is not None:
         cos, sin = token_angles(
@@ -280,131 +318,112 @@ def turn_back(a, b, cos, sin, ROPE: tl.constexpr):
 
 
 @triton.jit
-def backward_row(
-    row, dy_ptr, x_ptr, dx_ptr, w, sums, t_ptr, h_ptr, w_ptr, tokens, t_extent, h_extent, w_extent, before,
-    dy_batch, dy_token, dy_head, dy_feature, x_batch, x_token, x_head, x_feature, eps,
-    HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    T_PAIRS: tl.constexpr, H_PAIRS: tl.constexpr, W_PAIRS: tl.constexpr,
-    NORM: tl.constexpr, ACROSS: tl.constexpr, INTERLEAVED: tl.constexpr, SUM: tl.constexpr,
-):  # fmt: skip
-    """Store dx of one token, contiguous, and return the sums with its share of dweight added."""
-    ROPE: tl.constexpr = t_ptr is not None
-    COUNT: tl.constexpr = HEADS * DIM if ACROSS else DIM
-    batch, token = (row // tokens).to(tl.int64), row % tokens
-    dy_ptr += batch * dy_batch + token.to(tl.int64) * dy_token
-    dx_ptr += row.to(tl.int64) * (HEADS * DIM)
-    x_ptr += batch * x_batch + token.to(tl.int64) * x_token
-    cos, sin = 1.0, 0.0
-    if ROPE:
-        cos, sin = token_angles(
-            token, t_ptr, h_ptr, w_ptr, t_extent, h_extent, w_extent, before, HALF, T_PAIRS, H_PAIRS, W_PAIRS
-        )
-    r, pull = 1.0, 0.0
-    if NORM and ACROSS:
-        square = tl.zeros((CHUNK, HALF), tl.float32)
-        product = tl.zeros((CHUNK, HALF), tl.float32)
-        for i in tl.static_range(CHUNKS):
-            ga, gb = load_pairs(
-                dy_ptr, dy_head, dy_feature, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED, ".ca"
-            )
-            a, b = load_pairs(x_ptr, x_head, x_feature, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED, ".ca")
-            ga, gb = turn_back(ga, gb, cos, sin, ROPE)
-            a, b = a.to(tl.float32), b.to(tl.float32)
-            square += a * a + b * b
-            product += ga * w[i][0].to(tl.float32) * a + gb * w[i][1].to(tl.float32) * b
-        square, product = row_sums(square, product, ACROSS)
-        r = tl.rsqrt(square / COUNT + eps)
-        pull = product * (r * r * r) / COUNT
-    added = ()
-    for i in tl.static_range(CHUNKS):
-        # Read again, from the cache: held through the sums, a row would take more registers than there are.
-        ga, gb = load_pairs(dy_ptr, dy_head, dy_feature, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED, "")
-        ga, gb = turn_back(ga, gb, cos, sin, ROPE)
-        if NORM:
-            a, b = load_pairs(x_ptr, x_head, x_feature, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED, "")
-            a, b = a.to(tl.float32), b.to(tl.float32)
-            ua = ga * w[i if ACROSS else 0][0].to(tl.float32)
-            ub = gb * w[i if ACROSS else 0][1].to(tl.float32)
-            if not ACROSS:
-                square, product = row_sums(a * a + b * b, ua * a + ub * b, ACROSS)
-                r = tl.rsqrt(square / COUNT + eps)
-                pull = product * (r * r * r) / COUNT
-            if SUM:
-                if ACROSS:
-                    added = added + ((sums[i][0] + ga * a * r, sums[i][1] + gb * b * r),)
-                else:
-                    sums = ((sums[0][0] + ga * a * r, sums[0][1] + gb * b * r),)
-            ga, gb = r * ua - pull * a, r * ub - pull * b
-        store_pairs(dx_ptr, ga, gb, DIM, 1, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED)
-    return added if ACROSS else sums
+def next_place(token, t, h, w, inside, tokens, h_extent, w_extent):
+    """Step to the next token, and to the next place if this token was of the video; behind the last to the first."""
+    token += 1
+    w += inside.to(tl.int32)
+    h += (w == w_extent).to(tl.int32)
+    w = tl.where(w == w_extent, 0, w)
+    t += (h == h_extent).to(tl.int32)
+    h = tl.where(h == h_extent, 0, h)
+    wraps = token == tokens
+    return tl.where(wraps, 0, token), tl.where(wraps, 0, t), tl.where(wraps, 0, h), tl.where(wraps, 0, w), wraps
 
 
-@triton.jit
-def backward_rows(
-    first, dy_ptr, x_ptr, dx_ptr, weight_ptr, partial_ptr, t_ptr, h_ptr, w_ptr,
+@triton.jit(do_not_specialize=(*SIZES, "programs"))
+def qk_norm_rope_backward(
+    dy_ptr, x_ptr, dx_ptr, weight_ptr, partial_ptr, t_ptr, h_ptr, w_ptr,
     rows, tokens, t_extent, h_extent, w_extent, before, programs,
     dy_batch, dy_token, dy_head, dy_feature, x_batch, x_token, x_head, x_feature, eps,
     HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr,
     T_PAIRS: tl.constexpr, H_PAIRS: tl.constexpr, W_PAIRS: tl.constexpr,
-    ACROSS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ACROSS: tl.constexpr, INTERLEAVED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Store dx of the rows first, first + programs, ... and their sum of dweight as row ``first`` of the partials."""
+    """Store dx of q or k, contiguous, for one of ``programs`` runs of rows, and their sum of dweight as a partial."""
+    program = tl.program_id(0)
     CHUNKS: tl.constexpr = (HEADS + CHUNK - 1) // CHUNK
+    COUNT: tl.constexpr = HEADS * DIM if ACROSS else DIM
     NORM: tl.constexpr = weight_ptr is not None
     SUM: tl.constexpr = partial_ptr is not None
-    w, sums = (), ()
+    ROPE: tl.constexpr = t_ptr is not None
+    weight, sums = (), ()
     if NORM:
-        w = load_weight(weight_ptr, HEADS, DIM, HALF, CHUNK, CHUNKS, ACROSS, INTERLEAVED)
+        weight = load_weight(weight_ptr, HEADS, DIM, HALF, CHUNK, CHUNKS, ACROSS, INTERLEAVED)
     if SUM:
         for _ in tl.static_range(CHUNKS if ACROSS else 1):
             sums = sums + ((tl.zeros((CHUNK, HALF), tl.float32), tl.zeros((CHUNK, HALF), tl.float32)),)
-    for i in range(tl.cdiv(rows - first, programs)):
-        sums = backward_row(
-            first + i * programs, dy_ptr, x_ptr, dx_ptr, w, sums, t_ptr, h_ptr, w_ptr,
-            tokens, t_extent, h_extent, w_extent, before,
-            dy_batch, dy_token, dy_head, dy_feature, x_batch, x_token, x_head, x_feature, eps,
-            HEADS, DIM, HALF, CHUNK, CHUNKS, T_PAIRS, H_PAIRS, W_PAIRS, NORM, ACROSS, INTERLEAVED, SUM,
-        )  # fmt: skip
+    share = tl.cdiv(rows, programs)
+    first = program * share
+    batch, token = first // tokens, first % tokens
+    videos = t_extent * h_extent * w_extent
+    t, h, w = place_of(tl.minimum(tl.maximum(token - before, 0), videos), h_extent, w_extent)
+    inside = (token >= before) & (token < before + videos)
+    if ROPE:
+        cos_ahead, sin_ahead = angles_at(
+            t, h, w, inside, t_ptr, h_ptr, w_ptr, t_extent, h_extent, w_extent, HALF, T_PAIRS, H_PAIRS, W_PAIRS
+        )
+    for i in tl.range(0, tl.minimum(share, rows - first), num_stages=STAGES):
+        dy_row = dy_ptr + batch.to(tl.int64) * dy_batch + token.to(tl.int64) * dy_token
+        x_row = x_ptr + batch.to(tl.int64) * x_batch + token.to(tl.int64) * x_token
+        dx_row = dx_ptr + (first + i).to(tl.int64) * (HEADS * DIM)
+        cos, sin = 1.0, 0.0
+        if ROPE:
+            cos, sin = cos_ahead[None, :], sin_ahead[None, :]
+        token, t, h, w, wraps = next_place(token, t, h, w, inside, tokens, h_extent, w_extent)
+        batch += wraps.to(tl.int32)
+        inside = (token >= before) & (token < before + videos)
+        if ROPE:
+            cos_ahead, sin_ahead = angles_at(
+                t, h, w, inside, t_ptr, h_ptr, w_ptr, t_extent, h_extent, w_extent, HALF, T_PAIRS, H_PAIRS, W_PAIRS
+            )
+        grads, values = (), ()
+        for j in tl.static_range(CHUNKS):
+            a, b = load_pairs(dy_row, dy_head, dy_feature, j * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED)
+            grads = grads + (turn_back(a, b, cos, sin, ROPE),)
+            if NORM:
+                a, b = load_pairs(x_row, x_head, x_feature, j * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED)
+                values = values + ((a.to(tl.float32), b.to(tl.float32)),)
+        r, pull = 1.0, 0.0
+        if NORM and ACROSS:
+            square = tl.zeros((CHUNK, HALF), tl.float32)
+            product = tl.zeros((CHUNK, HALF), tl.float32)
+            for j in tl.static_range(CHUNKS):
+                a, b = values[j]
+                square += a * a + b * b
+                product += grads[j][0] * weight[j][0].to(tl.float32) * a + grads[j][1] * weight[j][1].to(tl.float32) * b
+            square, product = row_sums(square, product, ACROSS)
+            r = tl.rsqrt(square / COUNT + eps)
+            pull = product * (r * r * r) / COUNT
+        added = ()
+        for j in tl.static_range(CHUNKS):
+            ga, gb = grads[j]
+            if NORM:
+                a, b = values[j]
+                ua = ga * weight[j if ACROSS else 0][0].to(tl.float32)
+                ub = gb * weight[j if ACROSS else 0][1].to(tl.float32)
+                if not ACROSS:
+                    square, product = row_sums(a * a + b * b, ua * a + ub * b, ACROSS)
+                    r = tl.rsqrt(square / COUNT + eps)
+                    pull = product * (r * r * r) / COUNT
+                if SUM:
+                    if ACROSS:
+                        added = added + ((sums[j][0] + ga * a * r, sums[j][1] + gb * b * r),)
+                    else:
+                        sums = ((sums[0][0] + ga * a * r, sums[0][1] + gb * b * r),)
+                ga, gb = r * ua - pull * a, r * ub - pull * b
+            store_pairs(dx_row, ga, gb, None, 1, j * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED)
+        if SUM and ACROSS:
+            sums = added
     if SUM:
         if ACROSS:
-            partial_ptr += first.to(tl.int64) * (HEADS * DIM)
-            for i in tl.static_range(CHUNKS):
+            partial_ptr += program.to(tl.int64) * (HEADS * DIM)
+            for j in tl.static_range(CHUNKS):
                 store_pairs(
-                    partial_ptr, sums[i][0], sums[i][1], DIM, 1, i * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED
+                    partial_ptr, sums[j][0], sums[j][1], None, 1, j * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED
                 )
         else:
             a, b = tl.sum(sums[0][0], axis=0, keep_dims=True), tl.sum(sums[0][1], axis=0, keep_dims=True)
-            store_pairs(partial_ptr + first * DIM, a, b, DIM, 1, 0, 1, DIM, HALF, 1, INTERLEAVED)
-
-
-@triton.jit(do_not_specialize=(*UNSPECIALIZED, "q_programs", "k_programs"))
-def qk_norm_rope_backward(
-    dq_out, dk_out, q_ptr, k_ptr, dq, dk, q_weight, k_weight, q_partial, k_partial, q_t, q_h, q_w, k_t, k_h, k_w,
-    q_rows, q_tokens, q_t_extent, q_h_extent, q_w_extent, q_before,
-    k_rows, k_tokens, k_t_extent, k_h_extent, k_w_extent, k_before, q_programs, k_programs,
-    dq_batch, dq_token, dq_head, dq_feature, dk_batch, dk_token, dk_head, dk_feature,
-    q_batch, q_token, q_head, q_feature, k_batch, k_token, k_head, k_feature, eps,
-    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    Q_CHUNK: tl.constexpr, K_CHUNK: tl.constexpr,
-    T_PAIRS: tl.constexpr, H_PAIRS: tl.constexpr, W_PAIRS: tl.constexpr,
-    ACROSS: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: skip
-    """Store the gradients of q and k, and partial sums of those of their weights."""
-    pid = tl.program_id(0)
-    if pid < q_programs:
-        backward_rows(
-            pid, dq_out, q_ptr, dq, q_weight, q_partial, q_t, q_h, q_w,
-            q_rows, q_tokens, q_t_extent, q_h_extent, q_w_extent, q_before, q_programs,
-            dq_batch, dq_token, dq_head, dq_feature, q_batch, q_token, q_head, q_feature, eps,
-            Q_HEADS, DIM, HALF, Q_CHUNK, T_PAIRS, H_PAIRS, W_PAIRS, ACROSS, INTERLEAVED,
-        )  # fmt: skip
-    else:
-        backward_rows(
-            pid - q_programs, dk_out, k_ptr, dk, k_weight, k_partial, k_t, k_h, k_w,
-            k_rows, k_tokens, k_t_extent, k_h_extent, k_w_extent, k_before, k_programs,
-            dk_batch, dk_token, dk_head, dk_feature, k_batch, k_token, k_head, k_feature, eps,
-            K_HEADS, DIM, HALF, K_CHUNK, T_PAIRS, H_PAIRS, W_PAIRS, ACROSS, INTERLEAVED,
-        )  # fmt: skip
+            store_pairs(partial_ptr + program * DIM, a, b, None, 1, 0, 1, DIM, HALF, 1, INTERLEAVED)
 
 
 @triton.jit
@@ -464,32 +483,39 @@ def _shapes(heads: int, dim: int, size: int, interleaved: bool, elements: int) -
     return warps, chunk
 
 
-def _most_registers(size: int, warps: int, config: Config) -> int | None:
-    """Return the cap on a backward thread's registers: two programs of 8 warps fit an SM, at 128 registers each."""
-    if size != 2:
-        return None
-    return config.back_registers if warps >= 8 else config.back_registers + 32
-
-
-def _constants(
-    q_heads: int, k_heads: int, dim: int, size: int, pairs: tuple[int, int, int], across: bool, interleaved: bool,
-    elements: int,
-) -> tuple[int, dict[str, Any]]:  # fmt: skip
-    """Return the warps and the constexprs that forward and backward share."""
-    warps, q_chunk = _shapes(max(q_heads, k_heads), dim, size, interleaved, elements)
-    return warps, {
-        "Q_HEADS": q_heads,
-        "K_HEADS": k_heads,
+def _constants(dim: int, pairs: tuple[int, int, int], across: bool, interleaved: bool) -> dict[str, Any]:
+    """Return the constexprs that forward and backward share."""
+    return {
         "DIM": dim,
         "HALF": triton.next_power_of_2(dim // 2),
-        "Q_CHUNK": min(q_chunk, triton.next_power_of_2(q_heads)),
-        "K_CHUNK": min(q_chunk, triton.next_power_of_2(k_heads)),
         "T_PAIRS": pairs[0],
         "H_PAIRS": pairs[1],
         "W_PAIRS": pairs[2],
         "ACROSS": across,
         "INTERLEAVED": interleaved,
     }
+
+
+def _forward_constants(
+    q_heads: int, k_heads: int, dim: int, size: int, interleaved: bool, config: Config
+) -> tuple[int, dict[str, int]]:
+    """Return the warps and the constexprs of a forward."""
+    warps, chunk = _shapes(max(q_heads, k_heads), dim, size, interleaved, config.elements)
+    chunks = [min(chunk, triton.next_power_of_2(heads)) for heads in (q_heads, k_heads)]
+    rest = {"Q_HEADS": q_heads, "K_HEADS": k_heads, "Q_CHUNK": chunks[0], "K_CHUNK": chunks[1], "ROWS": config.rows}
+    return warps, rest
+
+
+def _backward_constants(
+    heads: int, dim: int, size: int, interleaved: bool, config: Config
+) -> tuple[int, int, dict[str, int]]:
+    """Return the warps, the most registers of a thread and the constexprs of a backward of q or k."""
+    warps, chunk = _shapes(heads, dim, size, interleaved, config.back_elements)
+    # Rows of x and of dy in flight, one of each in registers.
+    stages = max(1, min(config.back_stages, 1 + IN_FLIGHT // (2 * heads * dim * size)))
+    most = REGISTERS // (32 * warps)
+    registers = min(config.back_registers if size == 2 else 255, most)
+    return warps, registers, {"HEADS": heads, "CHUNK": chunk, "STAGES": stages}
 
 
 def _pairs(angles: Angles | None) -> tuple[int, int, int]:
@@ -502,6 +528,12 @@ def _tables(angles: Angles | None) -> tuple[Any, ...]:
         return (None, None, None), (1, 1, 1, 0)
     tables = tuple(each.contiguous() for each in angles[:3])
     return tables, (*(each.shape[1] for each in tables), angles.before)
+
+
+def _strides(x: Tensor) -> tuple[int | None, ...]:
+    """Return the strides of x [B, N, heads, D], None for that of heads where one lies behind the other."""
+    batch, token, head, feature = x.stride()
+    return batch, token, None if feature == 1 and (head == x.shape[3] or x.shape[2] == 1) else head, feature
 
 
 def _device(x: Tensor) -> Any:
@@ -525,9 +557,10 @@ def forward(
     """Write the normalised and rotated q and k [B, N, heads, D] to q_out and k_out, which may be q and k themselves."""
     if q.numel() + k.numel() == 0:
         return
-    warps, constants = _constants(
-        q.shape[2], k.shape[2], q.shape[3], q.element_size(), _pairs(q_angles), across, interleaved, config.elements
+    warps, constants = _forward_constants(
+        q.shape[2], k.shape[2], q.shape[3], q.element_size(), interleaved, config
     )
+    constants |= _constants(q.shape[3], _pairs(q_angles), across, interleaved)
     (q_tables, q_extents), (k_tables, k_extents) = _tables(q_angles), _tables(k_angles)
     q_rows, k_rows = (0 if x.numel() == 0 else x.shape[0] * x.shape[1] for x in (q, k))
     programs = triton.cdiv(q_rows, config.rows) + triton.cdiv(k_rows, config.rows)
@@ -536,8 +569,8 @@ def forward(
         qk_norm_rope_forward[(programs,)](
             q, k, q_out, k_out, *weights, *q_tables, *k_tables,
             q_rows, q.shape[1], *q_extents, k_rows, k.shape[1], *k_extents,
-            *q.stride(), *k.stride(), *q_out.stride(), *k_out.stride(), eps,
-            **constants, ROWS=config.rows, num_warps=warps,
+            *_strides(q), *_strides(k), *_strides(q_out), *_strides(k_out), eps,
+            **constants, num_warps=warps,
         )  # fmt: skip
 
 
@@ -558,43 +591,58 @@ def backward(
     config: Config = CONFIGS[0],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the contiguous gradients of q and k and, where asked for by q_sums and k_sums, those of the weights."""
-    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    rows = [0 if x.numel() == 0 else x.shape[0] * x.shape[1] for x in (q, k)]
-    programs = [min(config.programs, each) for each in rows]
-    dq_weight, q_partial = _weight_gradient(q_weight if q_sums else None, programs[0])
-    dk_weight, k_partial = _weight_gradient(k_weight if k_sums else None, programs[1])
-    if sum(rows) == 0:
-        return dq, dk, dq_weight, dk_weight
-    warps, constants = _constants(
-        q.shape[2], k.shape[2], q.shape[3], q.element_size(), _pairs(q_angles), across, interleaved,
-        config.back_elements,
-    )  # fmt: skip
-    (q_tables, q_extents), (k_tables, k_extents) = _tables(q_angles), _tables(k_angles)
-    weights = (None if each is None else each.contiguous() for each in (q_weight, k_weight))
+    shared = _constants(q.shape[3], _pairs(q_angles), across, interleaved)
+    parts = []
     with _device(q):
-        qk_norm_rope_backward[(sum(programs),)](
-            dq_out, dk_out, q, k, dq, dk, *weights, q_partial, k_partial, *q_tables, *k_tables,
-            rows[0], q.shape[1], *q_extents, rows[1], k.shape[1], *k_extents, *programs,
-            *dq_out.stride(), *dk_out.stride(), *q.stride(), *k.stride(), eps,
-            **constants, num_warps=warps, maxnreg=_most_registers(q.element_size(), warps, config),
-        )  # fmt: skip
-        lengths = [0 if each is None else each.shape[1] for each in (q_partial, k_partial)]
-        if sum(lengths):
-            grid = (sum(triton.cdiv(each, PARTIAL_TILE["COLUMNS"]) for each in lengths),)
+        for dy, x, weight, angles, sums in (
+            (dq_out, q, q_weight, q_angles, q_sums), (dk_out, k, k_weight, k_angles, k_sums)
+        ):  # fmt: skip
+            parts.append(_backward_of(dy, x, weight, angles, sums, eps, shared, config))
+        (dq, dq_weight, q_partial), (dk, dk_weight, k_partial) = parts
+        shapes = [(0, 0) if each is None else tuple(each.shape) for each in (q_partial, k_partial)]
+        if any(length for _, length in shapes):
+            grid = (sum(triton.cdiv(length, PARTIAL_TILE["COLUMNS"]) for _, length in shapes),)
+            (q_programs, q_length), (k_programs, k_length) = shapes
             qk_norm_rope_weight_gradient[grid](
-                q_partial, k_partial, dq_weight, dk_weight, *programs, *lengths, **PARTIAL_TILE, num_warps=4
-            )
+                q_partial, k_partial, dq_weight, dk_weight, q_programs, k_programs, q_length, k_length,
+                **PARTIAL_TILE, num_warps=4,
+            )  # fmt: skip
     return dq, dk, dq_weight, dk_weight
 
 
-def _weight_gradient(weight: Tensor | None, programs: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return the memory of a weight's gradient and of its partial sums: zeros and None where there is no row."""
-    if weight is None:
-        return None, None
-    if programs == 0:
-        return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device), None
-    grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    return grad, torch.empty((programs, len(weight)), dtype=torch.float32, device=weight.device)
+def _programs(rows: int, together: int) -> int:
+    """Share rows among the programs that run together, or fewer where that makes no run longer."""
+    return triton.cdiv(rows, triton.cdiv(rows, together))
+
+
+def _backward_of(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    angles: Angles | None,
+    sums: bool,
+    eps: float,
+    constants: dict[str, Any],
+    config: Config,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradient of q or k, room for its weight's where asked for, and the partial sums of that, or None."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if weight is not None and sums else None
+    if x.numel() == 0:
+        return dx, None if dweight is None else dweight.zero_(), None
+    batch, tokens, heads, dim = x.shape
+    warps, registers, rest = _backward_constants(heads, dim, x.element_size(), constants["INTERLEAVED"], config)
+    rows = batch * tokens
+    programs = _programs(rows, SMS * max(1, REGISTERS // (32 * warps * registers)))
+    partial = None
+    if dweight is not None:
+        partial = torch.empty((programs, len(dweight)), dtype=torch.float32, device=x.device)
+    tables, extents = _tables(angles)
+    qk_norm_rope_backward[(programs,)](
+        dy, x, dx, None if weight is None else weight.contiguous(), partial, *tables, rows, tokens, *extents, programs,
+        *_strides(dy), *_strides(x), eps, **constants, **rest, num_warps=warps, maxnreg=registers,
+    )  # fmt: skip
+    return dx, dweight, partial
 
 
 # --- compiled ahead of time ------------------------------------------------------------------------------------------
@@ -623,18 +671,20 @@ def specializations() -> Iterator[Specialization]:
 
 def _specialize(name: str, kernel: Any, shape: tuple[Any, ...], config: Config) -> Specialization:
     q_heads, k_heads, dim, pairs, across, interleaved, kind = shape
-    back = kernel is qk_norm_rope_backward
-    elements = config.back_elements if back else config.elements
     size = 4 if kind == "fp32" else 2
-    warps, constants = _constants(q_heads, k_heads, dim, size, pairs, across, interleaved, elements)
-    constants |= {} if back else {"ROWS": config.rows}
+    constants: dict[str, Any] = _constants(dim, pairs, across, interleaved)
     constants |= {arg: 1 for arg in kernel.arg_names if arg.endswith("_feature")}
-    strides = ("_batch", "_token", "_head", "_feature")
+    constants |= {arg: None for arg in kernel.arg_names if arg.endswith("_head")}
+    registers = None
+    if kernel is qk_norm_rope_backward:
+        warps, registers, rest = _backward_constants(q_heads, dim, size, interleaved, config)
+    else:
+        warps, rest = _forward_constants(q_heads, k_heads, dim, size, interleaved, config)
+    unaligned = (*SIZES, "programs", *UNSPECIALIZED)
     types = {}
     for arg in kernel.arg_names:
-        number = arg in (*UNSPECIALIZED, "q_programs", "k_programs") or arg.endswith(strides)
-        single = arg in ("q_t", "q_h", "q_w", "k_t", "k_h", "k_w") or arg.endswith("_partial")
+        number = arg in unaligned or arg.endswith(("_batch", "_token", "_head", "_feature"))
+        single = arg.endswith(("_t", "_h", "_w")) or arg in ("t_ptr", "h_ptr", "w_ptr", "partial_ptr")
         types[arg] = "fp32" if arg == "eps" else "i32" if number else "*fp32" if single else f"*{kind}"
-    most = _most_registers(size, warps, config) if back else None
-    options = {"num_warps": warps} | ({} if most is None else {"maxnreg": most})
-    return Specialization(name, kernel, types, constants, options, (*UNSPECIALIZED, "q_programs", "k_programs"))
+    options = {"num_warps": warps} | ({} if registers is None else {"maxnreg": registers})
+    return Specialization(name, kernel, types, constants | rest, options, unaligned)

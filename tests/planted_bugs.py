@@ -236,8 +236,8 @@ BUGS = (
     Bug(
         "rope-kernel-swaps-h-and-w",
         "kernels/qk_norm_rope.py",
-        "    w = video % w_extent\n    h = video // w_extent % h_extent\n",
-        "    w = video // w_extent % h_extent % w_extent\n    h = video % w_extent % h_extent\n",
+        "video // w_extent % h_extent, video % w_extent\n",
+        "video % w_extent % h_extent, video // w_extent % h_extent % w_extent\n",
         ("tests/test_qk_norm_rope_kernels.py::test_every_config_is_right[cpu-0]",),
     ),
     Bug(
