@@ -20,12 +20,14 @@ depend on nothing but its patch.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stattn.kernels._compile import Specialization
 
@@ -35,8 +37,9 @@ from stattn.kernels._compile import Specialization
 class Config(NamedTuple):
     """The tile of one program: tokens x features, ``taps`` at a time (all at once in the resident kernel).
 
-    chunk: how many features a resident program walks, at most. streaming: the tokens are written past the L2, which
-    they would only sweep. warps and stages as Triton takes them.
+    together: resident programs that the GPU is meant to run at a time, among which features are shared out. boxes:
+    tiles of tokens are written by the tensor memory accelerator, where the GPU has one and features fill 16 bytes.
+    warps and stages as Triton takes them.
     """
 
     tokens: int
@@ -44,23 +47,21 @@ class Config(NamedTuple):
     taps: int
     warps: int
     stages: int
-    chunk: int = 0
-    streaming: bool = False
+    together: int = 0
+    boxes: bool = False
 
 
 # By kernel, the default first; the others are what benchmarks/bench_patchify.py --tune times beside it.
 CONFIGS: dict[str, tuple[Config, ...]] = {
     "resident": (  # up to 64 taps
-        Config(128, 64, 64, 8, 3, chunk=1280),
-        Config(128, 64, 64, 8, 3, chunk=1280, streaming=True),
-        Config(128, 128, 64, 8, 2, chunk=1280),
-        Config(64, 64, 64, 4, 3, chunk=640),
-        Config(64, 128, 64, 8, 3, chunk=1280),
-        Config(256, 64, 64, 16, 3, chunk=2560),
+        Config(128, 128, 64, 8, 3, together=264, boxes=True),
+        Config(128, 64, 64, 4, 3, together=396, boxes=True),
+        Config(128, 128, 64, 8, 3, together=264),
+        Config(64, 128, 64, 4, 3, together=396),
     ),
     "resident-wide": (  # up to 256 taps
-        Config(128, 64, 256, 8, 2, chunk=1024),
-        Config(64, 64, 256, 4, 2, chunk=1024),
+        Config(128, 64, 256, 8, 2, together=132),
+        Config(64, 64, 256, 4, 2, together=264),
     ),
     "tiled": (
         Config(128, 256, 64, 8, 3),
@@ -217,34 +218,19 @@ def patch_steps(stride_b, stride_c, stride_t, stride_h, stride_w, VEC: tl.conste
 
 
 @triton.jit
-def read_patches(
-    gX,
-    at,
-    valid,
-    k0,
-    steps,
-    sizes,
-    TAPS: tl.constexpr,
-    PT: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    RAGGED_T: tl.constexpr,
-    RAGGED_H: tl.constexpr,
-    RAGGED_W: tl.constexpr,
-    RUN: tl.constexpr,
-    VEC: tl.constexpr,
-    WIDE: tl.constexpr,
+def gather_patches(
+    gX, at, valid, k0, steps, sizes,
+    TAPS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, RAGGED_T: tl.constexpr,
+    RAGGED_H: tl.constexpr, RAGGED_W: tl.constexpr, RUN: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
-    """Read taps k0 ... of the tokens that start at ``at``, zero where there is none. [tokens, BLOCK_K]"""
-    BLOCK_M: tl.constexpr = valid.shape[0]
+):  # fmt: skip
+    """Load taps k0 ... of the tokens that start at ``at``, zero where there is none, for ``as_rows``."""
     if RUN * gX.dtype.element_ty.primitive_bitwidth >= 128:
         # Rows of a patch fill 16-byte accesses: read in the order of taps, straight to shared memory.
         k = (k0 + tl.arange(0, BLOCK_K))[None, :]
         at = (at[0][:, None], at[1][:, None], at[2][:, None], at[3][:, None])
         of = tap(k, steps, PT, PH, PW, VEC, WIDE)
         mask = within(at, of, sizes, valid[:, None] & (k < TAPS), RAGGED_T, RAGGED_H, RAGGED_W)
-        return tl.load(gX + at[0] + of[0], mask=mask, other=0.0)
     else:
         # Rows are short, but neighbouring tokens lie side by side: a warp reads one row of many tokens.
         j = tl.arange(0, BLOCK_K // RUN)[:, None, None]
@@ -252,39 +238,60 @@ def read_patches(
         at = (at[0][None, :, None], at[1][None, :, None], at[2][None, :, None], at[3][None, :, None])
         of = tap(k, steps, PT, PH, PW, VEC, WIDE)
         mask = within(at, of, sizes, valid[None, :, None] & (k0 + j * RUN < TAPS), RAGGED_T, RAGGED_H, RAGGED_W)
-        patches = tl.load(gX + at[0] + of[0], mask=mask, other=0.0)
-        patches = patches.permute(1, 0, 2).reshape(BLOCK_M, BLOCK_K)
+    return tl.load(gX + at[0] + of[0], mask=mask, other=0.0)
+
+
+@triton.jit
+def as_rows(patches, valid, BLOCK_K: tl.constexpr):
+    """Order what ``gather_patches`` loaded as [tokens, BLOCK_K]."""
+    if len(patches.shape) == 2:
+        return patches
+    else:
+        patches = patches.permute(1, 0, 2).reshape(valid.shape[0], BLOCK_K)
         # Changes nothing, but keeps Triton 3.6 from moving the reshape to shared memory, where some shapes crash it.
         return tl.where(valid[:, None], patches, 0.0)
 
 
 @triton.jit
-def finish_tokens(acc, gOut, gBias, gPos, m, valid, e, first, tokens, E: tl.constexpr, STREAMING: tl.constexpr):
-    """Add bias and position to the sums of tokens m and features e, round, and write. ``first``: the tile's first m."""
+def read_patches(
+    gX, at, valid, k0, steps, sizes,
+    TAPS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, RAGGED_T: tl.constexpr,
+    RAGGED_H: tl.constexpr, RAGGED_W: tl.constexpr, RUN: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Read taps k0 ... of the tokens that start at ``at``, zero where there is none. [tokens, BLOCK_K]"""
+    patches = gather_patches(
+        gX, at, valid, k0, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, BLOCK_K
+    )
+    return as_rows(patches, valid, BLOCK_K)
+
+
+@triton.jit
+def finish_tokens(acc, out, gBias, gPos, m, valid, e, first, e0, tokens, E: tl.constexpr, BOXES: tl.constexpr):
+    """Add bias and position to the sums of tokens m and features e, from ``first`` and e0 on, round, and write."""
     mask = valid[:, None] & (e < E)[None, :]
     if gBias is not None:
         acc += tl.load(gBias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
     if gPos is not None:
         rows = gPos + (m % tokens).to(tl.int64) * E
         acc += tl.load(rows[:, None] + e[None, :], mask=mask, other=0.0).to(tl.float32)
-    where = gOut + first.to(tl.int64) * E + (m - first)[:, None] * E + e[None, :]
-    out = acc.to(gOut.dtype.element_ty)
-    if STREAMING:
-        tl.store(where, out, mask=mask, cache_modifier=".cs")
+    if BOXES:
+        out.store([first, e0], acc.to(out.dtype))  # what lies outside is not written
     else:
-        tl.store(where, out, mask=mask)
+        where = out + first.to(tl.int64) * E + (m - first)[:, None] * E + e[None, :]
+        tl.store(where, acc.to(out.dtype.element_ty), mask=mask)
 
 
 # ---- forward
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=[*PLAIN, "share"])
 def patchify_forward_resident(
     gX,
     gW,
     gBias,
     gPos,
-    gOut,
+    out,
     M,
     tokens,
     grid_h,
@@ -297,6 +304,7 @@ def patchify_forward_resident(
     stride_t,
     stride_h,
     stride_w,
+    share,
     E: tl.constexpr,
     TAPS: tl.constexpr,
     PT: tl.constexpr,
@@ -310,15 +318,14 @@ def patchify_forward_resident(
     WIDE: tl.constexpr,
     TAPS_A: tl.constexpr,
     TAPS_B: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    STREAMING: tl.constexpr,
+    BOXES: tl.constexpr,
 ):
-    """One program: BLOCK_M tokens, CHUNK features. Patches are read once, in TAPS_A and TAPS_B (or no) columns."""
-    CHUNKS: tl.constexpr = (E + CHUNK - 1) // CHUNK
-    first = tl.program_id(0) // CHUNKS * BLOCK_M
-    begin = tl.program_id(0) % CHUNKS * CHUNK
+    """One program: BLOCK_M tokens, ``share`` tiles of features. Patches are read as TAPS_A and TAPS_B columns."""
+    shares = tl.cdiv(tl.cdiv(E, BLOCK_E), share)
+    first = tl.program_id(0) // shares * BLOCK_M
+    begin = tl.program_id(0) % shares * share * BLOCK_E
     m = first + tl.arange(0, BLOCK_M)
     valid = m < M
     steps = patch_steps(stride_b, stride_c, stride_t, stride_h, stride_w, VEC)
@@ -333,14 +340,14 @@ def patchify_forward_resident(
             gX, at, valid, TAPS_A, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, TAPS_B
         )
         k_b = TAPS_A + tl.arange(0, TAPS_B)
-    for e0 in tl.range(begin, min(begin + CHUNK, E), BLOCK_E):
+    for e0 in tl.range(begin, min(begin + share * BLOCK_E, E), BLOCK_E):
         e = e0 + tl.arange(0, BLOCK_E)
         w_a = tl.load(gW + e[None, :] * TAPS + k_a[:, None], mask=(e < E)[None, :] & (k_a < TAPS)[:, None], other=0.0)
         acc = tl.dot(x_a, w_a)
         if TAPS_B > 0:
             mask = (e < E)[None, :] & (k_b < TAPS)[:, None]
             acc = tl.dot(x_b, tl.load(gW + e[None, :] * TAPS + k_b[:, None], mask=mask, other=0.0), acc)
-        finish_tokens(acc, gOut, gBias, gPos, m, valid, e, first, tokens, E, STREAMING)
+        finish_tokens(acc, out, gBias, gPos, m, valid, e, first, e0, tokens, E, BOXES)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -349,7 +356,7 @@ def patchify_forward_tiled(
     gW,
     gBias,
     gPos,
-    gOut,
+    out,
     M,
     tokens,
     grid_h,
@@ -378,14 +385,15 @@ def patchify_forward_tiled(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPAN: tl.constexpr,
-    STREAMING: tl.constexpr,
+    BOXES: tl.constexpr,
 ):
     """One program: BLOCK_M tokens, BLOCK_E features, all taps. Programs walk GROUP rows of tiles column by column."""
     COLUMNS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     row = tl.program_id(0) // (GROUP * COLUMNS) * GROUP
     rows = min(tl.cdiv(M, BLOCK_M) - row, GROUP)
     first = (row + tl.program_id(0) % (GROUP * COLUMNS) % rows) * BLOCK_M
-    e = tl.program_id(0) % (GROUP * COLUMNS) // rows * BLOCK_E + tl.arange(0, BLOCK_E)
+    e0 = tl.program_id(0) % (GROUP * COLUMNS) // rows * BLOCK_E
+    e = e0 + tl.arange(0, BLOCK_E)
     m = first + tl.arange(0, BLOCK_M)
     valid = m < M
     steps = patch_steps(stride_b, stride_c, stride_t, stride_h, stride_w, VEC)
@@ -407,7 +415,7 @@ def patchify_forward_tiled(
                 acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     if SPAN > 0:
         acc += total
-    finish_tokens(acc, gOut, gBias, gPos, m, valid, e, first, tokens, E, STREAMING)
+    finish_tokens(acc, out, gBias, gPos, m, valid, e, first, e0, tokens, E, BOXES)
 
 
 def _halves(taps: int) -> tuple[int, int]:
@@ -416,20 +424,27 @@ def _halves(taps: int) -> tuple[int, int]:
     return first, 0 if taps <= first else max(16, power_of_two(taps - first))
 
 
-def _chunk(features: int, config: Config) -> int:
-    """Share the features evenly among the fewest programs: whole tiles, no more than config.chunk."""
-    share = triton.cdiv(features, triton.cdiv(features, config.chunk))
-    return triton.cdiv(share, config.features) * config.features
+@lru_cache(maxsize=1024)
+def _share(rows: int, tiles: int, together: int) -> int:
+    """Choose how many of a row's tiles of features a resident program walks: the shortest run of the GPU.
+
+    The last programs to start decide; reading its patches costs a program as much as a tile.
+    """
+
+    def time(programs: int) -> int:
+        return triton.cdiv(rows * programs, together) * (triton.cdiv(tiles, programs) + 1)
+
+    return triton.cdiv(tiles, min(range(1, tiles + 1), key=time))
 
 
 def _forward_constants(
     kernel: str, geometry: Geometry, features: int, dtype: torch.dtype, config: Config
 ) -> dict[str, Any]:
     constants = {"E": features, **geometry.constants(), "BLOCK_M": config.tokens, "BLOCK_E": config.features}
-    constants["STREAMING"] = config.streaming
+    constants["BOXES"] = config.boxes
     if kernel.startswith("resident"):
         first, second = _halves(geometry.taps)
-        return {**constants, "TAPS_A": first, "TAPS_B": second, "CHUNK": _chunk(features, config)}
+        return {**constants, "TAPS_A": first, "TAPS_B": second}
     return {**constants, "GROUP": GROUP, "BLOCK_K": config.taps, "SPAN": span_of(dtype)}
 
 
@@ -444,19 +459,32 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None, 
         return out
     kernel = kernel_for(geometry, x.dtype)
     config = config or CONFIGS[kernel][0]
+    config = config._replace(boxes=config.boxes and _takes_boxes(out))
     rows = triton.cdiv(count, config.tokens)
+    tiles = triton.cdiv(features, config.features)
     resident = kernel.startswith("resident")
-    programs = rows * triton.cdiv(features, _chunk(features, config) if resident else config.features)
-    arguments = (x, *(None if each is None else each.contiguous() for each in (weight, bias, pos)), out, count)
+    shared = (_share(rows, tiles, config.together),) if resident else ()
+    programs = rows * triton.cdiv(tiles, *shared or (1,))
+    target: Any = out
+    if config.boxes:
+        target = TensorDescriptor(out, [count, features], [features, 1], [config.tokens, config.features])
+    arguments = (x, *(None if each is None else each.contiguous() for each in (weight, bias, pos)), target, count)
     with on(x):
         (patchify_forward_resident if resident else patchify_forward_tiled)[(programs,)](
             *arguments,
             *geometry.numbers(),
+            *shared,
             **_forward_constants(kernel, geometry, features, x.dtype, config),
             num_warps=config.warps,
             num_stages=config.stages,
         )
     return out
+
+
+def _takes_boxes(out: Tensor) -> bool:
+    """Whether the tensor memory accelerator can write these tokens; the interpreter always does as if."""
+    wide = out.shape[2] * out.element_size() % 16 == 0
+    return wide and (not out.is_cuda or torch.cuda.get_device_capability(out.device) >= (9, 0))
 
 
 def on(x: Tensor) -> Any:
@@ -472,7 +500,8 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp
 
 def describe(dtype: torch.dtype) -> dict[str, str]:
     """Give the types of the forward's arguments, for `specializations`."""
-    return dict.fromkeys(("gX", "gW", "gBias", "gPos", "gOut"), POINTERS[dtype]) | dict.fromkeys(PLAIN, "i32")
+    tensors = dict.fromkeys(("gX", "gW", "gBias", "gPos", "out"), POINTERS[dtype])
+    return tensors | dict.fromkeys([*PLAIN, "share"], "i32")
 
 
 # (name, video, patch, features, dtype, with position): each kernel, short and long rows of a patch, ragged or not.
@@ -505,6 +534,9 @@ def specializations() -> Iterator[Specialization]:
             constants |= {} if pos else {"gPos": None}
             options = {"num_warps": config.warps, "num_stages": config.stages}
             label = f"{fn.__name__}/{name}/{config.tokens}x{config.features}x{config.taps}"
-            label += "/streaming" if config.streaming else ""
-            yield Specialization(label, fn, describe(dtype), constants, options, tuple(PLAIN))
+            types = describe(dtype)
+            if config.boxes:
+                label += "/boxes"
+                types["out"] = f"tensordesc<{POINTERS[dtype][1:]}[{config.tokens},{config.features}]>"
+            yield Specialization(label, fn, types, constants, options, (*PLAIN, "share"))
         seen.add(kernel)

@@ -28,12 +28,13 @@ from stattn.kernels.patchify import (
     PLAIN,
     POINTERS,
     Geometry,
+    as_rows,
     cases,
     check_count,
+    gather_patches,
     on,
     patch_steps,
     place,
-    read_patches,
     span_of,
     tap,
     within,
@@ -69,8 +70,8 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         Config(32, 128, 64, 4, 4),
     ),
     "dweight-wide": (
+        Config(64, 128, 128, 8, 3),
         Config(64, 128, 64, 8, 4),
-        Config(32, 128, 128, 8, 4),
     ),
     "dweight-float32": (Config(16, 64, 32, 4, 3),),
 }
@@ -208,34 +209,55 @@ def patchify_dweight(
     end = min(begin + share, M)
     steps = patch_steps(stride_b, stride_c, stride_t, stride_h, stride_w, VEC)
     sizes = (size_t, size_h, size_w)
+    # Patches that go to shared memory by way of registers are asked for one step ahead.
+    AHEAD: tl.constexpr = RUN * gX.dtype.element_ty.primitive_bitwidth < 128
+    # dbias is a product with ones, where products are on tensor cores: sums across threads would take longer.
+    ONES: tl.constexpr = gX.dtype.element_ty.primitive_bitwidth == 16
     acc = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
     total = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
-    bias_acc = tl.zeros([BLOCK_E], tl.float32)
-    bias_total = tl.zeros([BLOCK_E], tl.float32)
+    bias_acc = tl.zeros([BLOCK_E, 16] if ONES else [BLOCK_E], tl.float32)
+    bias_total = tl.zeros([BLOCK_E, 16] if ONES else [BLOCK_E], tl.float32)
+    ones = tl.full([BLOCK_M, 16], 1.0, gX.dtype.element_ty)
+    if AHEAD:
+        m = begin + tl.arange(0, BLOCK_M)
+        at = place(m, tokens, grid_h, grid_w, steps, PT, PH, PW, VEC)
+        ahead = gather_patches(
+            gX, at, m < end, k0, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, BLOCK_K
+        )
     for m0 in tl.range(begin, end, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         valid = m < end
         rows = gDout + ((m // tokens).to(tl.int64) * dout_b + (m % tokens).to(tl.int64) * dout_n)
         dout = tl.load(rows[:, None] + e[None, :], mask=valid[:, None] & (e < E)[None, :], other=0.0)
+        if AHEAD:
+            x = as_rows(ahead, valid, BLOCK_K)
+            m += BLOCK_M
         at = place(m, tokens, grid_h, grid_w, steps, PT, PH, PW, VEC)
-        x = read_patches(
-            gX, at, valid, k0, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, BLOCK_K
+        ahead = gather_patches(
+            gX, at, m < end, k0, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, BLOCK_K
         )
+        if not AHEAD:
+            x = as_rows(ahead, valid, BLOCK_K)
         acc = tl.dot(tl.trans(dout), x, acc, input_precision="ieee")
         if gDbias is not None:
-            bias_acc += tl.sum(dout.to(tl.float32), axis=0)
+            if ONES:
+                bias_acc = tl.dot(tl.trans(dout), ones, bias_acc)
+            else:
+                bias_acc += tl.sum(dout, axis=0)
         if SPAN > 0:
             if (m0 - begin + BLOCK_M) % SPAN == 0:
                 total += acc
                 acc = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
                 bias_total += bias_acc
-                bias_acc = tl.zeros([BLOCK_E], tl.float32)
+                bias_acc = tl.zeros([BLOCK_E, 16] if ONES else [BLOCK_E], tl.float32)
     if SPAN > 0:
         acc += total
         bias_acc += bias_total
     where = gDw + part * E * TAPS + e[:, None] * TAPS + k[None, :]
     tl.store(where, acc.to(gDw.dtype.element_ty), mask=(e < E)[:, None] & (k < TAPS)[None, :])
     if gDbias is not None:
+        if ONES:
+            bias_acc = tl.max(bias_acc, axis=1)  # the columns are the same
         tl.store(gDbias + part * E + e, bias_acc.to(gDbias.dtype.element_ty), mask=(e < E) & (k0 == 0))
 
 

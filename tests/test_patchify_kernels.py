@@ -472,6 +472,30 @@ def test_graphs_replay_new_videos_and_any_stream_will_do():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", REAL)
+def test_250_runs_beside_another_stream_give_the_same_bits(case):
+    inputs = problem(case, torch.bfloat16, "cuda", torch.randn)
+    x, weight, bias, pos, dout = inputs
+    geometry = Geometry.of(tuple(x.shape), x.stride(), case[3], 2)
+    forward = kernels.CONFIGS[kernels.kernel_for(geometry, x.dtype)]
+    kinds = (patchify_bwd.kernel_for(kind, geometry.taps, x.dtype) for kind in ("dx", "dweight"))
+    dx, dweight = (patchify_bwd.CONFIGS[kind] for kind in kinds)
+    calls = [
+        lambda: run(inputs, "triton"),
+        *(lambda each=each: (kernels.forward(x, weight, bias, pos, each),) for each in forward),
+        *(lambda each=each: (patchify_bwd.dx(dout, weight, x.shape[2:], each),) for each in dx),
+        *(lambda each=each: patchify_bwd.dweight(dout, x, case[3], bias.dtype, each) for each in dweight),
+    ]
+    noise, other = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+    for number, call in enumerate(calls):
+        first = call()
+        for _ in range(50 if number else 250):
+            with torch.cuda.stream(other):
+                noise @ noise
+            assert all(torch.equal(a, b) for a, b in zip(call(), first, strict=True))
+
+
+@pytest.mark.gpu
 def test_the_second_device_runs_while_the_first_is_current():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
