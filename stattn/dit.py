@@ -452,7 +452,7 @@ class DiT(nn.Module):
                 tokens, text = block(tokens, text, e, e_text, here)
 
         shift, scale = _modulation(self.scale_shift_table, temb.unsqueeze(-2))
-        return self.proj_out(self.norm_out(tokens, scale, shift, at.frames))
+        return self.norm_out.project(self.proj_out, tokens, scale, shift, at.frames)
 
     def modulations(self, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Embed noise levels [...] as [..., dim]; project them to the six of a block, and to those of its text."""

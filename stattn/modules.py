@@ -9,12 +9,13 @@ CrossAttention      the text cross-attention of Wan                             
 ModulatedNorm       nn.LayerNorm or nn.RMSNorm, then x * (1 + scale) + shift    weight, bias when affine
 GatedResidual       x + gate * y, and the modulated norm that follows           none
 QKNormRope          RMSNorm of q and k, then the 3-D rotary embedding           norm_q.weight norm_k.weight
+FeedForward         nn.Sequential of nn.Linear, nn.GELU("tanh"), nn.Linear      0.weight 0.bias 2.weight 2.bias
 DenoiseStep         guidance, prediction, solver update and known region        none
 ==================  ==========================================================  =================================
 
-Each carries ``impl``: one implementation name for all its operations, or a mapping from stem (``STEMS``) to name in
-which ``"*"`` stands for the rest. `stattn.accelerate` sets it, and the mask of every SpaceTimeAttention, on a whole
-model.
+Each but CrossAttention and FeedForward, whose operations are PyTorch's, carries ``impl``: one implementation name for
+all its operations, or a mapping from stem (``STEMS``) to name in which ``"*"`` stands for the rest. `stattn.accelerate`
+sets it, and the mask of every SpaceTimeAttention, on a whole model.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ from stattn.ops._dispatch import NAMES, impl_for
 from stattn.ops.attention import attention
 from stattn.ops.denoise import denoise_step
 from stattn.ops.gate import gate_residual, gate_residual_modulate
+from stattn.ops.linear_gelu import linear_gelu
 from stattn.ops.modulate import modulate
+from stattn.ops.modulate_linear import modulate_linear
 from stattn.ops.patchify import patchify3d
 from stattn.ops.qk_norm_rope import qk_norm_rope
 from stattn.rope import RopeTables
@@ -154,6 +157,32 @@ class ModulatedNorm(nn.Module):
             x,
             scale,
             shift,
+            norm=self.norm,
+            weight=self.weight,
+            bias=self.bias,
+            eps=self.eps,
+            frames=frames,
+            impl=impl_for(self.impl, "modulate"),
+        )
+
+    def project(
+        self,
+        linear: nn.Linear,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        frames: int | None = None,
+    ) -> Tensor:
+        """Return linear(self(x, scale, shift, frames)), in one pass where ``stattn.modulate_linear`` has one."""
+        # Autocast casts a linear layer's inputs, and a layer in its place (an adapter, say) is called as it is.
+        if torch.is_autocast_enabled(x.device.type) or type(linear) is not nn.Linear:
+            return linear(self(x, scale, shift, frames))
+        return modulate_linear(
+            x,
+            scale,
+            shift,
+            linear.weight,
+            linear.bias,
             norm=self.norm,
             weight=self.weight,
             bias=self.bias,
@@ -472,8 +501,7 @@ class CrossAttention(nn.Module):
 class FeedForward(nn.Sequential):
     """Linear, GELU (tanh), Linear: an nn.Sequential with its parameters, 0 and 2.
 
-    On a GPU, without gradients, GELU rides the first product: it is taken of the fp32 sums, which are rounded once
-    behind it, and not before it too.
+    GELU rides on the first product where ``stattn.linear_gelu`` lets it.
     """
 
     def __init__(self, dim: int, ffn_dim: int):
@@ -483,16 +511,10 @@ class FeedForward(nn.Sequential):
         """Return [..., dim] from x [..., dim]."""
         first: nn.Module = self[0]
         # A layer that was put in the first one's place (an adapter, say) is called as it is.
-        if (
-            type(first) is not nn.Linear
-            or not x.is_cuda
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cuda")
-        ):
+        if type(first) is not nn.Linear or first.bias is None:
             out: Tensor = super().forward(x)
         else:
-            h = torch._addmm_activation(first.bias, x.flatten(0, -2), first.weight.t(), use_gelu=True)
-            out = self[2](h.unflatten(0, x.shape[:-1]))
+            out = self[2](linear_gelu(x, first.weight, first.bias))
         return out
 
 
