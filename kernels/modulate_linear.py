@@ -44,7 +44,7 @@ class Config(NamedTuple):
     stages: int
 
 
-CONFIGS = (Config(64, 128, 8, 4), Config(64, 64, 4, 5), Config(128, 64, 8, 4))
+CONFIGS = (Config(64, 64, 4, 4), Config(64, 64, 4, 5), Config(128, 64, 8, 4))
 # Features that one tile of sums holds.
 MAX_FEATURES = 256
 # The tile of the small kernel, features x channels.
@@ -184,9 +184,14 @@ def forward(
             x, scales.tensor, weight, matrix, of_factor, of_term, out, tokens, groups.per_sample, groups.rows,
             x.stride(0), x.stride(1), scales.stride_b, scales.stride_r, eps,
             C=channels, N=features, LAYER=norm == "layer", SCALE=scales.kind, **_blocks(features, config),
-            num_warps=config.warps,
+            num_warps=_warps(features, config),
         )  # fmt: skip
     return out
+
+
+def _warps(features: int, config: Config) -> int:
+    """Return the warps of a program: twice as many hold the sums of more than 128 features."""
+    return config.warps if features <= 128 else 2 * config.warps
 
 
 def _blocks(features: int, config: Config) -> dict[str, int]:
@@ -208,10 +213,12 @@ def specializations() -> Iterator[Specialization]:
         "eps": "fp32",
     }
     unaligned = ("tokens", "groups", "rows")
-    shape: dict[str, Any] = {"C": 5120, "N": 64, "weight": None, "SCALE": GROUP.value}
+    shape: dict[str, Any] = {"C": 5120, "weight": None, "SCALE": GROUP.value}
     for number, config in enumerate(CONFIGS):
-        constants = {**shape, **_blocks(64, config), "LAYER": True}
-        options = {"num_warps": config.warps}
-        yield Specialization(f"modulate_linear/{number}", modulate_linear, types, constants, options, unaligned)
-    small = {"BLOCK_N": VECTOR_FEATURES, "BLOCK_C": VECTOR_CHANNELS, "bias": None, "SHIFT": GROUP.value}
+        for features in (64, MAX_FEATURES)[: 1 if number else 2]:
+            constants = {**shape, "N": features, **_blocks(features, config), "LAYER": True}
+            options = {"num_warps": _warps(features, config)}
+            name = f"modulate_linear/{features}/{number}"
+            yield Specialization(name, modulate_linear, types, constants, options, unaligned)
+    small = {"N": 64, "BLOCK_N": VECTOR_FEATURES, "BLOCK_C": VECTOR_CHANNELS, "bias": None, "SHIFT": GROUP.value}
     yield Specialization("vector_products", vector_products, types, {**shape, **small}, {"num_warps": 4}, unaligned)

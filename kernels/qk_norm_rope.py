@@ -52,10 +52,10 @@ class Config(NamedTuple):
 
 
 CONFIGS = (
-    Config(elements=64, rows=1, back_elements=24, back_registers=168, back_stages=3),
-    Config(elements=32, rows=1, back_elements=24, back_registers=168, back_stages=2),
+    Config(elements=64, rows=1, back_elements=20, back_registers=128, back_stages=3),
+    Config(elements=32, rows=1, back_elements=24, back_registers=168, back_stages=3),
     Config(elements=64, rows=4, back_elements=24, back_registers=232, back_stages=4),
-    Config(elements=32, rows=4, back_elements=24, back_registers=168, back_stages=4),
+    Config(elements=32, rows=4, back_elements=20, back_registers=128, back_stages=4),
 )
 SMS, REGISTERS = 132, 65536  # of an H200
 MOST_WARPS = 16
@@ -513,8 +513,9 @@ def _backward_constants(
     warps, chunk = _shapes(heads, dim, size, interleaved, config.back_elements)
     # Rows of x and of dy in flight, one of each in registers.
     stages = max(1, min(config.back_stages, 1 + IN_FLIGHT // (2 * heads * dim * size)))
-    most = REGISTERS // (32 * warps)
-    registers = min(config.back_registers if size == 2 else 255, most)
+    # Features half a head apart are loads of their own, and so are their addresses.
+    wanted = config.back_registers if interleaved else config.back_registers + 40
+    registers = min(wanted if size == 2 else 255, REGISTERS // (32 * warps))
     return warps, registers, {"HEADS": heads, "CHUNK": chunk, "STAGES": stages}
 
 

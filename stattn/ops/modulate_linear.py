@@ -12,7 +12,7 @@ from stattn.ops._dispatch import Implementation, Operation
 from stattn.ops.modulate import check_norm, dtypes_of, is_per_token, modulate
 from stattn.reference.modulate_linear import modulate_linear as reference
 
-# Features that one tile of the kernel holds.
+# As kernels/modulate_linear.py says, which is not imported before it is needed: features that one tile holds.
 MAX_FEATURES = 256
 
 
