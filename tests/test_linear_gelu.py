@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stattn.modules import FeedForward
+from stattn.modules import FeedForward, ModulatedNorm
 from stattn.ops.linear_gelu import linear_gelu
 from stattn.reference.linear_gelu import linear_gelu as reference
 
@@ -94,3 +94,16 @@ def test_gradients_and_a_compiled_call_on_a_gpu():
     with torch.no_grad():
         compiled = torch.compile(linear_gelu, fullgraph=True)(*given)
         torch.testing.assert_close(compiled, linear_gelu(*given), rtol=2e-2, atol=2e-2)
+
+
+def test_a_layer_in_the_place_of_a_linear_one_is_called_as_it_is():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    module = FeedForward(12, 20)
+    module[0] = Doubled(12, 20)
+    norm, last = ModulatedNorm(12), Doubled(12, 3)
+    x = torch.randn(2, 5, 12)
+    assert torch.equal(module(x), module[2](nn.functional.gelu(module[0](x), approximate="tanh")))
+    assert torch.equal(norm.project(last, x), last(norm(x)))
