@@ -44,9 +44,7 @@ def test_step(
     if device != there:
         pytest.skip(f"measures the {there.upper()}, this machine measures the {device.upper()}")
     shape = bench_models.SHAPES[name].of_layers(layers)
-    calls = bench_runs.measure_step(
-        report, shape, wanted or bench_models.names(shape, device), device, rounds=5 if device == "cuda" else 3
-    )
+    calls = bench_runs.measure_step(report, shape, wanted or bench_models.names(shape, device), device, rounds=3)
 
     def run() -> None:
         calls["stattn-dense"]()

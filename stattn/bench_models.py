@@ -146,7 +146,7 @@ class Contender:
     name: str
     call: Callable[[Tensor, Tensor, Tensor], Tensor]
     mask: Mask
-    attend: Callable[[Tensor, Tensor, Tensor], Any] | None
+    attend: Callable[[Tensor, Tensor, Tensor], Any] | None = None
 
 
 def names(shape: ModelShape, device: str) -> list[str]:

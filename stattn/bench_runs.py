@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -73,91 +74,86 @@ def decibels(error: float) -> float:
 # --- one denoising step ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Entrant:
+    """A contender that computes what it should. error: of its output to that of dense attention by another
+    implementation, relative. memory: its peak, in GiB, on a GPU."""
+
+    contender: Contender
+    error: float
+    memory: float | None
+
+
 def build(
     report: results.Report, wanted: Iterable[str], model: DiT, shape: ModelShape, given: Inputs
-) -> dict[str, tuple[Contender, float]]:
-    """Build the contenders and compare them with the truth under their masks; each with its error.
+) -> dict[str, Entrant]:
+    """Build the contenders and compare them with the truth under their masks.
 
     A contender passes that is at most twice as far from it as PyTorch's own operations in the same dtype are.
     """
-    found: dict[str, tuple[Contender, float]] = {}
-    truths: dict[Mask, Tensor] = {}
-    eager = contender("eager", model, shape)
-    eps = torch.finfo(given.x.dtype).eps
-    with torch.no_grad():
-        truths[eager.mask] = truth(model, given, eager.mask)
-        allowed = 2 * relative_error(eager.call(*given), truths[eager.mask]) + 8 * eps
-        for name in wanted:
-            start = time.perf_counter()
-            try:
-                made = contender(name, model, shape)
-            except ImportError:
-                report.versions[name] = "not installed"
-                continue
-            if name == "diffusers":
-                report.versions[name] = metadata.version(name)
-            if made.mask not in truths:
-                truths[made.mask] = truth(model, given, made.mask)
-            error = relative_error(made.call(*given), truths[made.mask])
-            if not error <= allowed:
-                raise WrongResult(f"{name}: relative error {error:.2e}, allowed are {allowed:.2e}")
-            found[name] = made, error
-            seconds = time.perf_counter() - start
-            print(f"{name}: relative error {error:.1e}, built in {seconds:.0f} s", file=sys.stderr, flush=True)
+    found: dict[str, Entrant] = {}
+    dense = truth(model, given, masks.full())
+    truths: dict[Mask, Tensor] = {masks.full(): dense}
+    eager = contender("eager", model, shape).call(*given)
+    allowed = 2 * relative_error(eager, dense) + 8 * torch.finfo(given.x.dtype).eps
+    for name in wanted:
+        start = time.perf_counter()
+        try:
+            made = contender(name, model, shape)
+        except ImportError:
+            report.versions[name] = "not installed"
+            continue
+        if name == "diffusers":
+            report.versions[name] = metadata.version(name)
+        if made.mask not in truths:
+            truths[made.mask] = truth(model, given, made.mask)
+        with peak_memory(given.x.device.type) as memory:
+            out = made.call(*given)
+        error = relative_error(out, truths[made.mask])
+        if not error <= allowed:
+            raise WrongResult(f"{name}: relative error {error:.2e}, allowed are {allowed:.2e}")
+        found[name] = Entrant(made, relative_error(out, dense), memory.get("GiB"))
+        seconds = time.perf_counter() - start
+        print(f"{name}: relative error {error:.1e}, built in {seconds:.0f} s", file=sys.stderr, flush=True)
     return found
 
 
+@torch.no_grad()
 def measure_step(
     report: results.Report, shape: ModelShape, wanted: Sequence[str], device: str, *, rounds: int = 7
 ) -> dict[str, Callable[[], Any]]:
     """Time one prediction of a model by each contender; returns what was timed.
 
     Rows step/<shape>/<contender>: milliseconds beside diffusers (or eager), and behind it attention (self-attention of
-    all layers, timed alone), density, rate (of the arithmetic that the mask leaves), memory (at the peak), and snr (of
-    the prediction to that of dense attention by another implementation, in dB).
+    all layers, timed alone), density, rate (of the arithmetic that the mask leaves), memory (at the peak, of a first
+    call), and snr (of the prediction to that of dense attention by another implementation, in dB).
     """
     dtype = dtype_of(device)
     model = random_model(shape, device, dtype)
     given = random_inputs(shape, device, dtype)
     found = build(report, wanted, model, shape, given)
     baseline = next((name for name in ("diffusers", "compiled", "eager") if name in found), None)
-    with torch.no_grad():
-        calls: dict[str, Callable[[], Any]] = {name: partial(each.call, *given) for name, (each, _) in found.items()}
-        timings = results.time_contenders(calls, device=device, rounds=rounds, warmup=1)
-        times = _attention_times(found, shape, device, dtype)
-        dense = truth(model, given, masks.full())
-        for name, (each, error) in found.items():
-            row = f"step/{shape.name}/{name}"
-            timing = timings[name]
-            beside = None if baseline in (None, name) else (f"step/{shape.name}/{baseline}", timings[str(baseline)])
-            report.results.append(results.Result.of(row, timing, baseline=beside, checked=True))
-            if name in times:
-                add(report, f"{row}/attention", "ms", times[name] * shape.config.layers)
-            add(report, f"{row}/density", "fraction", each.mask.density(shape.grid))
-            work = model.flops(shape.grid, each.mask, text_len=given.text.shape[1])
-            scale, unit = (1e-9, "TFLOP/s") if device == "cuda" else (1e-6, "GFLOP/s")
-            add(report, f"{row}/rate", unit, work / timing.median * scale)
-            if each.mask != masks.full():
-                error = relative_error(each.call(*given), dense)
-            add(report, f"{row}/snr", "dB", decibels(error))
-            with peak_memory(device) as memory:
-                each.call(*given)
-            for unit, value in memory.items():
-                add(report, f"{row}/memory", unit, value)
-    return calls
-
-
-def _attention_times(
-    found: dict[str, tuple[Contender, float]], shape: ModelShape, device: str, dtype: torch.dtype
-) -> dict[str, float]:
-    """Time each contender's self-attention of one layer alone, in milliseconds."""
+    calls: dict[str, Callable[[], Any]] = {name: partial(each.contender.call, *given) for name, each in found.items()}
+    timings = results.time_contenders(calls, device=device, rounds=rounds, warmup=1)
     qkv = attention_inputs(shape, device, dtype)
-    calls: dict[str, Callable[[], Any]] = {
-        name: partial(each.attend, *qkv) for name, (each, _) in found.items() if each.attend is not None
+    parts: dict[str, Callable[[], Any]] = {
+        name: partial(each.contender.attend, *qkv) for name, each in found.items() if each.contender.attend is not None
     }
-    if not calls:
-        return {}
-    return {name: timing.median for name, timing in results.time_contenders(calls, device=device, rounds=5).items()}
+    alone = results.time_contenders(parts, device=device, rounds=3, warmup=1)
+    for name, each in found.items():
+        row, timing, mask = f"step/{shape.name}/{name}", timings[name], each.contender.mask
+        beside = None if baseline in (None, name) else (f"step/{shape.name}/{baseline}", timings[str(baseline)])
+        report.results.append(results.Result.of(row, timing, baseline=beside, checked=True))
+        if name in alone:
+            add(report, f"{row}/attention", "ms", alone[name].median * shape.config.layers)
+        add(report, f"{row}/density", "fraction", mask.density(shape.grid))
+        work = model.flops(shape.grid, mask, text_len=given.text.shape[1])
+        scale, unit = (1e-9, "TFLOP/s") if device == "cuda" else (1e-6, "GFLOP/s")
+        add(report, f"{row}/rate", unit, work / timing.median * scale)
+        add(report, f"{row}/snr", "dB", decibels(each.error))
+        if each.memory is not None:
+            add(report, f"{row}/memory", "GiB", each.memory)
+    return calls
 
 
 def attention_inputs(shape: ModelShape, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
