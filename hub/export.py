@@ -9,6 +9,7 @@ are rewritten here; the sources know nothing of it.
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import sys
@@ -21,7 +22,6 @@ PARTS = (
     "masks", "modules", "ops", "pictures", "plan", "problem", "ranges", "reference", "rope", "tables",
 )  # fmt: skip
 
-FUTURE = "from __future__ import annotations\n"
 IMPORT = re.compile(r"^(\s*)from stattn(\.[\w.]+)? import ", re.MULTILINE)
 OPERATION = re.compile(r"torch\.ops\.stattn\b")
 LIBRARY = re.compile(r'torch\.library\.Library\("stattn"')
@@ -40,8 +40,16 @@ def rewrite(text: str, depth: int) -> str:
         text = NAME.sub(lambda found: f"_named({found[1]})" if found[1] else f'_named("{found[2]}")', text)
         wanted.append("add_op_namespace_prefix as _named")
     if wanted:
-        text = text.replace(FUTURE, f"{FUTURE}\nfrom {here}_ops import {', '.join(wanted)}\n", 1)
+        # Behind the docstring and what must come before all other imports.
+        first = ast.parse(text).body
+        last = max(node.end_lineno or 0 for node in first if node is first[0] or _is_future(node))
+        lines = text.splitlines(keepends=True)
+        text = "".join([*lines[:last], f"\nfrom {here}_ops import {', '.join(wanted)}\n", *lines[last:]])
     return text
+
+
+def _is_future(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
 
 
 def export(folder: Path) -> Path:

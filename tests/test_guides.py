@@ -54,7 +54,7 @@ def test_the_code_of_a_guide_runs_and_prints_what_it_says(path, tmp_path, monkey
 
 @pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
 def test_links_and_commands_of_a_guide_exist(path):
-    text = re.sub(r"^```python\n.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```python( gpu)?\n.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (path.parent / link).exists(), link
