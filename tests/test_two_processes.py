@@ -6,7 +6,14 @@ import two_processes
 from two_processes import loss, samples, ulysses, video_model
 
 pytestmark = pytest.mark.slow
-TASKS = [("ulysses", ("wan2.2-ti2v",)), ("ulysses", ("ltx",)), ("ring", ()), ("data_parallel", ()), ("sharded", ())]
+TASKS = [
+    ("ulysses", ("wan2.2-ti2v",)),
+    ("ulysses", ("ltx",)),
+    ("ring", ()),
+    ("data_parallel", ()),
+    ("sharded", ()),
+    ("host", ()),
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,3 +39,7 @@ def test_gradients_are_those_of_one_process(found, how):
     loss(model, samples()).backward()
     want = [parameter.grad for parameter in model.parameters()]
     torch.testing.assert_close(found[str((how, ()))], want, atol=1e-6, rtol=1e-4)
+
+
+def test_an_accelerated_transformer_is_sharded_like_any(found):
+    torch.testing.assert_close(found[str(("host", ()))], two_processes.host(shard=False), atol=1e-6, rtol=1e-4)

@@ -120,6 +120,29 @@ def sharded() -> list[torch.Tensor]:
     return [parameter.grad.full_tensor().clone() for parameter in model.parameters()]
 
 
+def host(shard: bool = True) -> list[torch.Tensor]:
+    """Gradients of an accelerated Wan under FSDP2, a sample a process; without shard, those of all samples in one."""
+    from hosts import FAMILIES, first
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    family = FAMILIES["wan"]
+    transformer, call = family.build().requires_grad_(True), family.inputs(GRID, SIZE)
+    transformer.enable_gradient_checkpointing()
+    handle = stattn.accelerate(transformer.train(), masks.window(1, 2, 3))
+    if shard:
+        mesh = init_device_mesh("cpu", (SIZE,))
+        for block in transformer.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(transformer, mesh=mesh)
+        call = {name: value[dist.get_rank() :][:1] for name, value in call.items()}
+    first(transformer(**call)).square().mean().backward()
+    assert handle.report()[0].norm_rope == "fused"
+    grads = [parameter.grad for parameter in transformer.parameters()]
+    return [grad.full_tensor().clone() if shard else grad for grad in grads]
+
+
 def work(rank: int, folder: str, tasks: list[tuple[str, Any]]) -> None:
     """Run tasks, a function's name and its arguments each, in one of the processes; the first leaves the results."""
     torch.set_num_threads(1)
