@@ -6,7 +6,10 @@
 // ring and each warpgroup leaves out what is not its own: keys are read once for all. Where lists are strangers, three
 // warps bring three lists through three rings, a third as deep each, and warpgroups wait for nothing but their own keys.
 //
-// Keys and values take turns in a ring, K_0, K_1, V_0, K_2, V_1, ...: a stage is free again as soon as one product is done.
+// Keys and values take turns in a ring, and a stage is free again as soon as one product is done. In the joint ring keys
+// run one box ahead, K_0, K_1, V_0, K_2, V_1, ..., and products run under the softmax as in attention_fwd.cuh. A ring of
+// three stages cannot have all of K_i, V_i-1, K_i+1 and V_i; there a box is finished before the next, K_0, V_0, K_1, ...,
+// each copy has the time of a whole box to come, and the products of the other warpgroups run under the softmax.
 #pragma once
 
 #include "attention_fwd.cuh"
@@ -91,6 +94,7 @@ struct ListLoader {
     uint32_t ring, barriers;  // of the first stage
     int depth, k_x, v_x;
     Place place;
+    bool ahead;   // keys run one box ahead of values
     int t, h, w;  // of the box whose values are still to come
     bool waiting = false;
 
@@ -104,8 +108,9 @@ struct ListLoader {
     }
     __device__ __forceinline__ void visit(int box_t, int box_h, int box_w) {
         load(&p.k_map, box_t, box_h, box_w, k_x);
-        finish();
+        if (ahead) finish();
         t = box_t, h = box_h, w = box_w, waiting = true;
+        if (!ahead) finish();
     }
 };
 
@@ -120,7 +125,7 @@ __device__ __forceinline__ void produce(const ListParameters& l, uint32_t shared
     const int head = work.tile.head / p.queries_per_key, first = group * S::OWN;
     ListLoader<S> loader{p, shared + S::RING_AT + first * S::BOX, barriers + 8 * first, joint ? S::STAGES : S::OWN,
                          work.tile.batch * p.k_x.batch + head * p.k_x.head,
-                         work.tile.batch * p.v_x.batch + head * p.v_x.head};
+                         work.tile.batch * p.v_x.batch + head * p.v_x.head, {}, joint};
     int next = count > 0 ? __ldg(list) : 0;
     for (int number = 0; number < count; ++number) {
         const int entry = next;
@@ -242,9 +247,9 @@ struct ListConsumer {
         release(k);
         if constexpr (MASKED) mask.apply(scores);
         float top[2], factor[2];
-        find_tops<true>(scores, rows, top, factor, at.c);
+        const bool moved = find_tops<true>(scores, rows, top, factor, at.c);
         weigh<true, typename S::Element>(scores, weights, rows, top, factor, at.c);
-        rescale(out, factor);
+        if (__any_sync(0xFFFFFFFF, moved)) rescale(out, factor);
     }
 
     template <bool MASKED>
@@ -308,45 +313,65 @@ __device__ __forceinline__ void consume_lists(const ListParameters& l, uint32_t 
 #pragma unroll
     for (int i = 0; i < S::D / 2; ++i) state.out[i] = 0.0f;
     barrier_wait(S::full_q(barriers, group), 0);
-    bool started = false;  // whether there are weights whose output is still to come
     const int boxes = number * l.boxes;
-    int next = number > 0 ? __ldg(list) : 0, entry = 0, inside = l.boxes;
-    // A loop over all boxes of all entries: `inside` counts the boxes of an entry.
-#pragma unroll 1
-    for (int box = 0; box < boxes; ++box) {
-        if (inside == l.boxes) {
-            entry = next, inside = 0;
-            ++list;
-            if (box + l.boxes < boxes) next = __ldg(list);
-        }
-        const bool first = box == 0, last = box == boxes - 1;
-        if (!(entry >> (ENTRY_SEES + group) & 1)) {
-            if (started) state.finish();
-            started = false;
-            state.next_values(first, last);
-            state.leave_out();
-        } else {
-            const bool partial = entry >> (ENTRY_PARTIAL + group) & 1;
-            if (partial || entry >> ENTRY_EDGE & 1) {
-                const int3 tile = l.entry.tile(entry);
-                const int w = inside % l.parts[2], h = inside / l.parts[2] % l.parts[1], t = inside / l.parts[2] / l.parts[1];
-                const Seen seen{tile.x * l.parts[0] + t, tile.y * l.parts[1] + h, tile.z * l.parts[2] + w, partial};
-                if (started)
-                    state.template step<true>(seen);
-                else
-                    state.template begin<true>(seen);
-            } else if (started) {
-                state.template step<false>({});
-            } else {
-                state.template begin<false>({});
-            }
-            started = true;
-            state.next_values(first, last);
-        }
-        state.next_keys(first);
+    int next = number > 0 ? __ldg(list) : 0, entry = 0, inside = l.boxes - 1;
+    // The next box: `inside` counts the boxes of an entry.
+    const auto advance = [&](int box) {
         ++inside;
+        if (inside < l.boxes) return;
+        entry = next, inside = 0;
+        ++list;
+        if (box + l.boxes < boxes) next = __ldg(list);
+    };
+    const auto has_mask = [&] { return entry >> (ENTRY_PARTIAL + group) & 1 || entry >> ENTRY_EDGE & 1; };
+    const auto seen = [&] {
+        const int3 tile = l.entry.tile(entry);
+        const int w = inside % l.parts[2], h = inside / l.parts[2] % l.parts[1], t = inside / l.parts[2] / l.parts[1];
+        return Seen{tile.x * l.parts[0] + t, tile.y * l.parts[1] + h, tile.z * l.parts[2] + w,
+                    static_cast<bool>(entry >> (ENTRY_PARTIAL + group) & 1)};
+    };
+    if (joint) {
+        bool started = false;  // whether there are weights whose output is still to come
+#pragma unroll 1
+        for (int box = 0; box < boxes; ++box) {
+            advance(box);
+            const bool first = box == 0, last = box == boxes - 1;
+            if (!(entry >> (ENTRY_SEES + group) & 1)) {
+                if (started) state.finish();
+                started = false;
+                state.next_values(first, last);
+                state.leave_out();
+            } else {
+                if (has_mask()) {
+                    if (started)
+                        state.template step<true>(seen());
+                    else
+                        state.template begin<true>(seen());
+                } else if (started) {
+                    state.template step<false>({});
+                } else {
+                    state.template begin<false>({});
+                }
+                started = true;
+                state.next_values(first, last);
+            }
+            state.next_keys(first);
+        }
+        if (started) state.finish();
+    } else {
+        state.v.stage = 1;
+#pragma unroll 1
+        for (int box = 0; box < boxes; ++box) {
+            advance(box);
+            if (has_mask())
+                state.template begin<true>(seen());
+            else
+                state.template begin<false>({});
+            state.finish();
+            state.k.advance(2, at.depth);
+            state.v.advance(2, at.depth);
+        }
     }
-    if (started) state.finish();
     store<S>(p, work.tile, state.out, state.rows, shared + S::Q_AT + group * S::SLAB, S::empty_q(barriers, group), group);
 }
 
