@@ -57,7 +57,7 @@ def served(case: Case) -> bool:
         torch.empty(1, len(tokens), case.heads, 64, dtype=torch.bfloat16, device="cuda")
         for tokens in (case.rows(), case.columns())
     )
-    options = dict(case.options)
+    options = {name: value for name, value in case.options.items() if name != "scale"}
     if options.get("k_frames") is not None:
         options["k_frames"] = options["k_frames"].cuda()
     if case.valid is not None:
@@ -204,8 +204,9 @@ def test_results_are_within_rule_1(dim: int, dtype: str) -> Covered:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_and_lone_values_stay_within_rule_1(dtype: str) -> Covered:
     covered = Counter[str]()
+    sizes = (1.0, 3.0, 30.0) if dtype == "bf16" else (1.0, 3.0)  # eager scores of 30 overflow fp16
     for mask, size, spoil in itertools.product(
-        (masks.full(), masks.window(3, 5, 3)), (1.0, 3.0, 30.0), ("none", "outlier", "one-hot")
+        (masks.full(), masks.window(3, 5, 3)), sizes, ("none", "outlier", "one-hot")
     ):
         case = Case(Grid(4, 9, 9), mask)
         q, k, v = (x * size for x in draw(1, case.grid.tokens, 2, 64, dtype=DTYPES[dtype], device="cuda"))
@@ -228,7 +229,9 @@ def test_a_shift_of_all_scores_changes_nothing() -> Covered:
             q[..., 0] = shift / 4
             out, lse = stattn.attention(q, k, v, (1, 1, tokens), mask, scale=1.0, return_lse=True, impl="cuda")
             moved = float(q[0, 0, 0, 0]) * 4  # as it is rounded
-            slack = 4 * torch.finfo(torch.float32).eps * abs(moved)
+            # A score is rounded as a sum on the tensor cores (2 ulp) and times log2(e) (half an ulp of 1.44 c), in each
+            # of two calls; then LSE is rounded once more.
+            slack = 8 * torch.finfo(torch.float32).eps * abs(moved)
             rounding = 2 * torch.finfo(kind).eps  # of weights, and of the output
             assert (out - plain).abs().max() <= (2 * slack + rounding) * plain.abs().max() + 1e-5
             assert (lse - plain_lse - moved).abs().max() <= slack + 1e-4
@@ -385,7 +388,8 @@ def test_a_graph_replays_with_new_inputs_and_holds_its_kernels_only() -> Covered
                 graph.replay()
                 stream.synchronize()
         events = [each.name for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
-        names = Counter(name.split("<")[0].split("(")[0].split("::")[-1] for name in events)
+        plain = (name.replace("(anonymous namespace)::", "").split("<")[0].split("(")[0] for name in events)
+        names = Counter(name.split("::")[-1] for name in plain)
         names = Counter({name: count for name, count in names.items() if "Mem" not in name})
         assert names == want, events
         kernels += names
