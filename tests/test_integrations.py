@@ -91,6 +91,15 @@ def test_blocks_that_are_compiled_for_themselves_share_one_graph(tiny):
             torch.testing.assert_close(run(tiny, call), want, **CLOSE)
 
 
+def test_the_report_knows_what_compiled_blocks_run(tiny):
+    tiny.compile_repeated_blocks(backend="eager", fullgraph=True)
+    with stattn.accelerate(tiny, MASK) as handle:
+        torch._dynamo.reset()
+        run(tiny, wan(GRID, 1))
+        last = handle.report()[1]
+    assert (last.impl, last.grid, last.density, last.calls) == ("reference", "3x4x6", MASK.density(GRID), 0)
+
+
 def test_layers_and_dense_layers_choose_what_changes(tiny):
     call = wan(GRID, 1)
     before = run(tiny, call)

@@ -24,10 +24,11 @@ from stattn.rope import RopeTables
 
 @dataclass(frozen=True)
 class HostLayerReport:
-    """One self-attention layer of a transformer: its mask, and what its last call outside of compiled code was.
+    """One self-attention layer of a transformer: its mask, and what its last call was.
 
-    density, grid: of the last forward pass, None before the first. impl: what computed the last call, or is asked for.
-    norm_rope: how queries and keys were normalised and rotated. calls: those outside of compiled code.
+    density, grid: of the last forward pass, None before the first. impl: what computes it, or is asked for before the
+    first. norm_rope: how queries and keys were normalised and rotated. calls: those outside of compiled code, of which
+    alone norm_rope and the number of text tokens are known.
     """
 
     layer: int
@@ -62,19 +63,31 @@ class _Call:
     device: str
     grid: Grid
     mask: Masks
-    valid: bool
+    valid: bool = False
+    grad: bool = False
 
 
 class Layer:
     """One self-attention module: its place in the transformer, its masks and the processor that serves it."""
 
-    def __init__(self, host: Host, index: int, name: str, module: Any, heads: int, mask: Masks, dense: Mask):
-        self.host, self.index, self.name, self.module, self.heads = host, index, name, module, heads
+    def __init__(
+        self, host: Host, index: int, name: str, module: Any, heads: int, width: int, mask: Masks, dense: Mask
+    ):
+        self.host, self.index, self.name, self.module = host, index, name, module
+        self.heads, self.head_dim = heads, width // heads
         self.mask, self.dense = mask, dense
         self.processor: Any = None
         self.calls = 0
         self.norm_rope = "-"
         self.last: _Call | None = None
+
+    def last_call(self) -> _Call | None:
+        """Give the last call, or what one in compiled code must have been, but for text; None before the first."""
+        if self.last is not None or self.host.grid is None:
+            return self.last
+        grid, weight = Grid(*self.host.grid), next(self.module.parameters())
+        shape = (1, grid.tokens, self.heads, self.head_dim)
+        return _Call(shape, self.heads, weight.dtype, weight.device.type, grid, self.mask)
 
     def attend(
         self,
@@ -112,7 +125,8 @@ class Layer:
         grid = host.grid_of_tokens(q.shape[1], before, after)
         if eager:
             self.calls += 1
-            self.last = _Call(tuple(q.shape), k.shape[2], q.dtype, q.device.type, grid, mask, valid is not None)
+            grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            self.last = _Call(tuple(q.shape), k.shape[2], q.dtype, q.device.type, grid, mask, valid is not None, grad)
         if host.verify:
             host.check(self, q, k, v, grid, mask, valid)
         out = attention(q, k, v, grid, mask, valid=valid, impl=impl_for(host.impl, "attention"))
@@ -254,13 +268,13 @@ class Host:
         """List the layers and what served them."""
         rows, reasons = [], dict[str, None]()
         for layer in self.layers:
-            call, impl = layer.last, impl_for(self.impl, "attention")
+            call, impl = layer.last_call(), impl_for(self.impl, "attention")
             if call is not None:
                 text = _explain(call)
                 reasons[text] = None
                 impl = text.splitlines()[0].rpartition(" ")[2] if impl == "auto" else impl
-            share = None if self.grid is None else density(layer.mask, self.grid if call is None else call.grid)
-            grid = None if self.grid is None else "x".join(map(str, self.grid))
+            share = None if call is None else density(layer.mask, call.grid)
+            grid = None if call is None else "x".join(map(str, call.grid.shape))
             if call is not None and call.grid.globals:
                 grid = f"{grid} +{call.grid.globals}"
             rows.append(
@@ -287,7 +301,8 @@ def _explain(call: _Call) -> str:
     k = torch.empty((*call.q_shape[:2], call.key_heads, call.q_shape[3]), dtype=call.dtype, device="meta")
     shape = (call.q_shape[0], call.grid.globals)
     valid = torch.ones(shape, dtype=torch.bool, device="meta") if call.valid else None
-    return explain(q, k, k, call.grid, call.mask, valid=valid, device=call.device)
+    with torch.set_grad_enabled(call.grad):
+        return explain(q.requires_grad_(call.grad), k, k, call.grid, call.mask, valid=valid, device=call.device)
 
 
 def _scores_are_skipped() -> bool:

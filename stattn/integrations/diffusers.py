@@ -180,7 +180,8 @@ def accelerate(
         _check_processor(module.processor, name, family)
         heads = module.heads if hasattr(module, "heads") else module.num_heads
         given = check_mask(masks.full() if mask is None or index in dense else mask, heads)
-        host.layers.append(Layer(host, index, name, module, heads, _both(given, own), own))
+        width = module.inner_dim if hasattr(module, "inner_dim") else module.to_query.out_features
+        host.layers.append(Layer(host, index, name, module, heads, width, _both(given, own), own))
     return HostAcceleration(host)
 
 
