@@ -54,11 +54,8 @@ cudaError_t choose(const AttentionBackward& call, cudaStream_t stream) {
     const int config = call.config + (call.head_dim > 64 ? 0 : 100) + (call.plan ? 10 : 0);
     switch (config) {
         case 0: return launch<DqShape<Element, 128, 3, 64, false>>(call, stream);
-        case 1: return launch<DqShape<Element, 128, 2, 128, false>>(call, stream);
         case 10: return launch<DqShape<Element, 128, 3, 64, true>>(call, stream);
         case 100: return launch<DqShape<Element, 64, 3, 96, false>>(call, stream);
-        case 101: return launch<DqShape<Element, 64, 3, 64, false>>(call, stream);
-        case 102: return launch<DqShape<Element, 64, 2, 128, false>>(call, stream);
         case 110: return launch<DqShape<Element, 64, 3, 64, true>>(call, stream);
         case 111: return launch<DqShape<Element, 64, 3, 96, true>>(call, stream);
         default: return cudaErrorInvalidValue;

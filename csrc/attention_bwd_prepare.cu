@@ -61,44 +61,46 @@ __global__ void __launch_bounds__(THREADS) prepare(const __grid_constant__ Param
     const int head = blockIdx.x % p.heads;
     const int chunk = blockIdx.x / p.heads % p.chunks;
     const int64_t batch = blockIdx.x / p.heads / p.chunks;
+    // Threads of columns that the tensors do not have read others, and add nothing.
     const int column = threadIdx.x % LANES * 8;
-    const auto* out = static_cast<const Element*>(p.out) + batch * p.out_batch + head * p.out_head + column;
-    const auto* dout = static_cast<const Element*>(p.dout) + batch * p.dout_batch + head * p.dout_head + column;
+    const bool real = column < p.head_dim;
+    const int64_t offset = real ? column : 0;
+    const auto* out = static_cast<const Element*>(p.out) + batch * p.out_batch + head * p.out_head + offset;
+    const auto* dout = static_cast<const Element*>(p.dout) + batch * p.dout_batch + head * p.dout_head + offset;
+
+    __shared__ int tokens[ROWS];  // of padding, any
+    __shared__ float sums[ROWS];
+    const int own = chunk * ROWS + threadIdx.x;
+    const bool writes = threadIdx.x < ROWS && own < p.places.rows;
+    const int token = writes ? token_at(p, own) : -1;
+    float lse = 0.0f, dlse = 0.0f;
+    if (threadIdx.x < ROWS) tokens[threadIdx.x] = max(token, 0);
+    if (token >= 0) {
+        const int64_t at = (batch * p.heads + head) * p.queries + token;
+        lse = __ldg(p.lse + at);
+        if (p.dlse) dlse = __ldg(p.dlse + at);
+    }
+    __syncthreads();
 
     uint4 left[ROWS / AT_ONCE], right[ROWS / AT_ONCE];
 #pragma unroll
     for (int i = 0; i < ROWS / AT_ONCE; ++i) {
-        const int row = chunk * ROWS + i * AT_ONCE + threadIdx.x / LANES;
-        const int token = row < p.places.rows ? token_at(p, row) : -1;
-        left[i] = right[i] = {};
-        if (token >= 0 && column < p.head_dim) {
-            left[i] = __ldcs(reinterpret_cast<const uint4*>(out + token * p.out_token));
-            right[i] = __ldg(reinterpret_cast<const uint4*>(dout + token * p.dout_token));
-        }
+        const int64_t row = tokens[i * AT_ONCE + threadIdx.x / LANES];
+        left[i] = __ldcs(reinterpret_cast<const uint4*>(out + row * p.out_token));
+        right[i] = __ldg(reinterpret_cast<const uint4*>(dout + row * p.dout_token));
     }
-    __shared__ float delta[ROWS];
 #pragma unroll
     for (int i = 0; i < ROWS / AT_ONCE; ++i) {
-        float sum = product<Pair>(left[i], right[i]);
+        float sum = real ? product<Pair>(left[i], right[i]) : 0.0f;
 #pragma unroll
         for (int step = LANES / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFF, sum, step);
-        if (threadIdx.x % LANES == 0) delta[i * AT_ONCE + threadIdx.x / LANES] = sum;
+        if (threadIdx.x % LANES == 0) sums[i * AT_ONCE + threadIdx.x / LANES] = sum;
     }
     __syncthreads();
-    const int row = chunk * ROWS + threadIdx.x;
-    if (threadIdx.x >= ROWS || row >= p.places.rows) return;
-    const int token = token_at(p, row);
-    float lse = 0.0f, rest = 0.0f;
-    if (token >= 0) {
-        const int64_t at = (batch * p.heads + head) * p.queries + token;
-        lse = __ldg(p.lse + at);
-        lse = lse == -INFINITY ? INFINITY : lse * 1.4426950408889634f;
-        rest = delta[threadIdx.x];
-        if (p.dlse) rest -= __ldg(p.dlse + at);
-    }
-    float* to = p.stats + (batch * p.heads + head) * p.places.rows + row;
-    to[0] = lse;
-    to[p.of_delta] = rest;
+    if (!writes) return;
+    float* to = p.stats + (batch * p.heads + head) * p.places.rows + own;
+    to[0] = lse == -INFINITY ? INFINITY : lse * 1.4426950408889634f;
+    to[p.of_delta] = token >= 0 ? sums[threadIdx.x] - dlse : 0.0f;
 }
 
 template <typename Pair>

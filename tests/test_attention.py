@@ -398,20 +398,22 @@ def test_every_reason_against_dense_attention_is_named() -> None:
 # --- torch.library, compile ------------------------------------------------------------------------------------------
 
 
-def operator_arguments(grad: bool, impl: str, device: str, heads: int) -> tuple[Any, ...]:
+def operator_arguments(grad: bool, impl: str, device: str, heads: int, dim: int, dtype: torch.dtype) -> tuple[Any, ...]:
     from stattn.ops.attention import _check, _flatten
 
     grid = Grid(2, 3, 4, 0, 3)
-    q, k, v = (x.requires_grad_(grad) for x in draw(2, grid.tokens, heads, 16, device=device))
+    q, k, v = (x.requires_grad_(grad) for x in draw(2, grid.tokens, heads, dim, device=device, dtype=dtype))
     options = (None, None, None, torch.tensor([3, 1], device=device), "all", None)
     problem, extras = _check(q, k, v, grid, masks.window(2, 3, 3), *options)
     return (q, k, v, *_flatten(problem), *extras, False, impl)
 
 
-def check_operations(impl: str, device: str, heads: int = 2) -> None:
-    arguments = operator_arguments(True, impl, device, heads)
+def check_operations(
+    impl: str, device: str, heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32
+) -> None:
+    arguments = operator_arguments(True, impl, device, heads, dim, dtype)
     torch.library.opcheck(torch.ops.stattn.attention.default, arguments)
-    plain = operator_arguments(False, impl, device, heads)
+    plain = operator_arguments(False, impl, device, heads, dim, dtype)
     out, lse = torch.ops.stattn.attention(*plain)
     torch.library.opcheck(
         torch.ops.stattn.attention_backward.default,
@@ -430,6 +432,7 @@ def check_compiled(
     heads: int = 2,
     dim: int = 16,
     shapes: Sequence[Triple] = ((2, 3, 4), (3, 5, 6), (4, 4, 7)),
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """The first call, compiled, and others on grids of other sizes equal eager calls, without a recompilation."""
     mask = masks.window(2, 3, 3)
@@ -440,7 +443,7 @@ def check_compiled(
 
     torch._dynamo.reset()
     for number, shape in enumerate(shapes):
-        tensors = draw(2, Grid(*shape, 0, 3).tokens, heads, dim, device=device)
+        tensors = draw(2, Grid(*shape, 0, 3).tokens, heads, dim, device=device, dtype=dtype)
         q, k, v = (x.requires_grad_() for x in tensors)
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
             got = compiled(q, k, v, shape)

@@ -1,15 +1,32 @@
-"""The CUDA kernels of the attention backward: the plans of dK and dV."""
+"""The CUDA kernels of the attention backward: the plans of dK and dV, and on a Hopper GPU the proof of all gradients.
+
+    python -m pytest -m gpu tests/test_attention_cuda_bwd.py --record benchmarks/results/h200/cuda_bwd_proof.json
+
+Both ways are held to all of it: dQ summed in memory by the kernel of dK and dV, and by a kernel of its own.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
+from probes import BIG_GRIDS, GRIDS, Case, check
+from test_attention import check_compiled, check_operations, draw
 from test_attention_cuda import HOPPER, SHAPES, planned_masks, problem
+from test_attention_kernels import NUMBERS, check_numbers, check_strides_of_dout, gradients, random_call, same
+from test_attention_proof import AROUND, LENGTHS, check_sampled, option_cases
 
+import stattn
 from stattn import extension, masks
 from stattn.grid import Grid, Region, Triple
-from stattn.ops import _cuda_bwd_plan
-from stattn.ops._cuda_tiles import KERNELS
+from stattn.masks import CONSTRUCTORS
+from stattn.ops import _cuda_bwd, _cuda_bwd_plan, _cuda_tiles
+from stattn.ops._cuda_tiles import KERNELS, Config
 from stattn.problem import Problem
 
 DEVICE = "cuda"
@@ -199,3 +216,435 @@ def test_sliding_tiles_that_boxes_divide_need_no_masks() -> None:
 def test_a_step_that_no_copy_of_statistics_takes_is_named() -> None:
     given = problem((2, 3, 40), masks.window(1, 1, 3, dilation=(1, 1, 9)))
     assert "is dilated by 9 on its last axis" in (_cuda_bwd_plan.why_not(given) or "")
+
+
+def test_statistics_are_padded_as_the_kernels_expect() -> None:
+    assert _cuda_bwd.stats_rows([1, 1, 7, 1, 0, 0]) == 8
+    assert _cuda_bwd.stats_rows([2, 3, 10, 3, 5, 1]) == 8 + 2 * 3 * 3 * 4 + 4
+
+
+# --- masks bit by bit: proof -----------------------------------------------------------------------------------------
+
+
+def video(case: Case) -> int:
+    return len(case.rows()) * len(case.columns()) * case.heads
+
+
+def refusal(case: Case, dtype: torch.dtype, dim: int) -> str | None:
+    """Say why the kernels do not serve a case with gradients, or None."""
+    shapes = ((1, len(each), case.heads, dim) for each in (case.rows(), case.columns(), case.columns()))
+    q, k, v = (torch.empty(shape, dtype=dtype, device=DEVICE, requires_grad=True) for shape in shapes)
+    options = {name: each for name, each in case.options.items() if name != "deterministic"}
+    if case.valid is not None:
+        options["valid"] = case.valid.to(DEVICE)[None]
+    if options.get("k_frames") is not None:
+        options["k_frames"] = options["k_frames"].to(DEVICE)
+    line = stattn.explain(q, k, v, case.grid, case.masks, **options).splitlines()[1]
+    reason = line[2:].strip().removeprefix("cuda").strip()
+    return None if reason == "serves it" else reason
+
+
+def both_ways(case: Case, dtype: torch.dtype, dim: int, only: list[int] | None = None) -> Covered:
+    """Probe a case both ways, if its masks are served."""
+    reason = refusal(case, dtype, dim)
+    if reason is not None:
+        assert "union" in reason or "dilated" in reason or "k_frames" in reason, reason
+        return {"refused": 1}
+    found = Counter[str]()
+    for way in WAYS:
+        case.options["deterministic"] = way
+        check(case, impl="cuda", device=DEVICE, dtype=dtype, dim=dim, only=only)
+        found.update(calls=1, pairs=video(case) if only is None else len(case.rows()) * dim * len(only))
+    return dict(found)
+
+
+@gpu
+@apart
+@hopper
+@pytest.mark.parametrize("dtype, dim", [("bfloat16", 128), ("float16", 64)])
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_every_constructor_is_seen_as_it_is_on_awkward_grids(name: str, dtype: str, dim: int) -> Covered:
+    covered = Counter[str]()
+    for turn, shape in enumerate([*GRIDS, *BIG_GRIDS]):
+        examples, tokens = CONSTRUCTORS[name].examples(shape), Grid(*shape).video
+        for number, mask in enumerate(examples):
+            part = len(examples) if tokens > 2048 else min(6, len(examples))
+            if number % part != turn % part:
+                continue  # on larger grids some of the examples, others on each grid
+            last = (tokens - 1) // dim
+            only = None if tokens <= 2048 else sorted({0, last // 2, last})
+            covered.update(both_ways(Case(Grid(*shape), mask, heads=1), getattr(torch, dtype), dim, only))
+    return covered | {"grids": len(GRIDS + BIG_GRIDS)}
+
+
+def telling() -> Iterator[Case]:
+    """A few cases for each config: each kind of mask, and a union beside global tokens."""
+    shapes: list[Triple] = [(3, 5, 7), (2, 9, 16), (7, 9, 10)]
+    for number, constructor in enumerate(CONSTRUCTORS.values()):
+        shape = shapes[number % 3]
+        yield Case(Grid(*shape), constructor.examples(shape)[-1], heads=1)
+    yield Case(Grid(6, 7, 8, 3, 18), masks.spatial() | masks.temporal(), heads=1)
+
+
+EVERY = [
+    (kernel, dim, number)
+    for kernel in ("dq", "kv")
+    for dim, found in KERNELS[kernel].configs.items()
+    for number in range(len(found))
+]
+
+
+@gpu
+@apart
+@hopper
+@pytest.mark.parametrize("kernel, dim, number", EVERY)
+def test_every_config_sees_what_masks_allow(kernel: str, dim: int, number: int) -> Covered:
+    covered = Counter[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        chosen: tuple[Config, ...] = (KERNELS[kernel].configs[dim][number],)
+        patch.setitem(_cuda_tiles.KERNELS, kernel, KERNELS[kernel]._replace(configs={dim: chosen}))
+        for case in telling():
+            covered.update(both_ways(case, torch.bfloat16, dim))
+    return covered
+
+
+@gpu
+@apart
+@hopper
+@pytest.mark.parametrize("kind", ["globals", "unions", "heads", "regions"])
+def test_calls_with_more_than_a_mask_see_what_they_should(kind: str) -> Covered:
+    covered = Counter[str]()
+    for number, case in enumerate(option_cases(kind)):
+        dim = (64, 128)[number % 2]
+        covered.update(both_ways(case, torch.bfloat16, dim))
+    return covered
+
+
+@gpu
+@apart
+@hopper
+def test_keys_in_pieces_are_seen_as_they_are() -> Covered:
+    covered = Counter[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cuda_bwd_plan, "SHORTEST", 2)
+        patch.setattr(_cuda_bwd_plan, "LONG", 1)
+        for dim, q_globals in itertools.product((64, 128), (True, False)):
+            found = [masks.frame_causal(1, 2, 1), masks.window(3, 3, 3)]
+            case = Case(Grid(9, 8, 12, 5, 150), found, q_globals=q_globals)
+            covered.update(both_ways(case, torch.bfloat16, dim))
+    return covered
+
+
+@gpu
+@apart
+@hopper
+@pytest.mark.parametrize("dim", [64, 128])
+def test_every_length_around_each_tile_is_seen_whole(dim: int) -> Covered:
+    covered = Counter[str]()
+    for n in sorted({*AROUND, *range(188, 197)}):
+        for mask in (masks.full(), masks.window(1, 1, min(n, 33), causal=True)):
+            covered.update(both_ways(Case(Grid(1, 1, n), mask, heads=1), torch.bfloat16, dim))
+        covered.update(both_ways(Case(Grid(1, 2, 3, n, 0), masks.full(), heads=1), torch.bfloat16, dim))
+    return covered
+
+
+# --- numbers: proof 1, 3, 5, 6 ---------------------------------------------------------------------------------------
+
+UNSERVED = {"overlapping products", "a mask a head", "frames", "frames of a region", "negative scale"}
+
+
+@gpu
+@apart
+@hopper
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("way", WAYS)
+def test_results_and_gradients_are_within_rule_1(way: bool, dim: int, dtype: str) -> Covered:
+    covered = Counter[str]()
+    for name, (case, given) in NUMBERS.items():
+        if name in UNSERVED or name.startswith(("lists", "dim")):
+            continue
+        case.options["deterministic"] = way
+        check_numbers(
+            case, **(given | {"dim": dim, "dtype": getattr(torch, dtype), "device": DEVICE, "impl": "cuda"})
+        )
+        covered.update(calls=1)
+    for case, given in (
+        (Case(Grid(5, 9, 11), masks.full()), {"batch": 2}),
+        (Case(Grid(4, 9, 11, 0, 5), masks.window(3, 5, 5)), {"batch": 2}),
+        (Case(Grid(4, 9, 11, 7, 0), masks.window(3, 5, 5), heads=6), {"key_heads": 2}),
+    ):
+        case.options["deterministic"] = way
+        check_numbers(case, dim=dim, dtype=getattr(torch, dtype), device=DEVICE, impl="cuda", **given)
+        covered.update(calls=1)
+    return covered
+
+
+LONG = [(shape, number) for shape, found in LENGTHS.items() for number in range(len(found))]
+
+
+@gpu
+@apart
+@hopper
+@pytest.mark.parametrize("shape, number", LONG, ids=lambda value: str(value).replace(" ", ""))
+def test_long_calls_are_within_rule_1_at_sampled_rows_and_keys(shape: Triple, number: int) -> Covered:
+    mask, covered = LENGTHS[shape][number], Counter[str]()
+    for way in WAYS:
+        covered.update(check_sampled(shape, mask, impl="cuda", deterministic=way))
+    return covered
+
+
+# --- memory and layout: proof 9 to 12 --------------------------------------------------------------------------------
+
+
+@gpu
+@apart
+@hopper
+def test_the_gradient_of_the_output_may_have_any_strides() -> None:
+    for dim in (64, 128):
+        check_strides_of_dout(random_call(dim, torch.bfloat16, DEVICE), impl="cuda", deterministic=True)
+
+
+@gpu
+@apart
+@hopper
+def test_views_and_shared_heads_are_read_where_they_lie() -> Covered:
+    grid, mask = Grid(3, 7, 19, 5, 3), masks.window(3, 3, 5)
+    for dim in (64, 128):
+        tensors = draw(2, grid.tokens, 6, dim, dtype=torch.bfloat16, device=DEVICE)
+        dout = torch.randn_like(tensors[0])
+        for given in (masks.full(), mask):
+            want = gradients(tensors, dout, None, grid, given, impl="cuda", deterministic=True)
+            fused = torch.stack(tensors, 2)
+            swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+            for views in (fused.unbind(2), swapped):
+                found = gradients(tuple(views), dout, None, grid, given, impl="cuda", deterministic=True)
+                assert same(found, want)
+    return {"calls": 12}
+
+
+class Given:
+    """Stands for torch.empty: gives one tensor after the other."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self._tensors = iter(tensors)
+
+    def __call__(self, shape: torch.Size, **kind: Any) -> torch.Tensor:
+        found = next(self._tensors)
+        assert found.shape == shape
+        return found
+
+
+@gpu
+@apart
+@hopper
+def test_nothing_outside_the_tensors_is_read_or_written() -> Covered:
+    guard, calls = 512, 0
+    for grid, mask in itertools.product(
+        (Grid(3, 5, 7), Grid(2, 9, 13, 3, 5)), (masks.full(), masks.window(2, 3, 3), masks.spatial())
+    ):
+        for dim, way in itertools.product((64, 128), WAYS):
+            n = grid.tokens
+            held = torch.full((7, n * 2 * dim + 2 * guard), torch.nan, device=DEVICE, dtype=torch.bfloat16)
+            q, k, v, dout, *found = (x[guard:-guard].view(1, n, 2, dim) for x in held)
+            for x in (q, k, v, dout):
+                x.normal_()
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = stattn.attention(*leaves, grid, mask, impl="cuda", deterministic=way)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "empty", Given(*found))
+                patch.setattr(torch.Tensor, "new_empty", lambda x, n: x.new_full((n,), torch.nan))
+                gradient = torch.autograd.grad(out, leaves, dout)
+            assert all(a.data_ptr() == b.data_ptr() for a, b in zip(gradient, found, strict=True))
+            assert held[:, :guard].isnan().all()
+            assert held[:, -guard:].isnan().all()
+            assert not held[:, guard:-guard].isnan().any()
+            calls += 1
+    return {"calls": calls}
+
+
+@gpu
+@apart
+@hopper
+def test_offsets_beyond_two_to_the_31_are_right() -> Covered:
+    grid = Grid(21, 45, 80)
+    fused = torch.randn(2, grid.tokens, 3, 40, 128, device=DEVICE, dtype=torch.bfloat16)
+    dout = torch.randn_like(fused[:, :, 0])
+    assert fused.numel() > 2**31
+    for mask in (masks.window(3, 5, 5), masks.temporal()):
+        whole = gradients(fused.unbind(2), dout, None, grid, mask, impl="cuda", deterministic=True)
+        last = tuple(x[1:, :, 38:].contiguous() for x in (*fused.unbind(2), dout))
+        alone = gradients(last[:3], last[3], None, grid, mask, impl="cuda", deterministic=True)
+        assert torch.equal(whole[1][1:, 38:], alone[1])
+        for x, y in zip(whole[2:], alone[2:], strict=True):
+            assert torch.equal(x[1:, :, 38:], y)
+    return {"elements": fused.numel()}
+
+
+@gpu
+@apart
+@hopper
+def test_a_call_without_queries_has_gradients_of_zero() -> None:
+    q, k, v = draw(0, 24, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    found = gradients((q, k, v), torch.zeros_like(q), None, (2, 3, 4), impl="cuda")
+    assert [len(x) for x in found] == [0] * 5
+
+
+# --- order, streams, graphs, compile: proof 16 to 19, 22 -------------------------------------------------------------
+
+
+@gpu
+@apart
+@hopper
+@pytest.mark.parametrize("number", range(3))
+def test_1000_deterministic_runs_beside_another_stream_give_the_same_bits(number: int) -> Covered:
+    grid, noise, other = Grid(5, 12, 16, 3, 5), torch.randn(2048, 2048, device=DEVICE), torch.cuda.Stream()
+    mask = (masks.window(3, 5, 7), masks.full(), [masks.spatial(), masks.frame_causal(2)])[number]
+    key_heads = 2 if isinstance(mask, list) else 1
+    tensors = draw(2, grid.tokens, 2, (128, 64, 128)[number], key_heads=key_heads, dtype=torch.bfloat16, device=DEVICE)
+    dout = torch.randn_like(tensors[0])
+    first = gradients(tensors, dout, None, grid, mask, impl="cuda", deterministic=True)
+    for _ in range(1000):
+        with torch.cuda.stream(other):
+            noise @ noise
+        assert same(gradients(tensors, dout, None, grid, mask, impl="cuda", deterministic=True), first)
+    return {"reruns": 1000}
+
+
+@gpu
+@apart
+@hopper
+def test_a_sample_depends_on_nothing_but_itself_bitwise() -> Covered:
+    grid = Grid(4, 9, 16, 0, 7)
+    found = (masks.full(), masks.window(3, 5, 5), masks.spatial() | masks.temporal())
+    valid = torch.tensor([7, 2, 5], device=DEVICE)
+    for dim, mask in itertools.product((64, 128), found):
+        tensors = draw(3, grid.tokens, 4, dim, key_heads=2, dtype=torch.bfloat16, device=DEVICE)
+        dout = torch.randn_like(tensors[0])
+        given: dict[str, Any] = {"impl": "cuda", "deterministic": True}
+        together = gradients(tensors, dout, None, grid, mask, valid=valid, **given)
+        for one in (slice(i, i + 1) for i in range(3)):
+            alone = gradients(tuple(x[one] for x in tensors), dout[one], None, grid, mask, valid=valid[one], **given)
+            assert same(alone, [x[one] for x in together])
+    return {"masks": len(found)}
+
+
+@gpu
+@apart
+@hopper
+def test_deterministic_algorithms_choose_the_way_that_is_reproducible() -> None:
+    grid, mask = Grid(3, 9, 14), masks.window(3, 3, 5)
+    tensors = draw(1, grid.tokens, 2, 128, dtype=torch.bfloat16, device=DEVICE)
+    dout = torch.randn_like(tensors[0])
+
+    def kernels(**given: Any) -> set[str]:
+        gradients(tensors, dout, None, grid, mask, impl="cuda", **given)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            gradients(tensors, dout, None, grid, mask, impl="cuda", **given)
+            torch.cuda.synchronize()
+        names = [each.name for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+        return {name for name in names if "attention_dq" in name}
+
+    assert not kernels()
+    assert kernels(deterministic=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert kernels()
+        assert not kernels(deterministic=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@gpu
+@apart
+@hopper
+def test_kernels_run_on_the_stream_they_are_called_on() -> None:
+    grid, mask = Grid(4, 9, 16), masks.window(3, 5, 5)
+    tensors = draw(2, grid.tokens, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    dout = torch.randn_like(tensors[0])
+    want = gradients(tensors, dout, None, grid, mask, impl="cuda", deterministic=True)
+    torch.cuda.synchronize()
+    stream, noise = torch.cuda.Stream(), torch.randn(4096, 4096, device=DEVICE)
+    copies = [torch.zeros_like(x) for x in (*tensors, dout)]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for _ in range(20):
+            noise = (noise @ noise).clamp(-1, 1)  # keeps the copies back: another stream would read zeros
+        for x, y in zip(copies, (*tensors, dout), strict=True):
+            x.copy_(y)
+        found = gradients(tuple(copies[:3]), copies[3], None, grid, mask, impl="cuda", deterministic=True)
+    stream.synchronize()
+    assert same(found, want)
+
+
+@gpu
+@apart
+@hopper
+@pytest.mark.parametrize("way", WAYS)
+def test_a_graph_replays_with_new_inputs(way: bool) -> Covered:
+    grid, mask = Grid(4, 9, 16, 2, 3), masks.window(3, 5, 5)
+    valid = torch.tensor([[True, True, False, True, True]], device=DEVICE)
+    tensors = [x.requires_grad_() for x in draw(1, grid.tokens, 2, 64, dtype=torch.bfloat16, device=DEVICE)]
+    dout = torch.randn_like(tensors[0]).detach()
+
+    def call() -> list[torch.Tensor]:
+        out, lse = stattn.attention(
+            *tensors, grid, mask, valid=valid, return_lse=True, impl="cuda", deterministic=way
+        )
+        return [out, lse, *torch.autograd.grad(out, tensors, dout)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = call()
+        for _ in range(20):
+            with torch.no_grad():
+                for x in (*tensors, dout):
+                    x.normal_()
+            graph.replay()
+            replayed = [x.detach().clone() for x in captured]
+            eager = call()
+            if way:
+                assert same(replayed, eager)
+            for x, y in zip(replayed, eager, strict=True):
+                torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)
+        stream.synchronize()
+    return {"replays": 20}
+
+
+@gpu
+@apart
+@hopper
+def test_the_operations_pass_opcheck_and_compile() -> None:
+    check_operations("cuda", DEVICE, dim=64, dtype=torch.bfloat16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        check_compiled("cuda", DEVICE, "inductor", dim=64, dtype=torch.bfloat16)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@gpu
+@apart
+@hopper
+def test_a_long_backward_takes_the_memory_that_its_way_says() -> Covered:
+    """Beside the gradients: statistics of 8 bytes a row, rounded up; and one way the sums of dQ in fp32."""
+    shape, heads = (21, 45, 80), 4
+    n = Grid(*shape).video
+    tensors = [x.requires_grad_() for x in draw(1, n, heads, 128, dtype=torch.bfloat16, device=DEVICE)]
+    dout = torch.randn_like(tensors[0])
+    for mask, way in itertools.product((masks.full(), masks.window(5, 9, 9)), WAYS):
+        out = stattn.attention(*tensors, shape, mask, impl="cuda", deterministic=way)
+        torch.autograd.grad(out, tensors, dout, retain_graph=True)  # plans stay
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found = torch.autograd.grad(out, tensors, dout)
+        taken = torch.cuda.max_memory_allocated() - before
+        allowed = sum(x.nbytes for x in found) + 8 * n * heads + (0 if way else 4 * dout.numel())
+        assert taken <= allowed + (1 << 20), f"{mask}: {taken} bytes, {allowed} allowed"
+    return {"tokens": n}

@@ -165,13 +165,14 @@ def check_numbers(
     dim: int = 16,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    impl: str = "triton",
 ) -> None:
     """Hold output, LSE and gradients of both against the formula in float64, by rule 1; inputs stay as they are."""
     rows, columns = len(case.rows()), len(case.columns())
     tensors = draw(batch, rows, case.heads, dim, key_heads=key_heads, keys=columns, dtype=dtype, device=device)
     gradients = (torch.randn_like(tensors[0]), torch.randn(batch, case.heads, rows, dtype=dtype, device=device))
     before = [x.clone() for x in tensors]
-    got, eager = results(case, tensors, gradients, "triton"), results(case, tensors, gradients, None)
+    got, eager = results(case, tensors, gradients, impl), results(case, tensors, gradients, None)
     exact = results(case, tuple(x.double() for x in tensors), gradients, None)  # type: ignore[arg-type]
     assert all(torch.equal(x, same) for x, same in zip(tensors, before, strict=True))
     for name in got:
@@ -240,7 +241,7 @@ def gradients(
 ) -> list[torch.Tensor]:
     """Output, LSE and the gradients of an attention call."""
     leaves = [x.detach().requires_grad_() for x in tensors]
-    out, lse = stattn.attention(*leaves, *call, return_lse=True, impl="triton", **given)
+    out, lse = stattn.attention(*leaves, *call, return_lse=True, **{"impl": "triton"} | given)
     pairs = [(x, g) for x, g in ((out, dout), (lse, dlse)) if g is not None]
     return [out, lse, *torch.autograd.grad([x for x, _ in pairs], leaves, [g for _, g in pairs])]
 
@@ -284,16 +285,17 @@ def check_views(plain: Plain) -> None:
     assert torch.equal(stattn.attention(tensors[0], *expanded, GRID, MASK, impl="triton"), grouped)
 
 
-def check_strides_of_dout(plain: Plain) -> None:
+def check_strides_of_dout(plain: Plain, **given: Any) -> None:
     tensors, dout, dlse = plain
-    want = gradients(tensors, dout, dlse, GRID, MASK)
+    want = gradients(tensors, dout, dlse, GRID, MASK, **given)
     heads_first = dout.transpose(1, 2).contiguous().transpose(1, 2)
-    assert same(gradients(tensors, heads_first, dlse, GRID, MASK), want)
+    assert same(gradients(tensors, heads_first, dlse, GRID, MASK, **given), want)
     feature_first = dout.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     assert feature_first.stride(3) != 1
-    assert same(gradients(tensors, feature_first, dlse.transpose(1, 2).contiguous().transpose(1, 2), GRID, MASK), want)
-    number = gradients(tensors, torch.ones_like(dout[0, 0, 0, 0]).expand_as(dout), None, GRID, MASK)
-    assert same(number, gradients(tensors, torch.ones_like(dout), None, GRID, MASK))
+    heads_last = dlse.transpose(1, 2).contiguous().transpose(1, 2)
+    assert same(gradients(tensors, feature_first, heads_last, GRID, MASK, **given), want)
+    number = gradients(tensors, torch.ones_like(dout[0, 0, 0, 0]).expand_as(dout), None, GRID, MASK, **given)
+    assert same(number, gradients(tensors, torch.ones_like(dout), None, GRID, MASK, **given))
 
 
 def test_views_transposes_and_expanded_heads_are_used_as_they_are(plain: Plain) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from stattn import extension
 from stattn.masks import full
-from stattn.ops import _cuda_lists, _cuda_plan
+from stattn.ops import _cuda_bwd_plan, _cuda_lists, _cuda_plan
 from stattn.ops._cuda_plan import is_split, on_device
 from stattn.problem import Extras, Problem
 
@@ -27,9 +27,7 @@ def obstacle(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras, grad: bool
 ) -> str | None:
     """Say what in a call's tensors, masks or numbers stands against the kernels, or None. grad: one is needed."""
-    if grad:
-        return "has no backward yet, and a gradient is needed"
-    reason = _mask_obstacle(problem, extras)
+    reason = _mask_obstacle(problem, extras, grad)
     if reason is not None:
         return reason
     if problem.scale < 0:
@@ -50,16 +48,18 @@ def obstacle(
     return None
 
 
-def _mask_obstacle(problem: Problem, extras: Extras) -> str | None:
+def _mask_obstacle(problem: Problem, extras: Extras, grad: bool) -> str | None:
     if extras.block_index is not None:
-        return _cuda_lists.why_not(problem)
-    if extras.k_frames is None and _is_dense(problem, extras.valid is not None):
+        return _cuda_lists.why_not(problem) or ("has no backward of block lists yet" if grad else None)
+    if extras.k_frames is not None:
+        return "has no backward of k_frames" if grad else _cuda_plan.why_not(problem, frames=True)
+    if is_dense(problem, extras.valid is not None):
         return None
-    return _cuda_plan.why_not(problem, extras.k_frames is not None)
+    return _cuda_plan.why_not(problem) or (_cuda_bwd_plan.why_not(problem) if grad else None)
 
 
 @lru_cache(maxsize=1024)
-def _is_dense(problem: Problem, valid: bool) -> bool:
+def is_dense(problem: Problem, valid: bool) -> bool:
     """Say whether every query sees every key. valid: whether the call says which global tokens are real."""
     if any(mask != _FULL for mask in problem.masks):
         return False
@@ -129,7 +129,7 @@ def _launch(problem: Problem, heads: int, dim: int, valid: bool, frames: bool, d
     # The operations themselves: by their names, each call would choose among overloads.
     operations = torch.ops.stattn.attention_forward.default, torch.ops.stattn.attention_output.default
     scale = max(problem.scale, LEAST_SCALE)
-    if not frames and _is_dense(problem, valid) and not is_split(problem):
+    if not frames and is_dense(problem, valid) and not is_split(problem):
         return operations, (scale, 0, None, None, 0)
     config, layout, plan = on_device(problem, heads, dim, valid, device, "forward", frames)
     return operations, (scale, config, plan, torch.tensor(layout), problem.grid.t)

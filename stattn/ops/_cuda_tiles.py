@@ -44,7 +44,7 @@ class Kernel(NamedTuple):
 CONFIGS = {128: (Config(0, 64, 1.0), Config(1, 80, 1.15)), 64: (Config(0, 128, 1.0),)}
 KERNELS = {
     "forward": Kernel(3, CONFIGS),
-    "dq": Kernel(3, {128: (Config(0, 64, 1.0),), 64: (Config(0, 64, 1.0), Config(1, 96, 1.4))}),
+    "dq": Kernel(3, {128: (Config(0, 64, 1.0),), 64: (Config(0, 64, 1.0), Config(1, 96, 1.36))}),
     # Rows' statistics are copied in units of 16 bytes; the reduction of dQ takes rows by sixteen.
     "kv": Kernel(2, {128: (Config(0, 64, 1.0),), 64: (Config(0, 128, 1.0),)}, unit=4, split=1.1),
 }

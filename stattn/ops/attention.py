@@ -13,7 +13,7 @@ from stattn.blocks import BlockList
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import Mask
 from stattn.ops import _attention_memo as _memo
-from stattn.ops import _cuda, _dense, _triton
+from stattn.ops import _cuda, _cuda_bwd, _dense, _triton
 from stattn.ops._attention_check import check as _check
 from stattn.ops._attention_check import real_globals as _real_globals
 from stattn.ops._dispatch import Implementation, Operation
@@ -418,6 +418,8 @@ def _backward(
     *arguments, deterministic, impl = rest
     problem, extras = _problem(*arguments[:7]), Extras(*arguments[7:])
     chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, True, deterministic))
+    if chosen.name == "cuda":
+        return _cuda_bwd.run(dout, dlse, q, k, v, out, lse, problem, extras, deterministic)
     backward = {"sdpa": _dense.sdpa_backward, "triton": _triton_backward, "reference": _reference_backward}
     run = backward[chosen.name]
     return run(dout, dlse, q, k, v, out, lse, problem, extras)

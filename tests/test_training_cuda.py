@@ -1,0 +1,79 @@
+"""Training through the CUDA kernels: the shipped model, fine-tuned with them and with the reference from one seed.
+
+    python -m pytest -m gpu tests/test_training_cuda.py --record benchmarks/results/h200/cuda_training.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_attention_cuda import HOPPER
+
+from stattn import dit, extension, masks
+from stattn.modules import SpaceTimeAttention
+from stattn.trainer import PRESETS, Trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HOPPER or not extension.LIBRARY.exists(), reason="no Hopper GPU, or no CUDA library"),
+]
+STEPS, BATCH, WINDOW, RATE = 200, 16, 20, 2e-4
+MASKS = (masks.full(), masks.window(5, 7, 7), masks.window(5, 5, 5))
+
+
+def losses(seed: int, impl: str, half: bool, steps: int = STEPS) -> torch.Tensor:
+    """Fine-tune ``tiny`` and give the loss of each step. half: whether products run in bf16."""
+    model = dit.load("tiny", device="cuda").train()
+    for module in model.modules():
+        if isinstance(module, SpaceTimeAttention):
+            module.impl = {"attention": impl, "*": "reference"}
+    data = Trainer(dataclasses.replace(PRESETS["tiny"], batch=BATCH, seed=seed), torch.device("cuda"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    choice = random.Random(seed)
+    found = []
+    for _ in range(steps):
+        clean, noise, level, generated, ids, valid, _ = data.batch()
+        data.steps += 1
+        s, known = level[:, None, None, None, None], ~generated
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            predicted = model(
+                (1 - s) * clean + s * noise,
+                1000 * level,
+                ids,
+                valid,
+                known=clean * known,
+                known_mask=known.to(clean.dtype),
+                mask=choice.choice(MASKS),
+            )
+        error = (predicted.float() - clean) / s.clamp(min=data.recipe.least_level) * generated
+        loss = error.square().sum() / (3 * generated.sum()).clamp(min=1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), data.recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach())
+    return torch.stack(found).cpu()
+
+
+def smooth(curve: torch.Tensor) -> torch.Tensor:
+    return curve.unflatten(0, (-1, WINDOW)).mean(1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_model_is_fine_tuned_as_by_the_reference(seed: int, record_property: Callable[[str, object], None]) -> None:
+    """What the kernels change in the loss is less than what bf16 changes in it."""
+    exact, eager, ours = (
+        smooth(losses(seed, impl, half))
+        for impl, half in (("reference", False), ("reference", True), ("cuda", True))
+    )
+    by_bf16, by_kernels = ((one - eager).abs().max().item() for one in (exact, ours))
+    for name, value in (("loss_first", eager[0]), ("loss_last", eager[-1])):
+        record_property(name, round(value.item(), 5))
+    record_property("changed_by_bf16", round(by_bf16, 6))
+    record_property("changed_by_kernels", round(by_kernels, 6))
+    assert by_kernels <= 1.5 * by_bf16
+    assert (ours - exact).abs().max() <= 2 * by_bf16
