@@ -1,6 +1,7 @@
 // The one file that names torch: schemas, checks, and the way from a tensor to a raw pointer and a stream.
 //
 // Only PyTorch's stable ABI is used, so one library serves every Python and every torch from 2.11 on, CPU builds too.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -474,6 +475,68 @@ Results attention_forward_lists_cuda(Tensor q, Tensor k, Tensor v, double scale,
     return results;
 }
 
+// layout: the integers of an AttentionListPlan in the order below; where in tables corners, rows, patterns and groups begin,
+// and the integers of the groups; how many heads lists are of, and the slabs of a tile of the lists.
+void attention_backward_lists_cuda(Tensor count, Tensor index, std::optional<Tensor> partial, Tensor tables, Tensor plan,
+                                   Tensor scratch, std::vector<int64_t> layout) {
+    constexpr const char* OP = "stattn::attention_backward_lists: ";
+    const auto here = [&](const Tensor& x) { return x.is_cuda() && x.get_device_index() == index.get_device_index(); };
+    const auto flat = [&](const Tensor& x) { return here(x) && x.is_contiguous() && x.scalar_type() == ScalarType::Int; };
+    STD_TORCH_CHECK(layout.size() == 45, OP, "layout has ", layout.size(), " integers, not 45");
+    for (const int64_t each : layout) STD_TORCH_CHECK(0 <= each && each < INT32_MAX, OP, "layout has ", each);
+    STD_TORCH_CHECK(here(count) && count.scalar_type() == ScalarType::Int && count.dim() == 2, OP,
+                    "count must be int32 [heads, query tiles] on the device of index");
+    STD_TORCH_CHECK(here(index) && index.scalar_type() == ScalarType::Int && index.dim() == 3 &&
+                        index.size(0) == count.size(0) && index.size(1) == count.size(1),
+                    OP, "index must be int32 [heads, query tiles, most]");
+    STD_TORCH_CHECK(flat(tables) && flat(plan) && flat(scratch), OP,
+                    "tables, plan and scratch must be contiguous int32 on the device of index");
+    stattn::AttentionListPlan l{};
+    auto next = layout.begin();
+    const auto take = [&](int* to, int numbers) {
+        for (int i = 0; i < numbers; ++i) to[i] = static_cast<int>(*next++);
+    };
+    int flags[2], places[5], slabs_of_tile;
+    take(&l.heads, 1), take(&l.q_tiles, 1), take(&l.k_tiles, 1), take(flags, 2);
+    take(&l.slabs, 1), take(&l.stacked, 1), take(&l.tiles, 1);
+    take(l.shape, 3), take(l.slab, 3), take(l.columns, 3), take(l.column_tile, 3), take(l.part, 3), take(l.parts, 3);
+    take(l.boxes, 3), take(l.pattern_at, 3), take(l.pattern_count, 3);
+    take(&l.groups_record, 1), take(&l.first_group, 1), take(&l.first_record, 1), take(places, 5);
+    take(&l.list_heads, 1), take(&slabs_of_tile, 1);
+    l.by_key = flags[0], l.short_boxes = flags[1];
+    STD_TORCH_CHECK(l.list_heads == count.size(0) && l.q_tiles == count.size(1), OP, "count is for other heads or tiles");
+    l.count = static_cast<const int32_t*>(count.const_data_ptr());
+    l.index = static_cast<const int32_t*>(index.const_data_ptr());
+    for (int axis = 0; axis < 2; ++axis) l.count_stride[axis] = count.stride(axis);
+    for (int axis = 0; axis < 3; ++axis) l.index_stride[axis] = index.stride(axis);
+    l.most = static_cast<int>(index.size(2));
+    if (partial) {
+        STD_TORCH_CHECK(here(*partial) && partial->scalar_type() == ScalarType::Bool && partial->dim() == 3 &&
+                            partial->size(0) == index.size(0) && partial->size(1) == index.size(1) &&
+                            partial->size(2) == index.size(2),
+                        OP, "partial must be booleans like index");
+        l.partial = static_cast<const uint8_t*>(partial->const_data_ptr());
+        for (int axis = 0; axis < 3; ++axis) l.partial_stride[axis] = partial->stride(axis);
+    }
+    const auto* table = static_cast<const int32_t*>(tables.const_data_ptr());
+    for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(places[i] <= tables.numel(), OP, "tables are too short");
+    STD_TORCH_CHECK(places[3] + int64_t{places[4]} <= tables.numel(), OP, "tables are too short");
+    l.corners = table + places[0], l.rows = table + places[1], l.patterns = table + places[2], l.groups = table + places[3];
+    l.groups_bytes = int64_t{4} * places[4];
+    l.plan = static_cast<int32_t*>(plan.mutable_data_ptr());
+    l.scratch = static_cast<int32_t*>(scratch.mutable_data_ptr());
+    l.scratch_size = scratch.numel();
+    // Each listed pair of tiles puts at most its boxes and their masks into each tile of the plan that has a slab of it.
+    const int64_t parts = int64_t{l.parts[0]} * l.parts[1] * l.parts[2];
+    const int64_t pairs = int64_t{l.list_heads} * std::min(int64_t{l.q_tiles} * l.most * slabs_of_tile,
+                                                           int64_t{l.tiles} * (l.by_key ? l.q_tiles : l.k_tiles));
+    STD_TORCH_CHECK(plan.numel() / 4 >= l.first_record + 2 * int64_t{l.tiles} * l.list_heads + pairs * parts * (1 + l.slabs),
+                    OP, "the plan has no room for what may be listed");
+    const int32_t device = index.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    check_launch(stattn::attention_backward_lists(l, current_stream(device)), "stattn::attention_backward_lists");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
@@ -498,6 +561,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
         "Tensor(c!)? dq_sum, Tensor(d!)? partial, int[] stats_layout, float scale, int config, Tensor? plan, int[] layout, "
         "Tensor? valid) -> ()");
     m.def("attention_backward_finish(Tensor dq_sum, Tensor(a!) dq, float scale) -> ()");
+    m.def(
+        "attention_backward_lists(Tensor count, Tensor index, Tensor? partial, Tensor tables, Tensor(a!) plan, "
+        "Tensor(b!) scratch, int[] layout) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stattn, CPU, m) {
@@ -513,4 +579,5 @@ STABLE_TORCH_LIBRARY_IMPL(stattn, CUDA, m) {
     m.impl("attention_backward_dq", TORCH_BOX(&attention_backward_dq_cuda));
     m.impl("attention_backward_kv", TORCH_BOX(&attention_backward_kv_cuda));
     m.impl("attention_backward_finish", TORCH_BOX(&attention_backward_finish_cuda));
+    m.impl("attention_backward_lists", TORCH_BOX(&attention_backward_lists_cuda));
 }

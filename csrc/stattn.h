@@ -122,4 +122,31 @@ cudaError_t attention_backward_kv(const AttentionBackward& call, cudaStream_t st
 cudaError_t attention_backward_sum(const AttentionBackward& call, cudaStream_t stream);
 cudaError_t attention_backward_finish(const AttentionBackward& call, cudaStream_t stream);
 
+// A plan of the backward that is written on the device from the block lists of one sample. Tiles of the rows, those of
+// queries or, with by_key, of keys, are cut into slabs, and a tile of the plan is `slabs` of them side by side on the axis
+// `stacked`; those of the columns are cut into parts, each in one box.
+struct AttentionListPlan {
+    const int32_t *count, *index;  // [list heads, query tiles (, most)] with strides in elements
+    const uint8_t* partial;        // like index; or null
+    int64_t count_stride[2], index_stride[3], partial_stride[3];
+    int heads, list_heads, most, q_tiles, k_tiles;  // list_heads: 1 stands for all
+    bool by_key, short_boxes;                       // short_boxes: no box is full
+    int slabs, stacked, tiles;                      // tiles: of the plan, for each head
+    int shape[3], slab[3];
+    int columns[3], column_tile[3], part[3], parts[3], boxes[3];  // tiles on each axis, extents, parts of a tile and in all
+    const int32_t* corners;   // [tiles, 4], the first record of each tile
+    const int32_t* rows;      // [tiles, slabs], the tile of the lists that each slab is of, or -1
+    const int32_t* patterns;  // what is seen of boxes on an axis: [boxes], by whole tiles, then [slabs, boxes], by partial ones
+    int pattern_at[3], pattern_count[3];
+    const int32_t* groups;    // masks for all patterns of t, h and w
+    int64_t groups_bytes;
+    int groups_record, first_group, first_record;  // in the plan: where the groups lie, their first number, the tiles
+    int32_t* plan;
+    int32_t* scratch;
+    int64_t scratch_size;
+};
+
+// csrc/attention_bwd_lists.cu
+cudaError_t attention_backward_lists(const AttentionListPlan& lists, cudaStream_t stream);
+
 }  // namespace stattn

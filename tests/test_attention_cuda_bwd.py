@@ -25,7 +25,7 @@ import stattn
 from stattn import extension, masks
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import CONSTRUCTORS
-from stattn.ops import _cuda_bwd, _cuda_bwd_plan, _cuda_tiles
+from stattn.ops import _cuda_bwd, _cuda_bwd_lists, _cuda_bwd_plan, _cuda_tiles
 from stattn.ops._cuda_tiles import KERNELS, Config
 from stattn.problem import Problem
 
@@ -221,6 +221,65 @@ def test_a_step_that_no_copy_of_statistics_takes_is_named() -> None:
 def test_statistics_are_padded_as_the_kernels_expect() -> None:
     assert _cuda_bwd.stats_rows([1, 1, 7, 1, 0, 0]) == 8
     assert _cuda_bwd.stats_rows([2, 3, 10, 3, 5, 1]) == 8 + 2 * 3 * 3 * 4 + 4
+
+
+# --- block lists ------------------------------------------------------------------------------------------------------
+
+LISTS: list[tuple[Triple, Triple, Triple]] = [
+    ((5, 6, 7), (2, 3, 4), (3, 2, 4)),
+    ((8, 12, 16), (4, 8, 8), (2, 4, 8)),
+    ((8, 12, 16), (4, 8, 16), (4, 4, 4)),
+    ((1, 4, 5), (1, 3, 7), (1, 3, 7)),
+]
+
+
+@pytest.mark.parametrize("shape, q_tile, k_tile", LISTS)
+@pytest.mark.parametrize("kernel", ["kv", "dq"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_masks_of_listed_tiles_show_what_rows_see_of_boxes(
+    shape: Triple, q_tile: Triple, k_tile: Triple, kernel: str, head_dim: int
+) -> None:
+    everything, n = Region((0, 0, 0), shape), Grid(*shape).video
+    mask = masks.window(*(min(3, extent) for extent in shape)) | masks.spatial()
+    given = Problem(Grid(*shape), (mask,), everything, everything, True, "all", 0.1, q_tile, k_tile)
+    assert _cuda_bwd_lists.why_not(given) is None
+    cut = _cuda_bwd_lists.cut(given, 2, head_dim, kernel)
+    integers = iter(cut.layout)
+    _, _, _, by_key, _, slabs, stacked, tiles = itertools.islice(integers, 8)
+    _, slab, columns, column_tile, part, parts, boxes, pattern_at, patterns = (
+        np.array(list(itertools.islice(integers, 3))) for _ in range(9)
+    )
+    _, _, _, at_corners, at_rows, at_patterns, at_groups, groups = integers
+    corners = cut.tables[at_corners:][: 4 * tiles].reshape(-1, 4)[:, :3]
+    rows = cut.tables[at_rows:][: slabs * tiles].reshape(tiles, slabs)
+    width = 64 if KERNELS[kernel].configs[head_dim][0].box <= 64 else 128
+    bits = np.unpackbits(cut.tables[at_groups:][:groups].view(np.uint8), bitorder="little").reshape(-1, 64, width)
+    box = np.array(cut.plan_layout[9:12])
+    places = np.stack(np.unravel_index(np.arange(slab.prod()), tuple(slab)), 1)
+    within = np.stack(np.unravel_index(np.arange(box.prod()), tuple(box)), 1)
+    counts = [np.zeros((n, n), np.int64) for _ in range(2)]
+    for tile, group in np.ndindex(tiles, slabs):
+        if rows[tile, group] < 0:
+            continue
+        own = corners[tile] // slab + group * (np.arange(3) == stacked)
+        row = own * slab + places
+        for number in np.ndindex(*boxes):
+            start = np.array(number) // parts * column_tile + np.array(number) % parts * part
+            column = start + within
+            real, inside = (row < shape).all(1), (column < shape).all(1)
+            for partial, count in enumerate(counts):
+                of_axis = [
+                    cut.tables[at_patterns + pattern_at[a] :][
+                        (1 + own[a]) * boxes[a] + number[a] if partial else number[a]
+                    ]
+                    for a in range(3)
+                ]
+                seen = bits[np.ravel_multi_index(tuple(of_axis), tuple(patterns))][: len(row), : len(column)]
+                assert not seen[:, ~inside].any()
+                r, c = (np.ravel_multi_index(tuple(x.T), shape) for x in (row[real], column[inside]))
+                np.add.at(count, (r[:, None], c[None]), seen[real][:, inside])
+    for count, want in zip(counts, (np.ones((n, n)), mask.allowed(shape).numpy()), strict=True):
+        assert ((count.T if by_key else count) == want).all()
 
 
 # --- masks bit by bit: proof -----------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from stattn.ops import _cuda, _cuda_bwd_plan, _cuda_plan
+from stattn.ops import _cuda, _cuda_bwd_lists, _cuda_bwd_plan, _cuda_plan
 from stattn.ops._cuda_tiles import KERNELS, ROWS
 from stattn.problem import Extras, Problem
 
@@ -29,6 +29,8 @@ class Plan(NamedTuple):
     array: torch.Tensor | None
 
 
+Plans = Callable[[str], Plan]
+
 def run(
     dout: torch.Tensor | None,
     dlse: torch.Tensor | None,
@@ -42,7 +44,6 @@ def run(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute dq, dk and dv from the gradients of the output and of the LSE, either of which may be None."""
-    batch, queries, heads, dim = q.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
@@ -51,27 +52,59 @@ def run(
         dout = dout.contiguous()  # an expanded gradient, such as that of a sum, has strides that no copy takes
     dlse = dlse if dlse is None else dlse.float().contiguous()
     valid = extras.valid if problem.grid.globals else None
-    valid = valid if valid is None else valid.contiguous()
-    scale = max(problem.scale, _cuda.LEAST_SCALE)
-    stats_layout, by_key, by_query = _plans(problem, queries, heads, dim, valid is not None, q.device)
-    prepare, of_keys, of_queries, finish = _operations()
-
-    stats = lse.new_empty(2 * batch * heads * stats_rows(stats_layout))
-    prepare(dout, dlse, out, lse, stats, stats_layout)
-    pieces = by_key.layout[_PIECES] if by_key.layout else 0
-    partial = lse.new_empty(batch * k.shape[2] * pieces * 2 * KEY_TILE * dim) if pieces else None
-    dq_sum = None if deterministic else lse.new_empty(q.numel())
-    of_keys(
-        q, k, v, dout, stats, dk, dv, dq_sum, partial, stats_layout, scale, by_key.config, by_key.array, by_key.layout,
-        valid,
-    )  # fmt: skip
-    if dq_sum is None:
-        of_queries(
-            q, k, v, dout, stats, dq, stats_layout, scale, by_query.config, by_query.array, by_query.layout, valid
-        )
-    else:
-        finish(dq_sum, dq, scale)
+    call = Call(q, k, v, dout, dlse, out, lse, dq, dk, dv, valid if valid is None else valid.contiguous())
+    if extras.block_index is None:
+        layout, plans = _planned(problem, q.shape[1], q.shape[2], q.shape[3], valid is not None, q.device)
+        _launch(call, layout, plans, problem.scale, deterministic)
+        return dq, dk, dv
+    layout = [*problem.grid.shape, 1, 0, 0]
+    samples = extras.block_index.shape[0]
+    for sample in range(samples):  # that have lists of their own
+        part = call if samples == 1 else call.sample(sample)
+        _launch(part, layout, _listed(problem, extras, sample, q.shape[2], q.shape[3]), problem.scale, deterministic)
     return dq, dk, dv
+
+
+class Call(NamedTuple):
+    """The tensors of a call."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+    dlse: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+    valid: torch.Tensor | None
+
+    def sample(self, number: int) -> Call:
+        """Give the call of one sample."""
+        one = slice(number, number + 1)
+        parts: list[Any] = [None if x is None else x[one] for x in self]
+        return Call(*parts)
+
+
+def _launch(call: Call, stats_layout: list[int], plans: Plans, scale: float, deterministic: bool) -> None:
+    batch, _, heads, dim = call.q.shape
+    scale = max(scale, _cuda.LEAST_SCALE)
+    prepare, of_keys, of_queries, finish = _operations()
+    stats = call.lse.new_empty(2 * batch * heads * stats_rows(stats_layout))
+    prepare(call.dout, call.dlse, call.out, call.lse, stats, stats_layout)
+    given = (call.q, call.k, call.v, call.dout, stats)
+    by_key = plans("kv")
+    pieces = by_key.layout[_PIECES] if by_key.layout else 0
+    partial = call.lse.new_empty(batch * call.k.shape[2] * pieces * 2 * KEY_TILE * dim) if pieces else None
+    dq_sum = None if deterministic else call.lse.new_empty(call.q.numel())
+    sums = (call.dk, call.dv, dq_sum, partial)
+    of_keys(*given, *sums, stats_layout, scale, by_key.config, by_key.array, by_key.layout, call.valid)
+    if dq_sum is None:
+        by_query = plans("dq")
+        of_queries(*given, call.dq, stats_layout, scale, by_query.config, by_query.array, by_query.layout, call.valid)
+    else:
+        finish(dq_sum, call.dq, scale)
 
 
 def _is_readable(x: torch.Tensor) -> bool:
@@ -91,17 +124,30 @@ def _padded(count: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _plans(
+def _planned(
     problem: Problem, queries: int, heads: int, dim: int, valid: bool, device: torch.device
-) -> tuple[list[int], Plan, Plan]:
-    """Give the layout of the statistics, the plan of dK and dV and that of dQ."""
+) -> tuple[list[int], Plans]:
+    """Give the layout of the statistics, and the plans."""
     if _cuda.is_dense(problem, valid):
-        nothing = Plan(0, [], None)
-        return [1, 1, queries, 1, 0, 0], nothing, nothing
+        return [1, 1, queries, 1, 0, 0], lambda kernel: Plan(0, [], None)
     by_key = Plan(*_cuda_bwd_plan.on_device(problem, heads, dim, device))
-    by_query = Plan(*_cuda_plan.on_device(problem, heads, dim, valid, device, "dq"))
     before, after = (problem.grid.before, problem.grid.after) if problem.q_globals else (0, 0)
-    return [*by_key.layout[:3], by_key.layout[14], before, after], by_key, by_query
+
+    def plans(kernel: str) -> Plan:
+        if kernel == "kv":
+            return by_key
+        return Plan(*_cuda_plan.on_device(problem, heads, dim, valid, device, "dq"))
+
+    return [*by_key.layout[:3], by_key.layout[14], before, after], plans
+
+
+def _listed(problem: Problem, extras: Extras, sample: int, heads: int, dim: int) -> Plans:
+    """Give the plans of a sample's block lists, which are written on the device when they are asked for."""
+    assert extras.block_count is not None
+    assert extras.block_index is not None
+    count, index = extras.block_count[sample], extras.block_index[sample]
+    partial = None if extras.block_partial is None else extras.block_partial[sample]
+    return lambda kernel: Plan(*_cuda_bwd_lists.write(problem, heads, dim, kernel, count, index, partial))
 
 
 @cache
