@@ -10,7 +10,7 @@ import torch
 
 from stattn import extension
 from stattn.masks import full
-from stattn.ops import _cuda_bwd_plan, _cuda_lists, _cuda_plan
+from stattn.ops import _cuda_bwd_lists, _cuda_bwd_plan, _cuda_lists, _cuda_plan
 from stattn.ops._cuda_plan import is_split, on_device
 from stattn.problem import Extras, Problem
 
@@ -50,7 +50,7 @@ def obstacle(
 
 def _mask_obstacle(problem: Problem, extras: Extras, grad: bool) -> str | None:
     if extras.block_index is not None:
-        return _cuda_lists.why_not(problem) or ("has no backward of block lists yet" if grad else None)
+        return _cuda_lists.why_not(problem) or (_cuda_bwd_lists.why_not(problem) if grad else None)
     if extras.k_frames is not None:
         return "has no backward of k_frames" if grad else _cuda_plan.why_not(problem, frames=True)
     if is_dense(problem, extras.valid is not None):

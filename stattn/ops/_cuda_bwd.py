@@ -18,6 +18,7 @@ from stattn.ops._cuda_tiles import KERNELS, ROWS
 from stattn.problem import Extras, Problem
 
 KEY_TILE = ROWS * KERNELS["kv"].warpgroups
+TAIL = 264  # pieces that the last key tiles of a dense call may be cut into, where the order of sums is free
 _PIECES = 22  # where a layout of dK and dV says how many there are
 
 
@@ -95,8 +96,11 @@ def _launch(call: Call, stats_layout: list[int], plans: Plans, scale: float, det
     prepare(call.dout, call.dlse, call.out, call.lse, stats, stats_layout)
     given = (call.q, call.k, call.v, call.dout, stats)
     by_key = plans("kv")
-    pieces = by_key.layout[_PIECES] if by_key.layout else 0
-    partial = call.lse.new_empty(batch * call.k.shape[2] * pieces * 2 * KEY_TILE * dim) if pieces else None
+    if by_key.layout:
+        pieces = batch * call.k.shape[2] * by_key.layout[_PIECES]
+    else:
+        pieces = 0 if deterministic else TAIL
+    partial = call.lse.new_empty(pieces * 2 * KEY_TILE * dim) if pieces else None
     dq_sum = None if deterministic else call.lse.new_empty(call.q.numel())
     sums = (call.dk, call.dv, dq_sum, partial)
     of_keys(*given, *sums, stats_layout, scale, by_key.config, by_key.array, by_key.layout, call.valid)

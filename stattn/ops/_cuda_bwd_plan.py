@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,16 @@ import torch
 
 from stattn import plan
 from stattn.ops import _cuda_plan
-from stattn.ops._cuda_plan import AFTER, BEFORE, Line, _Entries, _geometry, _MaskTable, _product_boxes
+from stattn.ops._cuda_plan import (
+    AFTER,
+    BEFORE,
+    Line,
+    _as_wide,
+    _Entries,
+    _geometry,
+    _MaskTable,
+    _product_boxes,
+)
 from stattn.ops._cuda_tiles import (
     AXES,
     ROWS,
@@ -37,7 +47,7 @@ SHORTEST = 256  # boxes of a list that is cut
 def why_not(problem: Problem) -> str | None:
     """Say what in the masks of a problem cannot be planned, or None."""
     masks = tuple(dict.fromkeys(problem.masks))
-    reason = _cuda_plan.why_not(problem, overlaps=False)
+    reason = _cuda_plan.why_not(problem)
     if reason is not None:
         return reason
     _, _, products = _geometry(problem, masks)
@@ -55,8 +65,8 @@ def layout(problem: Problem, heads: int, head_dim: int) -> tuple[int, list[int],
     masks = tuple(dict.fromkeys(problem.masks))
     of_head = [masks.index(mask) for mask in problem.masks] if len(problem.masks) > 1 else [0] * heads
     q_box, k_box, products = _geometry(problem, masks)
-    turned = [plan.transposed(each) for each in products]
-    tiling = choose(k_box, q_box, turned, head_dim, "kv")
+    turned = [[plan.transposed([part]) for part in each] for each in products]
+    tiling = choose(k_box, q_box, [list(chain.from_iterable(each)) for each in turned], head_dim, "kv")
     line = Line(
         problem.grid.before, problem.grid.after, q_box.video, problem.q_globals, problem.globals_see, valid=False
     )
@@ -90,8 +100,10 @@ class Encoded(NamedTuple):
     split_record: int
 
 
-def encode(tiling: Tiling, products: Sequence[Sequence[Product]], of_head: Sequence[int], line: Line) -> Encoded:
-    """Lay a plan out as int32. products: of each mask, by key. of_head: the mask of each head."""
+def encode(
+    tiling: Tiling, products: Sequence[Sequence[Sequence[Product]]], of_head: Sequence[int], line: Line
+) -> Encoded:
+    """Lay a plan out as int32. products: of each mask, by its parts, those by key. of_head: the mask of each head."""
     table = _MaskTable(tiling)
     corners = _video_corners(tiling)
     places = np.indices(tile_counts(tiling.q_box, tiling.steps, tiling.tile)).reshape(3, -1)
@@ -116,7 +128,7 @@ def encode(tiling: Tiling, products: Sequence[Sequence[Product]], of_head: Seque
     ]
     splits = np.concatenate([video.table(), lines.table()])
 
-    groups, numbers = table.combine([each.masks[each.masked] for each in lists])
+    groups, numbers = table.combine(_as_wide([each.masks[each.masked] for each in lists]))
     records = np.concatenate([groups.reshape(-1), np.zeros(-groups.size % 4, np.int32)]).reshape(-1, 4)
     head_records = -(-len(of_head) // (4 * ROWS)) * ROWS  # groups of masks begin at multiples of their size
     found = [np.zeros((head_records, 4), np.int32), records, splits]
@@ -165,10 +177,13 @@ def _compact_order(places: np.ndarray) -> np.ndarray:
 
 
 def _video_entries(
-    tiling: Tiling, products: Sequence[Product], table: _MaskTable, places: np.ndarray, line: Line
+    tiling: Tiling, products: Sequence[Sequence[Product]], table: _MaskTable, places: np.ndarray, line: Line
 ) -> list[_Entries]:
     """List what sees the keys of the video: queries of the video under a mask, and global ones."""
-    entries = [_product_boxes(tiling, product, table, places) for product in products]
+    entries = []
+    for number, pieces in enumerate(products):  # no pair is in two pieces of a part
+        earlier = list(chain.from_iterable(products[:number]))
+        entries += [_product_boxes(tiling, piece, table, places, earlier) for piece in pieces]
     entries.append(_global_queries(tiling, table, places.shape[1], line if line.see == "all" else None))
     return entries
 
@@ -267,7 +282,8 @@ class _Boxes(NamedTuple):
 
     @classmethod
     def of(cls, entries: Sequence[_Entries]) -> _Boxes:
-        return cls(*(np.concatenate(each) for each in zip(*entries, strict=True)))._sorted()
+        tile, masked, box = (np.concatenate(each) for each in zip(*(each[:3] for each in entries), strict=True))
+        return cls(tile, masked, box, np.concatenate(_as_wide([each.masks for each in entries])))._sorted()
 
     def _sorted(self) -> _Boxes:
         order = np.lexsort((~self.masked, self.tile))  # stable: those with masks first

@@ -59,15 +59,12 @@ class Line(NamedTuple):
 
 
 @lru_cache(maxsize=512)
-def why_not(problem: Problem, frames: bool = False, overlaps: bool = True) -> str | None:
+def why_not(problem: Problem, frames: bool = False) -> str | None:
     """Say what in the masks of a problem cannot be planned, or None.
 
-    frames: whether the call says which frames the keys hold. overlaps: whether parts of unions may overlap.
+    frames: whether the call says which frames the keys hold.
     """
     masks = tuple(dict.fromkeys(problem.masks))
-    for mask in masks:
-        if not overlaps and plan.geometry(mask, problem.grid, problem.q_box, problem.k_box).overlap:
-            return f"mask {mask} is a union whose parts overlap on several axes"
     if frames and problem.grid.t > MOST_FRAMES:
         return f"does not serve k_frames of grids of more than {MOST_FRAMES} frames"
     *_, products = _geometry(problem, masks, frames)
