@@ -24,7 +24,9 @@ def _failure() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         return f"the CUDA library failed to load: {error}"
-    torch.library.register_fake("stattn::copy_bytes", lambda *given: None)  # writes into a tensor that it is given
+    stages = tuple(f"attention_backward_{stage}" for stage in ("prepare", "kv", "dq", "finish", "lists"))
+    for name in ("copy_bytes", *stages):  # which write into tensors that they are given
+        torch.library.register_fake(f"stattn::{name}", lambda *given: None)
     torch.library.register_fake("stattn::attention_output", lambda *given: _attention_results(*given)[0])
     for name in ("attention_forward", "attention_forward_lists"):
         torch.library.register_fake(f"stattn::{name}", _attention_results)

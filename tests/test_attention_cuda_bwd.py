@@ -8,8 +8,12 @@ Both ways are held to all of it: dQ summed in memory by the kernel of dK and dV,
 from __future__ import annotations
 
 import itertools
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -545,6 +549,20 @@ def test_nothing_outside_the_tensors_is_read_or_written() -> Covered:
 @gpu
 @apart
 @hopper
+@pytest.mark.parametrize("tool", ["memcheck", "synccheck"])
+def test_compute_sanitizer_finds_nothing_in_tiny_calls(tool: str) -> Covered:
+    sanitizer = shutil.which("compute-sanitizer")
+    assert sanitizer is not None, "the CUDA toolkit is not on PATH"
+    script = str(Path(__file__).with_name("tiny_calls.py"))
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, script, "--gradients"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return {"calls": int(done.stdout.split(" calls")[0].split()[-1])}
+
+
+@gpu
+@apart
+@hopper
 def test_offsets_beyond_two_to_the_31_are_right() -> Covered:
     grid = Grid(21, 45, 80)
     fused = torch.randn(2, grid.tokens, 3, 40, 128, device=DEVICE, dtype=torch.bfloat16)
@@ -711,7 +729,7 @@ def test_the_operations_pass_opcheck_and_compile() -> None:
 @apart
 @hopper
 def test_a_long_backward_takes_the_memory_that_its_way_says() -> Covered:
-    """Beside the gradients: statistics of 8 bytes a row, rounded up; one way also the sums of dQ in fp32, and pieces."""
+    """Beside the gradients: statistics of 8 bytes a row, rounded up; one way also sums of dQ in fp32, and pieces."""
     shape, heads = (21, 45, 80), 4
     n = Grid(*shape).video
     tensors = [x.requires_grad_() for x in draw(1, n, heads, 128, dtype=torch.bfloat16, device=DEVICE)]

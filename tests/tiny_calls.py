@@ -3,7 +3,7 @@
     compute-sanitizer --tool memcheck python tests/tiny_calls.py
 
 Prints how many there were. initcheck does not see what tensor copies write, so the output is read by no other kernel:
-``--unread`` leaves it alone.
+``--unread`` leaves it alone. ``--gradients`` asks for those of both ways as well, but of ring caches.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def calls() -> Iterator[tuple[Grid, Any, dict[str, Any]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make tiny calls of attention for compute-sanitizer.")
     parser.add_argument("--unread", action="store_true", help="do not read the output")
-    unread = parser.parse_args().unread
+    parser.add_argument("--gradients", action="store_true", help="compute gradients, too")
+    given = parser.parse_args()
+    unread = given.unread
     count = 0
     for (grid, mask, options), dim in itertools.product(list(calls()), (64, 128)):
         rows = options["q_region"].video if "q_region" in options else grid.tokens
@@ -54,6 +56,11 @@ def main() -> None:
         assert not lse.isnan().any()
         assert unread or out.isfinite().all()
         assert isinstance(mask, BlockList) or mask.key
+        for way in (True, False) if given.gradients and "k_frames" not in options else ():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = stattn.attention(*leaves, grid, mask, deterministic=way, impl="cuda", **options)
+            found = torch.autograd.grad(out, leaves, torch.randn(out.shape).to(out))
+            assert all(x.isfinite().all() for x in found)
         count += 1
     torch.cuda.synchronize()
     print(f"{count} calls")
