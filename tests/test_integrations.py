@@ -297,6 +297,24 @@ def test_offloading_brings_weights_before_they_are_used(tiny):
         assert handle.report()[0].norm_rope == "norm by the model (hooks), RoPE fused"
 
 
+@pytest.mark.parametrize("level", ["block", "leaf"])
+def test_offloading_in_groups_works(tiny, level):
+    pytest.importorskip("accelerate")
+    call, cpu = wan(GRID, 1), torch.device("cpu")
+    tiny.enable_group_offload(cpu, cpu, offload_type=f"{level}_level", num_blocks_per_group=1)
+    want, _ = run_masked(tiny, call, MASK, GRID, None)
+    with stattn.accelerate(tiny, MASK):
+        torch.testing.assert_close(run(tiny, call), want, **CLOSE)
+
+
+def test_weights_may_be_stored_in_fewer_bits(tiny):
+    tiny.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    call = wan(GRID, 1)
+    want, _ = run_masked(tiny, call, MASK, GRID, None)
+    with stattn.accelerate(tiny, MASK):
+        torch.testing.assert_close(run(tiny, call), want, **CLOSE)
+
+
 def test_the_backend_that_diffusers_is_told_reaches_the_other_layers_alone(tiny):
     call = wan(GRID, 1)
     with stattn.accelerate(tiny, MASK):
