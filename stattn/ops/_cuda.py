@@ -126,8 +126,8 @@ def _call(which: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem
 @lru_cache(maxsize=4096)
 def _launch(problem: Problem, heads: int, dim: int, valid: bool, frames: bool, device: torch.device) -> tuple[Any, ...]:
     """Give the library's operations and their arguments between v and ``valid``: one look-up for a warm call."""
-    # The operations themselves: by their names, each call would choose among overloads.
-    operations = torch.ops.stattn.attention_forward.default, torch.ops.stattn.attention_output.default
+    # What calls the dispatcher: by its name, an operation would choose among overloads each time.
+    operations = torch.ops.stattn.attention_forward.default._op, torch.ops.stattn.attention_output.default._op
     scale = max(problem.scale, LEAST_SCALE)
     if not frames and is_dense(problem, valid) and not is_split(problem):
         return operations, (scale, 0, None, None, 0)
