@@ -140,6 +140,8 @@ def test_the_first_steps_are_dense_by_the_changes_of_the_timestep(tiny):
             torch.testing.assert_close(steps, want, **CLOSE)
     with stattn.accelerate(tiny, MASK, dense_steps=1):
         torch._dynamo.reset()
+        tiny.compile_repeated_blocks(backend="eager", fullgraph=True)
+        torch.testing.assert_close([at(t) for t in (900.0, 500.0)], [dense[0], sparse[1]], **CLOSE)
         with pytest.raises(RuntimeError, match="compile_repeated_blocks"):
             run(torch.compile(tiny, backend="eager", fullgraph=True), call)
 
