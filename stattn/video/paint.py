@@ -151,9 +151,9 @@ def paint(
             **guide,
         )
     if work is not None:
-        calls = len(levels) - 1
-        work.tokens += cache.tokens if cache is not None else calls * _tokens(model, rough)
-        work.whole += cache.whole if cache is not None else calls * _tokens(model, rough)
+        plain = (len(levels) - 1) * _tokens(model, rough)
+        work.tokens += batch * (plain if cache is None else cache.tokens)
+        work.whole += batch * plain
     return torch.where(free, x, rough)
 
 
