@@ -252,6 +252,7 @@ FAMILIES: dict[str, Family] = {
     "wan-i2v": Family(lambda: model("WanTransformer3DModel", **WAN, image_dim=8, added_kv_proj_dim=24), wan_image),
     "wan2.2-ti2v": Family(lambda: model("WanTransformer3DModel", **WAN), wan_tokens),
     "wan-vace": Family(lambda: model("WanVACETransformer3DModel", **WAN, vace_layers=[0], vace_in_channels=6), vace),
+    "chronoedit": Family(lambda: model("ChronoEditTransformer3DModel", **WAN), wan),
     "skyreels-v2": Family(lambda: model("SkyReelsV2Transformer3DModel", **WAN), wan),
     "hunyuanvideo": Family(
         lambda: model("HunyuanVideoTransformer3DModel", **HUNYUAN, **HUNYUAN_VIDEO), hunyuan, "after"
@@ -281,6 +282,11 @@ FAMILIES: dict[str, Family] = {
             "CogVideoXTransformer3DModel", **COGVIDEOX, patch_size_t=2, use_rotary_positional_embeddings=True
         ),
         lambda grid, batch: cogvideox(grid, batch, patch_t=2),
+        "before",
+    ),
+    "consisid": Family(
+        lambda: model("ConsisIDTransformer3DModel", **COGVIDEOX, use_rotary_positional_embeddings=True),
+        cogvideox,
         "before",
     ),
     "ltx": Family(lambda: model("LTXVideoTransformer3DModel", **LTX), ltx),

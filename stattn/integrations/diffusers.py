@@ -38,9 +38,9 @@ def _latent_two_sizes(model: Any, call: Call) -> Triple:
 
 
 def _frames_first(model: Any, call: Call) -> Triple:
-    """[B, T, C, H, W]; config.patch_size_t may be None."""
+    """[B, T, C, H, W]; config.patch_size_t may be None or missing."""
     t, _, h, w = call["hidden_states"].shape[1:]
-    pt, p = model.config.patch_size_t or 1, model.config.patch_size
+    pt, p = model.config.get("patch_size_t") or 1, model.config.patch_size
     return (t + pt - 1) // pt, h // p, w // p
 
 
@@ -99,10 +99,17 @@ class Family:
 _WAN = Family(r"blocks\.\d+\.attn1", _latent, {"WanAttnProcessor": processors.WanProcessor}, _wan_split)
 _HUNYUAN = r"(single_)?transformer_blocks\.\d+\.attn"
 _BLOCKS = r"transformer_blocks\.\d+\.attn1"
+_COGVIDEOX = Family(
+    _BLOCKS,
+    _frames_first,
+    dict.fromkeys(("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"), processors.CogVideoXProcessor),
+    _cogvideox_split,
+)
 
 FAMILIES: dict[str, Family] = {
     "WanTransformer3DModel": _WAN,
     "WanVACETransformer3DModel": Family(r"(vace_)?blocks\.\d+\.attn1", _WAN.grid, _WAN.make, _WAN.split),
+    "ChronoEditTransformer3DModel": _WAN,
     "SkyReelsV2Transformer3DModel": Family(
         _WAN.layers, _latent, {"SkyReelsV2AttnProcessor": processors.WanProcessor}, _wan_split
     ),
@@ -112,12 +119,8 @@ FAMILIES: dict[str, Family] = {
     "HunyuanVideo15Transformer3DModel": Family(
         _HUNYUAN, _latent_two_sizes, {"HunyuanVideo15AttnProcessor2_0": processors.HunyuanProcessor}, _configured_split
     ),
-    "CogVideoXTransformer3DModel": Family(
-        _BLOCKS,
-        _frames_first,
-        dict.fromkeys(("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"), processors.CogVideoXProcessor),
-        _cogvideox_split,
-    ),
+    "CogVideoXTransformer3DModel": _COGVIDEOX,
+    "ConsisIDTransformer3DModel": _COGVIDEOX,
     "LTXVideoTransformer3DModel": Family(_BLOCKS, _said, {"LTXVideoAttnProcessor": None}, extra="before"),
     "LTX2VideoTransformer3DModel": Family(
         _BLOCKS, _said, {"LTX2AudioVideoAttnProcessor": None, "LTX2PerturbedAttnProcessor": None}, extra="after"
