@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.utils._python_dispatch
 from hosts import COGVIDEOX, FAMILIES, LTX, WAN, cogvideox, first, ltx, model, run, run_masked, wan
 from torch import nn
 
@@ -186,6 +187,31 @@ def test_tokens_of_conditions_beside_the_grid_are_global():
     with stattn.accelerate(transformer, MASK) as handle:
         torch.testing.assert_close(run(transformer, call), want, **CLOSE)
         assert handle.report()[0].grid == "3x4x6 +5"
+
+
+class Pairs(torch.utils._python_dispatch.TorchDispatchMode):
+    """Count the boolean tensors that hold a value for every pair of tokens."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.shape, self.found = (tokens, tokens), 0
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.bool and tuple(out.shape[-2:]) == self.shape:
+            self.found += 1
+        return out
+
+
+def test_hunyuanvideo_15_builds_no_mask_of_all_pairs():
+    family = FAMILIES["hunyuanvideo-1.5"]
+    transformer, call = family.build(), family.inputs(GRID, 2)
+    tokens = 72 + call["encoder_hidden_states"].shape[1] + 5 + 3
+    with Pairs(tokens) as original:
+        run(transformer, call)
+    with stattn.accelerate(transformer), Pairs(tokens) as ours:
+        run(transformer, call)
+    assert (original.found > 0, ours.found) == (True, 0)
 
 
 def test_the_causal_blocks_of_skyreels_are_part_of_the_mask():
