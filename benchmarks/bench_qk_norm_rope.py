@@ -180,6 +180,7 @@ def test_backward(benchmark: Any, report: results.Report, device: str, name: str
 def tune() -> None:
     """Time every CONFIG, forward and backward, and print its share of the copy rate."""
     from stattn.kernels import qk_norm_rope as kernels
+    from stattn.kernels import qk_norm_rope_bwd
 
     print("| pass | shape | config | us | of copy |\n|---|---|---|---:|---:|")
     for name, shape in GPU_SHAPES.items():
@@ -194,11 +195,15 @@ def tune() -> None:
             kernels.forward(*given[copy][:2], *outs[copy], *given[copy][2:], *rest, config)
 
         def backward(config: Any, copy: int, given: Any = given, douts: Any = douts, rest: Any = rest) -> Any:
-            return kernels.backward(*douts[copy], *given[copy], *rest, True, True, config)
+            return qk_norm_rope_bwd.backward(*douts[copy], *given[copy], *rest, True, True, config)
 
-        for label, passes, call in (("fwd", 2, forward), ("bwd", 3, backward)):
+        kinds: tuple[tuple[str, int, Callable[..., Any], tuple[Any, ...]], ...] = (
+            ("fwd", 2, forward, kernels.CONFIGS),
+            ("bwd", 3, backward, qk_norm_rope_bwd.CONFIGS),
+        )
+        for label, passes, call, configs in kinds:
             size = bytes_moved(shape, passes, "cuda")
-            timed: dict[str, Callable[[int], Any]] = {str(config): partial(call, config) for config in kernels.CONFIGS}
+            timed: dict[str, Callable[[int], Any]] = {str(config): partial(call, config) for config in configs}
             timings = results.time_in_graph({**timed, "copy": copier(size, copies, "cuda")}, copies=copies)
             for config, timing in timings.items():
                 share = timings["copy"].median / timing.median

@@ -1,24 +1,17 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, no-warn-unreachable
 # mypy: disable-error-code="assignment, misc, var-annotated"
 # (Tuples grow in loops that Triton unrolls.)
-"""RMSNorm of queries and keys with 3-D rotary position embedding: one pass forward, one backward.
+"""RMSNorm of queries and keys with 3-D rotary position embedding, in one pass; the backward is ``qk_norm_rope_bwd``.
 
     n = x * r * weight,  r = 1 / sqrt(mean(x^2) + eps)         mean over one head, or over all heads of a token
     y = (n_a cos - n_b sin, n_a sin + n_b cos)                  for the pairs (a, b) of features
 
-    g = dy turned back by the same angle,  u = g * weight
-    dx = r * u - x * r^3 * mean(u * x),    dweight = sum over tokens (and heads) of g * x * r
+One launch serves q and k: the first programs take rows of q, the rest rows of k. A row, the heads of one token, stays
+in registers between the sum and the rotation, so that memory sees it once. It is held as chunks of heads in which every
+thread owns 16 bytes or 8: pairs never leave their thread, and 40 heads are five chunks of 8, not 64 with masks. Angles
+come from the axis tables (a few KB, always cached) by index.
 
-A forward launch serves q and k: the first programs take rows of q, the rest rows of k; the backward has one for each. A
-row, the heads of one token, stays in registers between the sum and the rotation, so that memory sees it once. It is
-held as chunks of heads in which every thread owns 16 bytes or 8: pairs never leave their thread, and 40 heads are five
-chunks of 8, not 64 with masks. Angles come from the axis tables (a few KB, always cached) by index.
-
-All arithmetic is in fp32; y and dx are rounded once. In the backward a program walks over neighbouring rows, of which
-the next ones are on their way to shared memory meanwhile, and counts its place in the video along. dweight: it sums its
-rows in fp32, and a second kernel adds these partial sums in a fixed order: reruns agree bitwise, on any GPU.
-
-Bound by memory: forward reads and writes q and k once, backward reads q, k and their gradients and writes two.
+All arithmetic is in fp32; y is rounded once. Bound by memory: q and k are read and written once.
 """
 
 from __future__ import annotations
@@ -38,29 +31,16 @@ from stattn.kernels._compile import Specialization
 class Config(NamedTuple):
     """How rows are given to threads.
 
-    elements: the most elements of a row that a forward thread holds, which sets the warps of a program. rows: rows one
-    after the other in a forward program. back_elements: as elements, in the backward. back_registers: the most
-    registers of a backward thread, which say how many programs run together. back_stages: rows of a backward program in
-    flight, one of them in registers.
+    elements: the most elements of a row that a thread holds, which sets the warps of a program. rows: rows one after
+    the other in a program.
     """
 
     elements: int
     rows: int
-    back_elements: int
-    back_registers: int
-    back_stages: int
 
 
-CONFIGS = (
-    Config(elements=64, rows=1, back_elements=20, back_registers=128, back_stages=3),
-    Config(elements=32, rows=1, back_elements=24, back_registers=168, back_stages=3),
-    Config(elements=64, rows=4, back_elements=24, back_registers=232, back_stages=4),
-    Config(elements=32, rows=4, back_elements=20, back_registers=128, back_stages=4),
-)
-SMS, REGISTERS = 132, 65536  # of an H200
+CONFIGS = (Config(64, 1), Config(32, 1), Config(64, 4), Config(32, 4))
 MOST_WARPS = 16
-# Bytes of shared memory that rows in flight may take: every GPU since sm_80 has them.
-IN_FLIGHT = 96 << 10
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -189,21 +169,6 @@ def row_sum(x, ACROSS: tl.constexpr):
 
 
 @triton.jit
-def add_both(a, b, c, d):
-    """Add two pairs."""
-    return a + c, b + d
-
-
-@triton.jit
-def row_sums(x, y, ACROSS: tl.constexpr):
-    """Sum x and y [CHUNK, HALF] as ``row_sum`` does, in one exchange between warps."""
-    x, y = tl.reduce((x, y), 1, add_both, keep_dims=True)
-    if ACROSS:
-        x, y = tl.reduce((x, y), 0, add_both, keep_dims=True)
-    return x, y
-
-
-@triton.jit
 def forward_row(
     row, x_ptr, y_ptr, w, t_ptr, h_ptr, w_ptr, tokens, t_extent, h_extent, w_extent, before,
     x_batch, x_token, x_head, x_feature, y_batch, y_token, y_head, y_feature, eps,
@@ -308,156 +273,7 @@ def qk_norm_rope_forward(
         )  # fmt: skip
 
 
-@triton.jit
-def turn_back(a, b, cos, sin, ROPE: tl.constexpr):
-    """Turn the gradient of rotated pairs back to that of the pairs before, in fp32."""
-    a, b = a.to(tl.float32), b.to(tl.float32)
-    if ROPE:
-        a, b = a * cos + b * sin, b * cos - a * sin
-    return a, b
-
-
-@triton.jit
-def next_place(token, t, h, w, inside, tokens, h_extent, w_extent):
-    """Step to the next token, and to the next place if this token was of the video; behind the last to the first."""
-    token += 1
-    w += inside.to(tl.int32)
-    h += (w == w_extent).to(tl.int32)
-    w = tl.where(w == w_extent, 0, w)
-    t += (h == h_extent).to(tl.int32)
-    h = tl.where(h == h_extent, 0, h)
-    wraps = token == tokens
-    return tl.where(wraps, 0, token), tl.where(wraps, 0, t), tl.where(wraps, 0, h), tl.where(wraps, 0, w), wraps
-
-
-@triton.jit(do_not_specialize=(*SIZES, "programs"))
-def qk_norm_rope_backward(
-    dy_ptr, x_ptr, dx_ptr, weight_ptr, partial_ptr, t_ptr, h_ptr, w_ptr,
-    rows, tokens, t_extent, h_extent, w_extent, before, programs,
-    dy_batch, dy_token, dy_head, dy_feature, x_batch, x_token, x_head, x_feature, eps,
-    HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr,
-    T_PAIRS: tl.constexpr, H_PAIRS: tl.constexpr, W_PAIRS: tl.constexpr,
-    ACROSS: tl.constexpr, INTERLEAVED: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Store dx of q or k, contiguous, for one of ``programs`` runs of rows, and their sum of dweight as a partial."""
-    program = tl.program_id(0)
-    CHUNKS: tl.constexpr = (HEADS + CHUNK - 1) // CHUNK
-    COUNT: tl.constexpr = HEADS * DIM if ACROSS else DIM
-    NORM: tl.constexpr = weight_ptr is not None
-    SUM: tl.constexpr = partial_ptr is not None
-    ROPE: tl.constexpr = t_ptr is not None
-    weight, sums = (), ()
-    if NORM:
-        weight = load_weight(weight_ptr, HEADS, DIM, HALF, CHUNK, CHUNKS, ACROSS, INTERLEAVED)
-    if SUM:
-        for _ in tl.static_range(CHUNKS if ACROSS else 1):
-            sums = sums + ((tl.zeros((CHUNK, HALF), tl.float32), tl.zeros((CHUNK, HALF), tl.float32)),)
-    share = tl.cdiv(rows, programs)
-    first = program * share
-    batch, token = first // tokens, first % tokens
-    videos = t_extent * h_extent * w_extent
-    t, h, w = place_of(tl.minimum(tl.maximum(token - before, 0), videos), h_extent, w_extent)
-    inside = (token >= before) & (token < before + videos)
-    if ROPE:
-        cos_ahead, sin_ahead = angles_at(
-            t, h, w, inside, t_ptr, h_ptr, w_ptr, t_extent, h_extent, w_extent, HALF, T_PAIRS, H_PAIRS, W_PAIRS
-        )
-    for i in tl.range(0, tl.minimum(share, rows - first), num_stages=STAGES):
-        dy_row = dy_ptr + batch.to(tl.int64) * dy_batch + token.to(tl.int64) * dy_token
-        x_row = x_ptr + batch.to(tl.int64) * x_batch + token.to(tl.int64) * x_token
-        dx_row = dx_ptr + (first + i).to(tl.int64) * (HEADS * DIM)
-        cos, sin = 1.0, 0.0
-        if ROPE:
-            cos, sin = cos_ahead[None, :], sin_ahead[None, :]
-        token, t, h, w, wraps = next_place(token, t, h, w, inside, tokens, h_extent, w_extent)
-        batch += wraps.to(tl.int32)
-        inside = (token >= before) & (token < before + videos)
-        if ROPE:
-            cos_ahead, sin_ahead = angles_at(
-                t, h, w, inside, t_ptr, h_ptr, w_ptr, t_extent, h_extent, w_extent, HALF, T_PAIRS, H_PAIRS, W_PAIRS
-            )
-        grads, values = (), ()
-        for j in tl.static_range(CHUNKS):
-            a, b = load_pairs(dy_row, dy_head, dy_feature, j * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED)
-            grads = grads + (turn_back(a, b, cos, sin, ROPE),)
-            if NORM:
-                a, b = load_pairs(x_row, x_head, x_feature, j * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED)
-                values = values + ((a.to(tl.float32), b.to(tl.float32)),)
-        r, pull = 1.0, 0.0
-        if NORM and ACROSS:
-            square = tl.zeros((CHUNK, HALF), tl.float32)
-            product = tl.zeros((CHUNK, HALF), tl.float32)
-            for j in tl.static_range(CHUNKS):
-                a, b = values[j]
-                square += a * a + b * b
-                product += grads[j][0] * weight[j][0].to(tl.float32) * a + grads[j][1] * weight[j][1].to(tl.float32) * b
-            square, product = row_sums(square, product, ACROSS)
-            r = tl.rsqrt(square / COUNT + eps)
-            pull = product * (r * r * r) / COUNT
-        added = ()
-        for j in tl.static_range(CHUNKS):
-            ga, gb = grads[j]
-            if NORM:
-                a, b = values[j]
-                ua = ga * weight[j if ACROSS else 0][0].to(tl.float32)
-                ub = gb * weight[j if ACROSS else 0][1].to(tl.float32)
-                if not ACROSS:
-                    square, product = row_sums(a * a + b * b, ua * a + ub * b, ACROSS)
-                    r = tl.rsqrt(square / COUNT + eps)
-                    pull = product * (r * r * r) / COUNT
-                if SUM:
-                    if ACROSS:
-                        added = added + ((sums[j][0] + ga * a * r, sums[j][1] + gb * b * r),)
-                    else:
-                        sums = ((sums[0][0] + ga * a * r, sums[0][1] + gb * b * r),)
-                ga, gb = r * ua - pull * a, r * ub - pull * b
-            store_pairs(dx_row, ga, gb, None, 1, j * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED)
-        if SUM and ACROSS:
-            sums = added
-    if SUM:
-        if ACROSS:
-            partial_ptr += program.to(tl.int64) * (HEADS * DIM)
-            for j in tl.static_range(CHUNKS):
-                store_pairs(
-                    partial_ptr, sums[j][0], sums[j][1], None, 1, j * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED
-                )
-        else:
-            a, b = tl.sum(sums[0][0], axis=0, keep_dims=True), tl.sum(sums[0][1], axis=0, keep_dims=True)
-            store_pairs(partial_ptr + program * DIM, a, b, None, 1, 0, 1, DIM, HALF, 1, INTERLEAVED)
-
-
-@triton.jit
-def add_partials(partial_ptr, out_ptr, first, programs, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum COLUMNS columns of partial sums [programs, length], each column in a fixed order."""
-    column = first + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, programs, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        at = partial_ptr + row.to(tl.int64) * length + column[None, :]
-        total += tl.load(at, mask=(row < programs) & (column < length)[None, :], other=0.0)
-    tl.store(out_ptr + column, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=column < length)
-
-
-@triton.jit(do_not_specialize=("q_programs", "k_programs"))
-def qk_norm_rope_weight_gradient(
-    q_partial, k_partial, q_out, k_out, q_programs, k_programs, q_length, k_length,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Sum the partial sums of the weights' gradients; a weight without a gradient has None and length 0."""
-    first = tl.program_id(0) * COLUMNS
-    q_columns = tl.cdiv(q_length, COLUMNS) * COLUMNS
-    if q_partial is not None:
-        if first < q_columns:
-            add_partials(q_partial, q_out, first, q_programs, q_length, ROWS, COLUMNS)
-    if k_partial is not None:
-        if first >= q_columns:
-            add_partials(k_partial, k_out, first - q_columns, k_programs, k_length, ROWS, COLUMNS)
-
-
 # --- launchers -------------------------------------------------------------------------------------------------------
-
-PARTIAL_TILE = {"ROWS": 64, "COLUMNS": 32}
-
 
 class Angles(NamedTuple):
     """Axis tables [2, extent, pairs] of cosines and sines, and the number of global tokens before the video."""
@@ -468,7 +284,7 @@ class Angles(NamedTuple):
     before: int
 
 
-def _shapes(heads: int, dim: int, size: int, interleaved: bool, elements: int) -> tuple[int, int]:
+def shapes(heads: int, dim: int, size: int, interleaved: bool, elements: int) -> tuple[int, int]:
     """Return the warps of a program that holds a row in ``elements`` elements a thread, and the heads of a chunk.
 
     size: bytes of a feature. A thread owns 16 bytes of a chunk, of each half of a head if pairs lie half a head apart;
@@ -483,7 +299,7 @@ def _shapes(heads: int, dim: int, size: int, interleaved: bool, elements: int) -
     return warps, chunk
 
 
-def _constants(dim: int, pairs: tuple[int, int, int], across: bool, interleaved: bool) -> dict[str, Any]:
+def constants_of(dim: int, pairs: tuple[int, int, int], across: bool, interleaved: bool) -> dict[str, Any]:
     """Return the constexprs that forward and backward share."""
     return {
         "DIM": dim,
@@ -500,30 +316,17 @@ def _forward_constants(
     q_heads: int, k_heads: int, dim: int, size: int, interleaved: bool, config: Config
 ) -> tuple[int, dict[str, int]]:
     """Return the warps and the constexprs of a forward."""
-    warps, chunk = _shapes(max(q_heads, k_heads), dim, size, interleaved, config.elements)
+    warps, chunk = shapes(max(q_heads, k_heads), dim, size, interleaved, config.elements)
     chunks = [min(chunk, triton.next_power_of_2(heads)) for heads in (q_heads, k_heads)]
     rest = {"Q_HEADS": q_heads, "K_HEADS": k_heads, "Q_CHUNK": chunks[0], "K_CHUNK": chunks[1], "ROWS": config.rows}
     return warps, rest
 
 
-def _backward_constants(
-    heads: int, dim: int, size: int, interleaved: bool, config: Config
-) -> tuple[int, int, dict[str, int]]:
-    """Return the warps, the most registers of a thread and the constexprs of a backward of q or k."""
-    warps, chunk = _shapes(heads, dim, size, interleaved, config.back_elements)
-    # Rows of x and of dy in flight, one of each in registers.
-    stages = max(1, min(config.back_stages, 1 + IN_FLIGHT // (2 * heads * dim * size)))
-    # Features half a head apart are loads of their own, and so are their addresses.
-    wanted = config.back_registers if interleaved else config.back_registers + 40
-    registers = min(wanted if size == 2 else 255, REGISTERS // (32 * warps))
-    return warps, registers, {"HEADS": heads, "CHUNK": chunk, "STAGES": stages}
-
-
-def _pairs(angles: Angles | None) -> tuple[int, int, int]:
+def pairs_of(angles: Angles | None) -> tuple[int, int, int]:
     return (0, 0, 0) if angles is None else (angles.t.shape[2], angles.h.shape[2], angles.w.shape[2])
 
 
-def _tables(angles: Angles | None) -> tuple[Any, ...]:
+def tables_of(angles: Angles | None) -> tuple[Any, ...]:
     """Return the contiguous tables and their extents; the tables are tiny, so a view of them is copied."""
     if angles is None:
         return (None, None, None), (1, 1, 1, 0)
@@ -531,13 +334,13 @@ def _tables(angles: Angles | None) -> tuple[Any, ...]:
     return tables, (*(each.shape[1] for each in tables), angles.before)
 
 
-def _strides(x: Tensor) -> tuple[int | None, ...]:
+def strides_of(x: Tensor) -> tuple[int | None, ...]:
     """Return the strides of x [B, N, heads, D], None for that of heads where one lies behind the other."""
     batch, token, head, feature = x.stride()
     return batch, token, None if feature == 1 and (head == x.shape[3] or x.shape[2] == 1) else head, feature
 
 
-def _device(x: Tensor) -> Any:
+def on_device(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -561,131 +364,53 @@ def forward(
     warps, constants = _forward_constants(
         q.shape[2], k.shape[2], q.shape[3], q.element_size(), interleaved, config
     )
-    constants |= _constants(q.shape[3], _pairs(q_angles), across, interleaved)
-    (q_tables, q_extents), (k_tables, k_extents) = _tables(q_angles), _tables(k_angles)
+    constants |= constants_of(q.shape[3], pairs_of(q_angles), across, interleaved)
+    (q_tables, q_extents), (k_tables, k_extents) = tables_of(q_angles), tables_of(k_angles)
     q_rows, k_rows = (0 if x.numel() == 0 else x.shape[0] * x.shape[1] for x in (q, k))
     programs = triton.cdiv(q_rows, config.rows) + triton.cdiv(k_rows, config.rows)
     weights = (None if each is None else each.contiguous() for each in (q_weight, k_weight))
-    with _device(q):
+    with on_device(q):
         qk_norm_rope_forward[(programs,)](
             q, k, q_out, k_out, *weights, *q_tables, *k_tables,
             q_rows, q.shape[1], *q_extents, k_rows, k.shape[1], *k_extents,
-            *_strides(q), *_strides(k), *_strides(q_out), *_strides(k_out), eps,
+            *strides_of(q), *strides_of(k), *strides_of(q_out), *strides_of(k_out), eps,
             **constants, num_warps=warps,
         )  # fmt: skip
-
-
-def backward(
-    dq_out: Tensor,
-    dk_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    q_angles: Angles | None,
-    k_angles: Angles | None,
-    across: bool,
-    eps: float,
-    interleaved: bool,
-    q_sums: bool,
-    k_sums: bool,
-    config: Config = CONFIGS[0],
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the contiguous gradients of q and k and, where asked for by q_sums and k_sums, those of the weights."""
-    shared = _constants(q.shape[3], _pairs(q_angles), across, interleaved)
-    parts = []
-    with _device(q):
-        for dy, x, weight, angles, sums in (
-            (dq_out, q, q_weight, q_angles, q_sums), (dk_out, k, k_weight, k_angles, k_sums)
-        ):  # fmt: skip
-            parts.append(_backward_of(dy, x, weight, angles, sums, eps, shared, config))
-        (dq, dq_weight, q_partial), (dk, dk_weight, k_partial) = parts
-        shapes = [(0, 0) if each is None else tuple(each.shape) for each in (q_partial, k_partial)]
-        if any(length for _, length in shapes):
-            grid = (sum(triton.cdiv(length, PARTIAL_TILE["COLUMNS"]) for _, length in shapes),)
-            (q_programs, q_length), (k_programs, k_length) = shapes
-            qk_norm_rope_weight_gradient[grid](
-                q_partial, k_partial, dq_weight, dk_weight, q_programs, k_programs, q_length, k_length,
-                **PARTIAL_TILE, num_warps=4,
-            )  # fmt: skip
-    return dq, dk, dq_weight, dk_weight
-
-
-def _programs(rows: int, together: int) -> int:
-    """Share rows among the programs that run together, or fewer where that makes no run longer."""
-    return triton.cdiv(rows, triton.cdiv(rows, together))
-
-
-def _backward_of(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    angles: Angles | None,
-    sums: bool,
-    eps: float,
-    constants: dict[str, Any],
-    config: Config,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradient of q or k, room for its weight's where asked for, and the partial sums of that, or None."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if weight is not None and sums else None
-    if x.numel() == 0:
-        return dx, None if dweight is None else dweight.zero_(), None
-    batch, tokens, heads, dim = x.shape
-    warps, registers, rest = _backward_constants(heads, dim, x.element_size(), constants["INTERLEAVED"], config)
-    rows = batch * tokens
-    programs = _programs(rows, SMS * max(1, REGISTERS // (32 * warps * registers)))
-    partial = None
-    if dweight is not None:
-        partial = torch.empty((programs, len(dweight)), dtype=torch.float32, device=x.device)
-    tables, extents = _tables(angles)
-    qk_norm_rope_backward[(programs,)](
-        dy, x, dx, None if weight is None else weight.contiguous(), partial, *tables, rows, tokens, *extents, programs,
-        *_strides(dy), *_strides(x), eps, **constants, **rest, num_warps=warps, maxnreg=registers,
-    )  # fmt: skip
-    return dx, dweight, partial
 
 
 # --- compiled ahead of time ------------------------------------------------------------------------------------------
 
 
+# q heads, k heads, head dim, pairs, across heads, interleaved, type
+MODELS = {
+    "wan-14b": (40, 40, 128, (22, 21, 21), True, True, "bf16"),
+    "wan-1.3b": (12, 12, 128, (22, 21, 21), True, True, "bf16"),
+    "wan-1.3b-fp32": (12, 12, 128, (22, 21, 21), True, True, "fp32"),
+    "hunyuanvideo": (24, 24, 128, (8, 28, 28), False, True, "bf16"),
+    "half-gqa": (16, 8, 128, (22, 21, 21), False, False, "bf16"),
+}
+
+
 def specializations() -> Iterator[Specialization]:
     """List the kernels of the models that are measured: every CONFIG for Wan-14B, the default for the others."""
-    models = {  # q heads, k heads, head dim, pairs, across heads, interleaved, type
-        "wan-14b": (40, 40, 128, (22, 21, 21), True, True, "bf16"),
-        "wan-1.3b": (12, 12, 128, (22, 21, 21), True, True, "bf16"),
-        "wan-1.3b-fp32": (12, 12, 128, (22, 21, 21), True, True, "fp32"),
-        "hunyuanvideo": (24, 24, 128, (8, 28, 28), False, True, "bf16"),
-        "half-gqa": (16, 8, 128, (22, 21, 21), False, False, "bf16"),
-    }
-    for model, shape in models.items():
-        for number, config in enumerate(CONFIGS):
-            if number == 0 or model == "wan-14b":
-                yield _specialize(f"forward/{model}/{number}", qk_norm_rope_forward, shape, config)
-                yield _specialize(f"backward/{model}/{number}", qk_norm_rope_backward, shape, config)
-    types = {"q_partial": "*fp32", "k_partial": "*fp32", "q_out": "*bf16", "k_out": "*bf16", "q_programs": "i32"}
-    types |= {"k_programs": "i32", "q_length": "i32", "k_length": "i32"}
-    yield Specialization(
-        "weight_gradient", qk_norm_rope_weight_gradient, types, PARTIAL_TILE, {"num_warps": 4}, ("q_programs",)
-    )
+    for model, (q_heads, k_heads, dim, pairs, across, interleaved, kind) in MODELS.items():
+        for number, config in enumerate(CONFIGS if model == "wan-14b" else CONFIGS[:1]):
+            size = 4 if kind == "fp32" else 2
+            warps, constants = _forward_constants(q_heads, k_heads, dim, size, interleaved, config)
+            constants |= constants_of(dim, pairs, across, interleaved)
+            options = {"num_warps": warps}
+            yield specialize(f"forward/{model}/{number}", qk_norm_rope_forward, kind, constants, options, UNSPECIALIZED)
 
 
-def _specialize(name: str, kernel: Any, shape: tuple[Any, ...], config: Config) -> Specialization:
-    q_heads, k_heads, dim, pairs, across, interleaved, kind = shape
-    size = 4 if kind == "fp32" else 2
-    constants: dict[str, Any] = _constants(dim, pairs, across, interleaved)
-    constants |= {arg: 1 for arg in kernel.arg_names if arg.endswith("_feature")}
-    constants |= {arg: None for arg in kernel.arg_names if arg.endswith("_head")}
-    registers = None
-    if kernel is qk_norm_rope_backward:
-        warps, registers, rest = _backward_constants(q_heads, dim, size, interleaved, config)
-    else:
-        warps, rest = _forward_constants(q_heads, k_heads, dim, size, interleaved, config)
-    unaligned = (*SIZES, "programs", *UNSPECIALIZED)
+def specialize(
+    name: str, kernel: Any, kind: str, constants: dict[str, Any], options: dict[str, int], unaligned: tuple[str, ...]
+) -> Specialization:
+    """Describe a kernel of this file or of the backward, for heads that lie one behind the other."""
+    dense = {arg: 1 for arg in kernel.arg_names if arg.endswith("_feature")}
+    dense |= {arg: None for arg in kernel.arg_names if arg.endswith("_head")}
     types = {}
     for arg in kernel.arg_names:
         number = arg in unaligned or arg.endswith(("_batch", "_token", "_head", "_feature"))
         single = arg.endswith(("_t", "_h", "_w")) or arg in ("t_ptr", "h_ptr", "w_ptr", "partial_ptr")
         types[arg] = "fp32" if arg == "eps" else "i32" if number else "*fp32" if single else f"*{kind}"
-    options = {"num_warps": warps} | ({} if registers is None else {"maxnreg": registers})
-    return Specialization(name, kernel, types, constants | rest, options, unaligned)
+    return Specialization(name, kernel, types, constants | dense, options, unaligned)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stattn.grid import Grid
 from stattn.kernels import qk_norm_rope as kernels
+from stattn.kernels import qk_norm_rope_bwd as backward
 from stattn.ops.qk_norm_rope import QK_NORM_ROPE, QKNormRopeCall, qk_norm_rope, qk_norm_rope_
 from stattn.rope import RopeTables, rope_tables
 
@@ -167,7 +168,7 @@ def test_results_and_gradients_are_as_close_to_float64_as_eager_ones(
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_config_is_right(config: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.forward, "__defaults__", (kernels.CONFIGS[config],))
-    monkeypatch.setattr(kernels.backward, "__defaults__", (kernels.CONFIGS[config],))
+    monkeypatch.setattr(backward.backward, "__defaults__", (backward.CONFIGS[config],))
     names = ["wan", "half, fewer keys"] + (["real wan 14b", "real hunyuanvideo"] if device == "cuda" else [])
     for name in names:
         inputs = problem(cases(device)[name], torch.float16, device)
@@ -207,9 +208,8 @@ def test_a_row_of_zeros_is_zero_and_its_gradient_finite(device: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7])
 def test_every_number_of_tokens_is_right(device: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     few = kernels.CONFIGS[0]._replace(rows=3)
-    monkeypatch.setattr(kernels, "_programs", lambda rows, together: min(rows, 2))
+    monkeypatch.setattr(backward, "_programs", lambda rows, together: min(rows, 2))
     monkeypatch.setattr(kernels.forward, "__defaults__", (few,))
-    monkeypatch.setattr(kernels.backward, "__defaults__", (few,))
     assert_right(problem(Case(Grid(1, 1, tokens), 2, 1, 8, across=True), torch.float32, device))
 
 
@@ -218,7 +218,7 @@ def test_every_number_of_tokens_is_right(device: str, tokens: int, monkeypatch: 
 def test_a_program_that_walks_on_to_the_next_sample_keeps_its_place(
     device: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_programs", lambda rows, together: 1)
+    monkeypatch.setattr(backward, "_programs", lambda rows, together: 1)
     assert_right(problem(SMALL[name], torch.float32, device, batch=3))
 
 

@@ -303,7 +303,7 @@ def _backward(
     before: Sequence[int],
     *flags: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from stattn.kernels import qk_norm_rope as kernels
+    from stattn.kernels import qk_norm_rope_bwd as kernels
 
     dq, dk, *dweights = kernels.backward(
         dq_out, dk_out, q, k, q_weight, k_weight, *_angles(tables, before), *flags
