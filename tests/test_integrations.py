@@ -372,6 +372,18 @@ def test_gradients_flow_and_checkpointing_repeats_them():
     torch.testing.assert_close(grads[0], grads[1])
 
 
+def test_angles_of_inference_mode_are_not_kept_for_training():
+    transformer = model("CogVideoXTransformer3DModel", **COGVIDEOX, use_rotary_positional_embeddings=True)
+    call, kept = cogvideox(GRID, 1), []
+    with stattn.accelerate(transformer.requires_grad_(True), MASK) as handle:
+        for mode in (torch.inference_mode, torch.enable_grad, torch.enable_grad):
+            with mode():
+                first(transformer(**call))
+            kept.append(handle._host._rope[2])
+    assert [tables.t.is_inference() for tables in kept] == [True, False, False]
+    assert kept[1] is kept[2]  # the same angles are not gathered twice
+
+
 def test_autocast_attends_in_its_dtype(tiny):
     call = wan(GRID, 1)
     with stattn.accelerate(tiny, MASK):

@@ -212,7 +212,7 @@ class Host:
         cos, sin: [t*h*w, D/2], views of ``source``, by which the tables are remembered: all layers are given the same.
         """
         assert self.grid is not None
-        key = (self.grid, split, before, after, cos.device)
+        key = (self.grid, split, before, after, cos.device, torch.is_inference_mode_enabled())
         eager = not torch.compiler.is_compiling()
         if eager and self._rope is not None and self._rope[0]() is source and self._rope[1] == key:
             return self._rope[2]
