@@ -55,7 +55,8 @@ class Recipe:
 
     level_mean, level_std: of the logit of s. masks: (key, weight) pairs, one drawn a step. tasks: a weight for each of
     ``tasks.TASKS``. data: a folder of video files (``stattn.folder``), or "" for the synthetic world. clause_dropout:
-    how often a caption leaves out what moves, what else is there, or the camera. warmup: steps.
+    how often a caption leaves out what moves, what else is there, or the camera. globals_see: "globals" keeps the text
+    from carrying what one frame shows to the next. warmup: steps.
     """
 
     model: DiTConfig
@@ -77,6 +78,7 @@ class Recipe:
     masks: tuple[tuple[str, float], ...] = (("full()", 0.5), ("window(5, 7, 7)", 0.2), ("window(5, 5, 5)", 0.3))
     tasks: tuple[float, ...] = (0.5, 0.1, 0.1, 0.1, 0.1, 0.1)
     data: str = ""
+    globals_see: str = "all"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -191,8 +193,14 @@ def attention_bias(allowed: Tensor, grid: Grid, valid: Tensor | None, dtype: tor
 
 
 @lru_cache(maxsize=32)
-def _allowed(mask: Mask, grid: Grid, device: torch.device) -> Tensor:
-    return mask.allowed(grid).to(device)
+def allowed_pairs(mask: Mask, grid: Grid, device: torch.device, globals_see: str = "all") -> Tensor:
+    """Write a mask out as booleans [N, N]; with globals_see "globals", global tokens see no video token."""
+    allowed = mask.allowed(grid)
+    if globals_see == "globals":
+        video = torch.zeros(grid.tokens, dtype=torch.bool)
+        video[grid.before : grid.before + grid.video] = True
+        allowed = allowed & (video[:, None] | ~video)
+    return allowed.to(device)
 
 
 def _attend(
@@ -218,7 +226,9 @@ def _attend(
         impl=impl_for(self.impl, "qk_norm_rope"),
     )
     if not isinstance(mask, Tensor):
-        mask = attention_bias(_allowed(self.mask if mask is None else mask, grid, x.device), grid, valid, q.dtype)
+        mask = attention_bias(
+            allowed_pairs(self.mask if mask is None else mask, grid, x.device, self.globals_see), grid, valid, q.dtype
+        )
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return self.to_out[0](out.transpose(1, 2).flatten(2))
 
@@ -303,7 +313,9 @@ class Trainer:
         self.generator = torch.Generator(device)
         self.grid = Grid(*recipe.grid, after=self.globals())
         self.clips = FolderClips(recipe.data, recipe, device, recipe.model.text_len) if recipe.data else None
-        self.allowed = [masks.parse(key).allowed(self.grid).to(device) for key, _ in recipe.masks]
+        self.allowed = [
+            allowed_pairs(masks.parse(key), self.grid, device, recipe.globals_see) for key, _ in recipe.masks
+        ]
         # The rotary tables are made before the loss is compiled, which would have to trace how.
         self.prepare()
         self.loss: Callable[..., Tensor] = (
@@ -315,7 +327,11 @@ class Trainer:
 
     def build(self) -> nn.Module:
         """Make the model, as it is before training."""
-        return materialize_attention(DiT(self.recipe.model, impl="reference"))
+        model = materialize_attention(DiT(self.recipe.model, impl="reference"))
+        for module in model.modules():
+            if isinstance(module, SpaceTimeAttention):
+                module.globals_see = self.recipe.globals_see
+        return model
 
     def globals(self) -> int:
         """Count the tokens beside the video's."""

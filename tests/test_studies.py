@@ -1,0 +1,101 @@
+"""Studies: their checks know right from wrong, and their machinery runs on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from stattn import cli, dit
+from stattn.dit import DiT
+from stattn.grid import Grid
+from stattn.masks import parse
+from stattn.trainer import PRESETS, Trainer, allowed_pairs
+from stattn.video import study_consistency, study_edits, study_length
+from stattn.video.paint import Sampling
+
+
+def test_the_checks_of_edits_know_real_edits_from_none() -> None:
+    model = DiT(PRESETS["smoke"].model).eval()  # predicts 0: what it paints is grey
+    found, shown = study_edits.study(model, 3, Sampling(steps=1, size=(4, 64, 64), overlap=1), refreshes=(1,))
+    assert found["recolour_hue_real"] > 0.99
+    assert found["recolour_hue_unedited"] < 0.01
+    assert found["brush_end_within_3px_real"] == 1
+    assert found["brush_end_within_3px_unedited"] == 0
+    for name in ("recolour_exact_outside", "brush_exact_outside", "inpaint_exact_outside", "outpaint_exact_inside"):
+        assert found[name] == 1
+    assert found["recolour_hue"] < 0.5
+    assert shown.shape == (18, 3, 4, 64, 64)
+
+
+def test_a_stale_cache_costs_less_and_errs_more() -> None:
+    rows = study_edits.refresh_curve(dit.load("tiny"), Sampling(steps=4, guidance=1.0), (2, 4))
+    assert [row["refresh"] for row in rows] == [1, 2, 4]
+    assert rows[0]["rms_error"] == 0
+    assert rows[0]["tokens"] == 1
+    assert rows[0]["tokens"] > rows[1]["tokens"] > rows[2]["tokens"]
+    assert 0 < rows[1]["rms_error"] < rows[2]["rms_error"] < 0.2
+
+
+def test_one_piece_costs_more_than_windows(tmp_path: Path) -> None:
+    found = study_length.study(DiT(PRESETS["smoke"].model).eval(), (1, 2, 4), (4, 32, 32), rounds=1)
+    rows = found["rows"]
+    assert [row["frames"] for row in rows] == [4, 8, 16]
+    assert rows[2]["flops_windows"] == 4 * rows[0]["flops_windows"]
+    assert rows[2]["flops_one_piece"] > rows[2]["flops_windows"]
+    made = {
+        "rows": [
+            {"frames": n, "seconds_windows": 0.1 * n, "seconds_one_piece": 0.01 * n * n} for n in (16, 32, 64, 128)
+        ]
+    }
+    assert study_length.exponents(made) == {"windows": 1.0, "one_piece": 2.0}
+    study_length.plot(made, tmp_path / "length.png")
+    assert (tmp_path / "length.png").stat().st_size > 1000
+    assert study_length.minute(16) == 10
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("kind, reaches", [("full", 16), ("windowed", 5), ("previous frame", 2), ("per frame", 1)])
+def test_kinds_of_attention_see_the_frames_that_they_say(kind: str, reaches: int) -> None:
+    recipe = study_consistency.recipe_of(kind, 0)
+    assert recipe.grid == (16, 4, 4)
+    grid = Grid(*recipe.grid, after=3)
+    allowed = allowed_pairs(parse(recipe.masks[0][0]), grid, torch.device("cpu"), "globals")
+    frames = allowed[8 * 16, : grid.video].view(16, 16).any(1)
+    assert frames.sum() == reaches
+    assert frames[8]
+    assert allowed[:, grid.video :].all()
+    assert not allowed[grid.video :, : grid.video].any()
+
+
+def test_nothing_crosses_frames_without_attention_between_them() -> None:
+    """Per frame, with text that sees only text, a frame's prediction does not depend on another frame."""
+    small = dataclasses.replace(PRESETS["smoke"].model, patch=(1, 8, 8))
+    recipe = dataclasses.replace(study_consistency.RECIPE, model=small, frames=4, batch=2)
+    for kind, crosses in (("per frame", False), ("full", True)):
+        trainer = Trainer(study_consistency.recipe_of(kind, 0, recipe), torch.device("cpu"))
+        torch.nn.init.normal_(trainer.model.proj_out.weight)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter += 0.05 * torch.randn_like(parameter)
+            clean, _, _, _, ids, valid, bias = trainer.batch()
+            level = torch.full((2,), 500.0)
+            other = torch.cat((clean[:, :, :1], -clean[:, :, 1:]), 2)
+            one, two = (trainer.model(x, level, ids, valid, mask=bias)[:, :, 0] for x in (clean, other))
+        assert ((one - two).abs().max() > 1e-4) == crosses, kind
+
+
+def test_consistency_is_studied_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["study", "consistency", "--smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "consistency.json").read_text(encoding="utf-8"))
+    assert set(found["kinds"]) == set(study_consistency.KINDS)
+    for of in found["kinds"].values():
+        assert len(of["flicker_ratio"]["all"]) == 2
+        assert of["flicker_ratio"]["spread"] > 0
+        assert "FVD(synth-r3d)" in of
+    assert (tmp_path / "consistency.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="kind='sideways'"):
+        study_consistency.recipe_of("sideways", 0)
