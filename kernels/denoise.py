@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""One denoising step in one pass over the latent, and Philox numbers.
+"""One denoising step in one pass over the latent.
 
     o  = u + guidance * (c - u)                    c, u the model's outputs with and without the condition
     p  = to_x * x + to_o * o                       the prediction converted to the solver's target
@@ -8,22 +8,20 @@
 
 A tile is [CHANNELS, PLACES] of one sample; places are (t, h, w) in row-major order. Outputs in tokens are gathered from
 patches on the way, with channels the fastest axis in memory, and turned in shared memory; everything else is read and
-written along w. z is a tensor, or drawn in registers, four numbers from each counter.
+written along w. z is a tensor, or drawn in registers (``_philox``), four numbers from each counter.
 
 CFG-Zero* scales u by <c, u> / (|u|^2 + 1e-8) first; rescaling multiplies o by 1 - r + r * std(c) / std(o). Both follow
 from five sums over the sample, of c, u, c^2, u^2 and c * u, which a first kernel takes in float64 (their products are
 exact there, and the variance of o is a difference of large numbers). It leaves PARTIALS of each, which every program of
 the second kernel adds in one order: results do not depend on the batch or on timing.
 
-All else is fp32, p and x' are each rounded once; normal numbers are made in float64 as the reference makes them. A
-tensor of weight 0 is not read. Bound by memory.
+All else is fp32, p and x' are each rounded once. A tensor of weight 0 is not read. Bound by memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +29,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stattn.kernels import _philox
 from stattn.kernels._compile import Specialization
+from stattn.kernels._philox import four_normals, in_order, philox_normal
+from stattn.kernels._rows import on_device
 
 
 class Config(NamedTuple):
@@ -52,84 +53,6 @@ CONFIGS = (
 )
 MOST_PARTIALS = 256
 MOST_CHANNELS = 16  # of a tile of tokens
-NORMAL_QUADS, NORMAL_WARPS = 512, 4
-
-KEY_0, KEY_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
-ROUND_0, ROUND_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
-WORD = tl.constexpr(0xFFFFFFFF)
-TURN = tl.constexpr(2.0 * math.pi)
-STEP, HALF_STEP = tl.constexpr(2.0**-32), tl.constexpr(2.0**-33)
-# pi/2 in two parts, of which the first has so few bits that its small multiples are exact.
-QUARTER, QUARTER_REST = tl.constexpr(math.floor(math.pi / 2 * 2**40) / 2**40), tl.constexpr(7.443547480486623e-13)
-PER_QUARTER = tl.constexpr(2.0 / math.pi)
-# Taylor's series, the highest power first: within 2^-60 on [-pi/4, pi/4].
-SINE = tl.constexpr(tuple((-1.0) ** k / math.factorial(2 * k + 1) for k in range(9, -1, -1)))
-COSINE = tl.constexpr(tuple((-1.0) ** k / math.factorial(2 * k) for k in range(9, -1, -1)))
-
-
-# --- normal numbers --------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def sine_and_cosine(angle):
-    """Return sin and cos of float64 angles in [0, 2 pi], to a unit in the last place, by their Taylor series."""
-    turns = tl.floor(angle * PER_QUARTER + 0.5)
-    x = (angle - turns * QUARTER) - turns * QUARTER_REST
-    y = x * x
-    s, c = y * SINE[0] + SINE[1], y * COSINE[0] + COSINE[1]
-    for i in tl.static_range(2, 9):
-        s, c = s * y + SINE[i], c * y + COSINE[i]
-    s, c = s * y * x + x, c * y + 1.0
-    quarter = turns.to(tl.int32)
-    odd = (quarter & 1) == 1
-    sine, cosine = tl.where(odd, c, s), tl.where(odd, s, c)
-    sine = tl.where((quarter & 2) == 2, -sine, sine)
-    cosine = tl.where(((quarter + 1) & 2) == 2, -cosine, cosine)
-    return sine, cosine
-
-
-@triton.jit
-def box_muller(first, second):
-    """Turn two random words into two normal numbers."""
-    u = (first.to(tl.float32) * STEP + HALF_STEP).to(tl.float64)
-    v = (second.to(tl.float32) * STEP + HALF_STEP).to(tl.float64)
-    radius = tl.sqrt(-2.0 * tl.log(u))
-    sine, cosine = sine_and_cosine(v * TURN)
-    return (radius * cosine).to(tl.float32), (radius * sine).to(tl.float32)
-
-
-@triton.jit
-def four_normals(seed, offset, quad):
-    """Draw the four numbers of each int64 quad of a sample: Philox4x32-10 and the Box-Muller transform."""
-    c0, c1 = (quad & WORD).to(tl.uint32), (quad >> 32).to(tl.uint32)
-    c2, c3 = c0 * 0 + (offset & WORD).to(tl.uint32), c0 * 0 + (offset >> 32).to(tl.uint32)
-    k0, k1 = c0 * 0 + (seed & WORD).to(tl.uint32), c0 * 0 + (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(c0, c0 * 0 + ROUND_0), c0 * ROUND_0
-        high1, low1 = tl.umulhi(c2, c0 * 0 + ROUND_1), c2 * ROUND_1
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + KEY_0, k1 + KEY_1
-    a, b = box_muller(c0, c1)
-    c, d = box_muller(c2, c3)
-    return a, b, c, d
-
-
-@triton.jit
-def in_order(a, b, c, d):
-    """Put four tensors side by side along two new last axes of 2."""
-    return tl.join(tl.join(a, c), tl.join(b, d))  # [..., half, place in the half]
-
-
-@triton.jit(do_not_specialize=("offset",))
-def philox_normal_fill(out_ptr, seeds_ptr, offset, count, QUADS: tl.constexpr):
-    """Fill samples of ``count`` float32 numbers each."""
-    programs = tl.cdiv(count, 4 * QUADS)
-    sample, block = tl.program_id(0) // programs, tl.program_id(0) % programs
-    quad = block.to(tl.int64) * QUADS + tl.arange(0, QUADS)
-    a, b, c, d = four_normals(tl.load(seeds_ptr + sample), offset.to(tl.int64), quad)
-    z = in_order(a, b, c, d).reshape(4 * QUADS)
-    place = block.to(tl.int64) * (4 * QUADS) + tl.arange(0, 4 * QUADS)
-    tl.store(out_ptr + sample.to(tl.int64) * count + place, z, mask=place < count)
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
@@ -380,23 +303,6 @@ def denoise_advance(
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-def _device(x: Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def philox_normal(seeds: Tensor, offset: int, shape: torch.Size) -> Tensor:
-    """Draw float32 normal numbers of a shape [B, ...]; seeds int64 [B]."""
-    out = torch.empty(shape, dtype=torch.float32, device=seeds.device)
-    if out.numel():
-        count = math.prod(shape[1:])
-        grid = (shape[0] * triton.cdiv(count, 4 * NORMAL_QUADS),)
-        with _device(seeds):
-            philox_normal_fill[grid](
-                out, seeds.contiguous(), offset, count, QUADS=NORMAL_QUADS, num_warps=NORMAL_WARPS
-            )
-    return out
-
-
 def _strides(x: Tensor | None, size: torch.Size) -> tuple[int | None, ...]:
     """Return the strides of a latent (b, c, t, h, w), the last three None where these axes are one."""
     if x is None:
@@ -485,7 +391,7 @@ def advance(
     elements = config.elements if seeds is None else config.drawn_elements
     tile = _tile(elements, channels, patch is not None)
     programs = batch * triton.cdiv(channels, tile["CHANNELS"]) * triton.cdiv(places, tile["PLACES"])
-    with _device(sample):
+    with on_device(sample):
         if sums is not None:
             sum_tile = _tile(config.sum_elements, channels, patch is not None)
             denoise_sums[(batch * parts,)](
@@ -521,9 +427,7 @@ def specializations() -> Iterator[Specialization]:
             constants |= _tile(config.sum_elements, 16, kind == "tokens")
             options = {"num_warps": config.sum_warps}
             yield Specialization(f"sums/{kind}/{number}", denoise_sums, types, constants, options, ("height", "width"))
-    types = {"out_ptr": "*fp32", "seeds_ptr": "*i64", "offset": "i32", "count": "i32"}
-    options = {"num_warps": NORMAL_WARPS}
-    yield Specialization("normal", philox_normal_fill, types, {"QUADS": NORMAL_QUADS}, options, ("offset",))
+    yield from _philox.specializations()
 
 
 def _advance(
