@@ -59,7 +59,8 @@ def evaluate(
 
     mask: of every attention, None for the model's own. steps, guidance, shift: of the sampling. size: frames, height,
     width. seed: of the captions, of the real clips beside them, and of the noise. batch: clips sampled at once. impl:
-    of the sampler's step. Returns "colour", "shape", "both": shares of the clips whose main object is as asked;
+    of the sampler's step. Returns "colour", "shape", "both", "direction": shares of the clips whose main object is, and
+    sets out, as asked;
     "flicker_ratio": mean flicker over that of the real clips of the same captions.
     """
     generated, real = [], []
@@ -70,7 +71,9 @@ def evaluate(
     video = torch.cat(generated)
     colours, shapes = (torch.cat([getattr(clips, name) for clips in real]) for name in ("colours", "shapes"))
     flicker = checks.flicker_ratio(video, torch.cat([clips.video for clips in real]))
-    return {**checks.agreement(video, colours, shapes), "flicker_ratio": flicker}
+    directions = torch.cat([clips.directions for clips in real])
+    moved = (checks.classify(video).directions == directions).float().mean().item()
+    return {**checks.agreement(video, colours, shapes), "direction": moved, "flicker_ratio": flicker}
 
 
 def evaluate_masks(model: DiT, recipe: Recipe, clips: int) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path: Path, capsys: pytest.Captur
     assert record["command"].startswith("python -m stattn.train --preset smoke --out")
     assert "--steps 40 --device cpu --seed 3 --log-every 4" in record["command"]
     scores = record["evaluation"]["masks"]["window(2, 3, 3)"]
-    assert set(scores) == {"colour", "shape", "both", "flicker_ratio"}
+    assert set(scores) == {"colour", "shape", "both", "direction", "flicker_ratio"}
     model = dit.load(out / "smoke.safetensors")
     assert model.config == SMOKE.model
     average = dit.load(out / "checkpoint.safetensors")
@@ -218,7 +218,9 @@ def test_evaluation_scores_the_right_clips_fully_and_others_poorly() -> None:
     real = world.render(36, *size, seed=train.EVALUATION_SEED).video
     options: dict[str, Any] = {"n": 36, "size": size, "steps": 2}
     scores = train.evaluate(_Oracle(real), **options)  # type: ignore[arg-type]
-    assert scores == pytest.approx({"colour": 1.0, "shape": 1.0, "both": 1.0, "flicker_ratio": 1.0}, abs=0.03)
+    assert scores == pytest.approx(
+        {"colour": 1.0, "shape": 1.0, "both": 1.0, "direction": 1.0, "flicker_ratio": 1.0}, abs=0.03
+    )
     wrong = train.evaluate(_Oracle(real.roll(1, 0)), **options)  # type: ignore[arg-type]
     assert wrong["both"] < 0.25
     assert wrong["flicker_ratio"] == pytest.approx(1.0, abs=0.01)
@@ -275,3 +277,16 @@ def test_ready_weights_are_evaluated_without_training(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert set(record["evaluation"]["masks"]) == {key for key, _ in SMOKE.masks}
     assert not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["cubes", "small", "tiny"])
+def test_every_preset_takes_a_step(name: str) -> None:
+    recipe = dataclasses.replace(PRESETS[name], batch=2)
+    trainer = Trainer(recipe, CPU)
+    assert (trainer.step(0.0) > 0).item()
+    grid = {"cubes": (4, 4, 4), "small": (4, 4, 4), "tiny": (8, 8, 8)}[name]
+    assert recipe.grid == grid
+    moved = [
+        p for (_, p), q in zip(trainer.trained, Trainer(recipe, CPU).trained, strict=True) if not torch.equal(p, q[1])
+    ]
+    assert moved
