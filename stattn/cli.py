@@ -29,6 +29,8 @@ COMMANDS = {
     "edit": ("stattn.video.edit_command", "edit a video file: inpaint, outpaint, recolour, restyle, motion-brush"),
     "study": ("stattn.video.study_command", "run an experiment about video: edits, length, consistency"),
     "gallery": ("stattn.video.gallery", "make a page of clips that shows what the video system does"),
+    "extend": ("stattn.video.extend_command", "continue a video file"),
+    "camera": ("stattn.video.camera_command", "sample a clip filmed by a given camera move"),
     "evaluate": ("stattn.metrics.evaluate", "measure folders of video files, each and one against the other"),
     "compare": ("stattn.compare_command", "compare two runs, and fail where the new one is worse"),
     "profile": ("stattn.profile_command", "run a program under a profiler, with ranges around what stattn does"),

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from stattn import dit, train, world
+from stattn import cli, dit, media, train, world
 from stattn.dit import DiT
 from stattn.metrics import warp
 from stattn.trainer import PRESETS, AdapterRecipe
-from stattn.video import adapted, camera, paint, train_adapters
+from stattn.video import adapted, camera, files, paint, train_adapters
 from stattn.video.adapted import Adapted, AdapterConfig
 from stattn.video.camera import Move, ray_maps
 from stattn.video.paint import Sampling
@@ -227,3 +227,31 @@ def test_recovered_moves_are_the_requested_ones_on_real_clips() -> None:
     scores = train_adapters.agreement(found, asked)
     assert min(scores["pan_r2"], scores["zoom_r2"], scores["roll_r2"]) > 0.99
     assert train_adapters.agreement(found.roll(1, 0), asked)["pan_r2"] < 0.6
+
+
+def test_a_command_films_by_numbers_and_by_a_reference(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = Adapted(dit.load(base), AdapterConfig(base=str(base), camera_layers=1))
+    assert whole.camera is not None
+    torch.nn.init.normal_(whole.camera.out[0].weight)
+    adapted.write(whole.adapters(), whole.adapter_config, tmp_path / "camera.safetensors")
+    clip = world.render(1, 4, 32, 32, seed=5, cameras=("pans right",)).video[0]
+    files.write_ffv1(tmp_path / "clip.mkv", clip, fps=8)
+    words = ["camera", str(tmp_path / "out.mp4"), "--weights", str(tmp_path / "camera.safetensors"), "--steps", "2"]
+    words += ["--size", "4,32,32", "--device", "cpu"]
+    made = []
+    for move in (["--pan-x", "1.5"], ["--pan-x", "-1.5"], ["--reference", str(tmp_path / "clip.mkv")]):
+        assert cli.main([*words, *move, "--first-frame", str(tmp_path / "clip.mkv")]) == 0
+        made.append(files.read_clip(tmp_path / "out.mkv")[0])
+        assert torch.equal(made[-1][:, :1], media.to_uint8(clip)[:, :1])
+    assert not torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+    for bad, text in (
+        ([], "give a move"),
+        (["--pan-x", "1", "--reference", str(tmp_path / "clip.mkv")], "not both"),
+        (["--reference", str(tmp_path / "none.mkv")], "no such file"),
+        (["--pan-x", "1", "--size", "4,64,64", "--first-frame", str(tmp_path / "clip.mkv")], "32 x 32, not 64"),
+    ):
+        assert cli.main([*words, *bad]) == 1
+        assert text in capsys.readouterr().err

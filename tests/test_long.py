@@ -151,3 +151,17 @@ def test_the_command_writes_a_story_and_what_was_measured(tmp_path: Path, monkey
     assert found["frames"] == 7
     assert found["tokens"] == 5
     assert cli.main(["storyboard", str(out), "--plot", "north"]) == 1
+
+
+def test_a_file_is_continued_by_a_command(model: DiT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dit.save(model, tmp_path / "model.safetensors")
+    video = (_frames(5) * 127 + 128).to(torch.uint8)
+    files.write_ffv1(tmp_path / "in.mkv", video, fps=8)
+    words = ["extend", str(tmp_path / "in.mkv"), str(tmp_path / "out.mp4"), "--frames", "3", "--steps", "2"]
+    words += ["--overlap", "2", "--model", str(tmp_path / "model.safetensors"), "--device", "cpu"]
+    assert cli.main([*words, "--size", "4,32,32"]) == 0
+    made, _ = files.read_clip(tmp_path / "out.mkv")
+    assert made.shape[1] == 8
+    assert torch.equal(made[:, :5], video)
+    assert cli.main([*words, "--size", "4,64,64"]) == 1
+    assert "32 x 32 pixels" in capsys.readouterr().err
