@@ -212,8 +212,8 @@ class Host:
         cos, sin: [t*h*w, D/2], views of ``source``, by which the tables are remembered: all layers are given the same.
         """
         assert self.grid is not None
-        key = (self.grid, split, before, after, cos.device, torch.is_inference_mode_enabled())
         eager = not torch.compiler.is_compiling()
+        key = (self.grid, split, before, after, cos.device, torch.is_inference_mode_enabled()) if eager else None
         if eager and self._rope is not None and self._rope[0]() is source and self._rope[1] == key:
             return self._rope[2]
         places = [each.reshape(*self.grid, -1) for each in (cos, sin)]
