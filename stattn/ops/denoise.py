@@ -405,9 +405,9 @@ def _backward(dfollowing: Tensor, dtarget: Tensor, *arguments: Any) -> list[Tens
 
 
 def _normal(seeds: Tensor, offset: int, size: Sequence[int]) -> Tensor:
-    from stattn.kernels import denoise
+    from stattn.kernels._philox import philox_normal
 
-    return denoise.philox_normal(seeds, offset, torch.Size(size))
+    return philox_normal(seeds, offset, torch.Size(size))
 
 
 class _DenoiseStep(torch.autograd.Function):
