@@ -275,6 +275,7 @@ def tune(name: str, shape: Shape) -> None:
     from stattn.kernels import patchify as forward
     from stattn.kernels import patchify_bwd as backward
     from stattn.kernels import unpatchify
+    from stattn.kernels._patches import Geometry
 
     bf16 = torch.bfloat16
 
@@ -303,7 +304,7 @@ def tune(name: str, shape: Shape) -> None:
     size = 2 * shape.moved
     copies = results.copies_for(size)
     given = problem(shape, "cuda", copies)
-    geometry = forward.Geometry.of(tuple(given.x[0].shape), given.x[0].stride(), shape.patch, 2)
+    geometry = Geometry.of(tuple(given.x[0].shape), given.x[0].stride(), shape.patch, 2)
     configs = forward.CONFIGS[forward.kernel_for(geometry, bf16)]
     for config in configs:
         assert_right(project(0, config), given, shape)

@@ -24,21 +24,19 @@ import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels.patchify import (
+from stattn.kernels._patches import (
     PLAIN,
-    POINTERS,
     Geometry,
     as_rows,
-    cases,
     check_count,
     gather_patches,
     on,
     patch_steps,
     place,
-    span_of,
     tap,
     within,
 )
+from stattn.kernels.patchify import POINTERS, cases, span_of
 
 # ---- launch parameters
 

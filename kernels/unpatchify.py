@@ -20,14 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels.patchify import Geometry, check_count, on, power_of_two
+from stattn.kernels._patches import Geometry, check_count, on, power_of_two
 
 CONFIGS = (1024, 2048)  # values that one program moves, the default first
 WARPS = 4
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# As in patchify.py: alignment in the video is told by VEC. What is missing here tells the alignment of tokens.
+# As in _patches.py: alignment in the video is told by VEC. What is missing here tells the alignment of tokens.
 PLAIN = ["M", "before", "video_tokens", "grid_h", "grid_w", "size_t", "size_h", "size_w"]
 PLAIN += ["video_b", "video_c", "video_t", "video_h", "video_w"]
 

@@ -200,7 +200,7 @@ BUGS = (
     ),
     Bug(
         "patch-read-with-the-stride-of-another-axis",
-        "kernels/patchify.py",
+        "kernels/_patches.py",
         "        return (c * steps[1] + t * steps[2] + h * steps[3]) * VEC + w * steps[4], t, h, w\n",
         "        return (c * steps[1] + t * steps[2] + h * steps[4]) * VEC + w * steps[4], t, h, w\n",
         ("tests/test_patchify_kernels.py::test_small_integers_give_the_exact_tokens_and_gradients[cpu-dtype1]",),

@@ -13,7 +13,7 @@ import stattn
 from stattn.grid import Grid
 from stattn.kernels import patchify as kernels
 from stattn.kernels import patchify_bwd, unpatchify
-from stattn.kernels.patchify import Geometry
+from stattn.kernels._patches import Geometry
 from stattn.ops.patchify import PATCHIFY, UNPATCHIFY, PatchifyCall, patchify3d, unpatchify3d
 
 CPU = pytest.param("cpu", marks=pytest.mark.interpreter)
