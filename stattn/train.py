@@ -467,19 +467,27 @@ def _train_extractor(args: argparse.Namespace) -> int:
 def _evaluate_weights(args: argparse.Namespace) -> int:
     """Evaluate ready weights as a run evaluates its own, and write evaluation.json."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = dit.load(args.evaluate, dtype=torch.float32, device=device).eval()
+    recipe = PRESETS[args.preset]
+    model: nn.Module
+    if isinstance(recipe, AdapterRecipe):
+        from stattn.video import adapted
+
+        model = adapted.load(args.evaluate, device=device)
+    else:
+        model = dit.load(args.evaluate, dtype=torch.float32, device=device).eval()
     accelerate(model, impl="reference")
     record = {
         "command": _command(args),
         "weights": args.evaluate,
         "versions": results.versions(),
         "machine": results.machine(device),
-        "evaluation": evaluate_masks(materialize_attention(model), PRESETS[args.preset], args.clips),
+        "evaluation": kinds(recipe).evaluate(materialize_attention(model), recipe, args.clips),
     }
     out = args.out if args.out is not None else Path("runs") / args.preset
     out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(record["evaluation"]["masks"], indent=2))
+    found: Any = record["evaluation"]
+    print(json.dumps(found.get("masks", found), indent=2))
     return 0
 
 

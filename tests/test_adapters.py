@@ -194,6 +194,12 @@ def test_adapters_train_beside_a_base_that_stays(base: Path, tmp_path: Path, ada
         recipe, tmp_path / "more", steps=1, clips=0, start=str(tmp_path / f"{adapts}.safetensors"), **options
     )  # type: ignore[arg-type]
     assert again["steps"] == 1
+    words = ["train", "--preset", adapts, "--evaluate", str(tmp_path / f"{adapts}.safetensors"), "--clips", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, adapts, recipe)
+        assert cli.main([*words, "--out", str(tmp_path / "found"), "--device", "cpu"]) == 0
+    found = json.loads((tmp_path / "found" / "evaluation.json").read_text(encoding="utf-8"))["evaluation"]
+    assert set(found) == set(record["evaluation"])
     # An adapter paints through the same door as the base.
     video = world.render(1, recipe.frames, 32, 32, seed=0).video
     given = {"ray_map": torch.zeros(1, 4, recipe.frames, 32, 32)} if adapts == "camera" else {
