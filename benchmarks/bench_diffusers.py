@@ -117,10 +117,13 @@ def build(case: Case) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         made: Any = getattr(diffusers, case.kind)(**case.config)
-    wide = set(made._keep_in_fp32_modules or [])
-    for name, tensor in (*made.named_parameters(), *made.named_buffers()):
-        if not wide & set(name.split(".")):
-            tensor.data = tensor.data.to(DTYPE)
+    wide = made._keep_in_fp32_modules or []
+    for name, module in made.named_modules():
+        if not any(each in name.split(".") for each in wide):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.to(DTYPE)
+    for name, parameter in made.named_parameters(recurse=False):
+        parameter.data = parameter.data.to(torch.float32 if name in wide else DTYPE)
     found: nn.Module = made.eval().requires_grad_(False)
     return found
 

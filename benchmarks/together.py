@@ -60,28 +60,24 @@ class Part:
         items[:] = here[self.number :: self.parts]
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        started = time.monotonic()
-        # What was compiled stays: the benchmarks would forget it, one another's and their own.
-        with mock.patch("torch.compiler.reset"):
-            self.rehearse_and_time(session.items, started)
-        return True
-
-    def rehearse_and_time(self, items: list[pytest.Item], started: float) -> None:
-        """Run the items once untimed and, when all processes have, or patience is over, once timed."""
         from stattn import results
 
+        started = time.monotonic()
         with (
             mock.patch.object(results, "time_in_graph", rehearsed),
             mock.patch.object(results, "copies_for", return_value=1),
             mock.patch.object(results, "write"),
         ):
-            run(items)
+            run(session.items)
         (self.folder / f"ready-{self.number}").touch()
         while len(list(self.folder.glob("ready-*"))) < self.parts and time.monotonic() - started < self.patience:
             time.sleep(POLL)
         timed = partial(results.time_in_graph, rounds=self.rounds)
-        with self.turn(), mock.patch.object(results, "time_in_graph", timed):
-            run(items)
+        # What was compiled stays: a benchmark would forget it.
+        forget = mock.patch("torch.compiler.reset")
+        with self.turn(), mock.patch.object(results, "time_in_graph", timed), forget:
+            run(session.items)
+        return True
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:

@@ -333,23 +333,6 @@ def visit(
     parts_of_globals: 1 when global rows see video columns, else 0. frames, slots: of a ring cache of columns. valid:
     flags of this sample's global columns. index, partial, entry_from, entries, extent: the tile's row of block lists.
     """
-    if valid is not None:  # what is not real is not even read: it may be anything
-        column = tl.arange(0, COLUMNS)
-        for number in range(segment_from, 2):
-            run = tl.where(number == 0, before, after)
-            start = tl.where(number == 0, 0, origin + video)
-            for begin in range(0, run, COLUMNS):
-                near = begin + column < run
-                flag = tl.load(valid + tl.where(number == 0, 0, before) + begin + column, mask=near, other=0)
-                near = near & (flag != 0)
-                row = start + begin + column
-                if INT64:
-                    row = row.to(tl.int64)
-                scores, loaded = score(context, row, near, DIM, WIDTH)
-                scores = tl.where(near[None, :], scores, -float("inf"))
-                state = take(context, state, scores, row, near, loaded, DIM, WIDTH)
-        segment_from = 2
-
     height, width = tl.load(walk + 13), tl.load(walk + 14)
     parts = 0
     if index is None:  # heads may have different numbers of tiles
@@ -377,11 +360,18 @@ def visit(
         at = (0, 0, 0)
         for _ in range(boxes(length, box)):
             near = is_near(inner, at, length)
+            masked = ~is_whole(at, box, inside_from, inside_to, COLUMNS)
+            if valid is not None:  # what is not real is not even read: it may be anything
+                token = tl.where(number == 0, 0, before) + at[2] + tl.arange(0, COLUMNS)
+                near = near & (tl.load(valid + token, mask=near & ~ours, other=1) != 0)
+                masked = masked | ~ours
             row = dot3(place_of(at, stored, step), (height * width, width, 1)) + start + inner_row
             scores, loaded = score(context, row, near, DIM, WIDTH)
-            if ~is_whole(at, box, inside_from, inside_to, COLUMNS):
+            if masked:
                 here = dot3(place_of(at, first, step), factor)
                 seen = within(field[None, :], (guard + here - lo)[:, None], (hi - here)[:, None], guard)
+                if valid is not None:
+                    seen = seen & near[None, :]
                 scores = tl.where(seen, scores, -float("inf"))
                 if OVERLAP:
                     scores = without_earlier(walk, scores, tl.where(flat, 0, part), rows, exists, field + here)

@@ -34,6 +34,7 @@ from stattn.problem import Extras, Problem
 # accumulators: what is needed between segments only, and for rare masks, is spilled; most for fp32, whose operands are
 # split in three.
 SPILLS = {"plain": 832, "everything": 1536, "lists": 1536}
+MOST_VISITS = 8  # pairs visited for one that per-frame or per-place attention allows, where a config can keep to it
 LOG2E = tl.constexpr(1.4426950408889634)
 PRECISION = tl.constexpr("tf32x3")  # of fp32 products; 16-bit ones have but one
 # Integers that kernels are not compiled for: what they count differs from call to call.
@@ -206,7 +207,12 @@ def make_plan(
             per_box = config.rows * config.columns / config.rate
             return sum((walk.visited + 2 * math.prod(walk.tiles)) * per_box for walk in lay(config))
 
-        config = min(able, key=cost)
+        def wasteful(config: Config) -> bool:
+            most = [MOST_VISITS * walk.allowed if walk.windowless else math.inf for walk in lay(config)]
+            visited = (walk.visited * config.rows * config.columns for walk in lay(config))
+            return any(pairs > limit for pairs, limit in zip(visited, most, strict=True))
+
+        config = min(able, key=lambda config: (wasteful(config), cost(config)))
         walks = lay(config)
     table = torch.from_numpy(plan.encode(walks, member)).to(device)
     if device.type == "cuda":

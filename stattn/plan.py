@@ -91,6 +91,26 @@ class Walk:
         """The number of boxes that all tiles visit."""
         return _boxes(self.visits, self.box)
 
+    @property
+    def allowed(self) -> int:
+        """The number of pairs that the products allow, those that several allow counted for each."""
+        total = 0
+        for product in self.bounds:
+            pairs = 1
+            for axis, rule in enumerate(product):
+                x = np.arange(self.rows.origin[axis], self.rows.origin[axis] + self.rows.extent[axis])
+                first, last = self.columns.origin[axis], self.columns.origin[axis] + self.columns.extent[axis] - 1
+                lo, hi = np.maximum(rule.lo[x], first), np.minimum(rule.hi[x], last)
+                lo = lo + (x - lo) % rule.step
+                pairs *= int(np.maximum((hi - lo) // rule.step + 1, 0).sum(dtype=np.int64))
+            total += pairs
+        return total
+
+    @property
+    def windowless(self) -> bool:
+        """Whether each axis is free or fixed, as those of per-frame and per-place attention are."""
+        return all(is_whole(rule) or is_same(rule) for product in self.bounds for rule in product)
+
 
 @lru_cache(maxsize=512)
 def geometry(mask: Mask, grid: Grid, q_box: Region, k_box: Region, frames: bool = False) -> Geometry:

@@ -145,7 +145,8 @@ def test_whole_numbers_are_summed_exactly(impl: str) -> None:
 SHIFTS = [-1e5, -5e4, -120.0, -88.8, 0.0, 120.0, 1e4]
 
 
-def check_shift(shift: float, tokens: int, impl: str, device: str = "cpu", dim: int = 16) -> None:
+def check_shift(shift: float, tokens: int, impl: str, device: str = "cpu", dim: int = 16, truncated: int = 0) -> None:
+    """truncated: how often a score's sum is cut off to 24 bits, as tensor cores do after every few features."""
     grid = Grid(1, 1, tokens)
     for mask in (masks.full(), masks.window(1, 1, min(tokens, 33))):
         q, k, v = draw(1, tokens, 1, dim, dtype=torch.float32, device=device)
@@ -156,7 +157,7 @@ def check_shift(shift: float, tokens: int, impl: str, device: str = "cpu", dim: 
         out, lse = stattn.attention(q, k, v, grid, mask, scale=1.0, return_lse=True, impl=impl)
         out.sum().backward()
         # Scores of size |c| are rounded to ulp(c): so much of each exponent is lost.
-        slack = 4 * torch.finfo(torch.float32).eps * abs(shift)
+        slack = (4 + truncated) * torch.finfo(torch.float32).eps * abs(shift)
         assert (out - plain).abs().max() <= 2 * slack * plain.abs().max() + 1e-5
         assert (lse - plain_lse - shift).abs().max() <= slack + 1e-4
         assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
@@ -217,6 +218,27 @@ def test_invalid_global_tokens_are_neither_keys_nor_queries() -> None:
     assert all((x.grad[1, -3:] == 0).all() and torch.isfinite(x.grad).all() for x in tensors)
     booleans = torch.arange(4) < counts[:, None]
     assert torch.equal(stattn.attention(q, k, v, grid, mask, valid=booleans), out)
+
+
+def check_empty_slots(impl: str, device: str = "cpu") -> None:
+    grid, q_region = Grid(3, 3, 4, 1, 0), Region((1, 0, 0), (2, 3, 4))
+    frames = torch.tensor([2, -1, 0], dtype=torch.int32, device=device)
+    q, k, v = draw(1, 25, 2, 16, keys=37, device=device)
+    options = {"q_region": q_region, "k_frames": frames, "return_lse": True, "impl": impl}
+    out, lse = stattn.attention(q, k, v, grid, masks.frame_causal(1), **options)
+    spoiled = [q, k.clone(), v.clone()]
+    spoiled[1][:, 13:25] = spoiled[2][:, 13:25] = float("nan")
+    tensors = [x.requires_grad_() for x in spoiled]
+    again = stattn.attention(*tensors, grid, masks.frame_causal(1), **options)
+    assert torch.equal(again[0], out)
+    assert torch.equal(again[1], lse)
+    (again[0].sum() + again[1].sum()).backward()
+    assert all(torch.isfinite(x.grad).all() for x in tensors)
+    assert all((x.grad[:, 13:25] == 0).all() for x in tensors[1:])
+
+
+def test_empty_slots_of_a_ring_may_hold_anything() -> None:
+    check_empty_slots("reference")
 
 
 def test_merging_parts_equals_the_whole() -> None:

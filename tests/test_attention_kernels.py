@@ -12,6 +12,7 @@ from probes import Case, check
 from test_attention import (
     assert_rule_1,
     check_compiled,
+    check_empty_slots,
     check_operations,
     check_shift,
     draw,
@@ -222,6 +223,10 @@ def test_a_query_that_sees_nothing_returns_zero_and_minus_infinity_and_has_no_gr
     assert (q.grad[:, blind] == 0).all()
     assert (q.grad[:, ~blind] != 0).any()
     assert all(torch.isfinite(x.grad).all() for x in (k, v))
+
+
+def test_empty_slots_of_a_ring_may_hold_anything() -> None:
+    check_empty_slots("triton")
 
 
 def test_whole_numbers_are_summed_exactly() -> None:

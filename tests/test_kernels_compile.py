@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -19,24 +18,33 @@ STEMS = sorted(path.stem for path in KERNELS.glob("*.py") if not path.stem.start
 CAPABILITIES = (80, 90, 100)
 
 
-@functools.cache
-def compiled(stem: str) -> list[dict[str, Any]]:
-    """What the kernels of a stem need on each capability."""
-    # In a process of its own: in this one kernels may be made for the interpreter. One for all capabilities, as
-    # starting it costs more than most files take to compile.
+@pytest.fixture(scope="session")
+def compiled(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Any]]]:
+    """What the kernels of the stems that are asked for need on each capability."""
+    chosen = (item for item in request.session.items if isinstance(item, pytest.Function))
+    calls = [item.callspec.params for item in chosen if item.originalname == TEST.__name__]
+    stems = list(dict.fromkeys(call["stem"] for call in calls))
+    # In a process of its own: in this one kernels may be made for the interpreter. One for all, as starting it costs
+    # more than most files take to compile, and the last kernel of a file would leave the other cores idle.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "stattn.kernels._compile", stem, "--capability", *map(str, CAPABILITIES)]
+    command = [sys.executable, "-m", "stattn.kernels._compile", *stems, "--capability", *map(str, CAPABILITIES)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=KERNELS.parent)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = [(row["kernel"], row["capability"]) for row in rows]
+    kernels = [(row["stem"], row["kernel"], row["capability"]) for row in rows]
     assert len(set(kernels)) == len(kernels), "two kernels of one name, of which only one was compiled"
-    return rows
+    return {stem: [row for row in rows if row["stem"] == stem] for stem in stems}
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("stem", STEMS)
-def test_every_config_compiles_without_local_memory(stem: str, capability: int) -> None:
-    rows = [row for row in compiled(stem) if row["capability"] == capability]
+def test_every_config_compiles_without_local_memory(
+    compiled: dict[str, list[dict[str, Any]]], stem: str, capability: int
+) -> None:
+    rows = [row for row in compiled[stem] if row["capability"] == capability]
     assert rows, f"{stem} lists no kernels"
+    assert not [row for row in rows if "error" in row], "kernels that do not compile"
     assert not [row for row in rows if row["local"] > row["allowed"]], "kernels that use local memory"
+
+
+TEST = test_every_config_compiles_without_local_memory

@@ -262,31 +262,31 @@ def test_axes_that_are_not_cut_are_merged() -> None:
     assert slots.shape == (4, 1, 48)
 
 
-@pytest.mark.parametrize("frames", [2, 3, 13, 21, 33])
-def test_temporal_attention_visits_at_most_eight_times_the_allowed_pairs(frames: int) -> None:
-    shape = (frames, 45, 80)
-    allowed_pairs = frames * Grid(*shape).video
-    for configs in (forward.CONFIGS, backward.DQ_CONFIGS, backward.DKDV_CONFIGS):
-        for size, by_key in itertools.product((2, 4), (False, True)):
-            make = plan.by_key if by_key else plan.by_query
-            able = [config for config in configs if config.bytes == size and 128 in config.widths]
-            visited = min(
-                make(masks.temporal(), Grid(*shape), whole(shape), whole(shape), c.rows, c.columns).visited
-                * c.rows
-                * c.columns
-                for c in able
-            )
-            assert visited <= 8 * allowed_pairs, (frames, size, visited / allowed_pairs)
-
-
-def test_the_config_chosen_at_21_frames_keeps_temporal_attention_within_eight_times_its_pairs() -> None:
-    shape = (21, 45, 80)
-    problem = Problem(Grid(*shape), (masks.temporal(),), whole(shape), whole(shape), True, "all", 1.0)
+@pytest.mark.parametrize("frames", [2, 3, 5, 8, 13, 16, 20, 21, 33])
+@pytest.mark.parametrize("shape", [(45, 80), (3, 8)])
+def test_temporal_attention_visits_at_most_eight_times_the_allowed_pairs(frames: int, shape: tuple[int, int]) -> None:
+    grid = Grid(frames, *shape)
+    box = whole(grid.shape)
+    problem = Problem(grid, (masks.temporal(),), box, box, True, "all", 1.0)
     for configs, by_key in ((forward.CONFIGS, False), (backward.DQ_CONFIGS, False), (backward.DKDV_CONFIGS, True)):
-        made = forward.make_plan(problem, 1, 128, 2, False, by_key, configs, torch.device("cpu"))
-        make, chosen = plan.by_key if by_key else plan.by_query, made.config
-        walk = make(masks.temporal(), Grid(*shape), whole(shape), whole(shape), chosen.rows, chosen.columns)
-        assert walk.visited * chosen.rows * chosen.columns <= 8 * 21 * Grid(*shape).video
+        for size, dim in itertools.product((2, 4), (64, 128)):
+            made = forward.make_plan(problem, 1, dim, size, False, by_key, configs, torch.device("cpu"))
+            make, chosen = plan.by_key if by_key else plan.by_query, made.config
+            walk = make(masks.temporal(), grid, box, box, chosen.rows, chosen.columns)
+            assert walk.allowed == frames * grid.video
+            assert walk.visited * chosen.rows * chosen.columns <= 8 * walk.allowed, (chosen, size)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_allowed_pairs_are_counted_in_parts_of_the_grid_and_both_ways(shape: Triple) -> None:
+    parts = [whole(shape), Region((0, shape[1] // 2, 0), (shape[0], shape[1] - shape[1] // 2, (shape[2] + 1) // 2))]
+    for constructor, q_box, k_box in itertools.product(CONSTRUCTORS.values(), parts, parts):
+        mask = constructor.examples(shape)[-1]
+        for make in (plan.by_query, plan.by_key):
+            walk = make(mask, Grid(*shape), q_box, k_box, 16, 16)
+            seen = truth(mask, shape, q_box, k_box).sum()
+            assert walk.overlap or walk.allowed == seen, mask
+            assert walk.allowed >= seen
 
 
 def test_coordinates_that_take_more_bits_than_an_integer_has_are_refused() -> None:
