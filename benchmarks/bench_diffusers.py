@@ -54,7 +54,7 @@ def hunyuan_inputs(size: tuple[int, int, int], texts: tuple[int, int, int], dim:
         first, second, image = texts
         return {
             "hidden_states": torch.randn(1, 65, *size, device=device, dtype=dtype),
-            "timestep": torch.full((1,), 500.0, device=device),
+            "timestep": torch.full((1,), 500.0, device=device, dtype=dtype),
             "encoder_hidden_states": torch.randn(1, first, dim, device=device, dtype=dtype),
             "encoder_attention_mask": (torch.arange(first, device=device) < first // 4)[None].long(),
             "encoder_hidden_states_2": torch.randn(1, second, 1472, device=device, dtype=dtype),
