@@ -9,13 +9,14 @@ fixed order. The table that is printed scales milliseconds as bench_attention.py
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import CASES, Case
-from bench_attention import BACKWARD_ROUNDS, Field, clean, ids, table
+from bench_attention import BACKWARD_ROUNDS, Field, ids, table
 from torch import Tensor
 
 import stattn
@@ -27,11 +28,18 @@ pytestmark = [
         not torch.cuda.is_available() or extension.why_not("cuda") is not None, reason="no Hopper GPU, or no library"
     ),
 ]
-__all__ = ["clean", "table"]  # fixtures
+__all__ = ["table"]  # a fixture
 BACKWARDS = [case for case in CASES if case.backward]
 CUDNN = "torch-cudnn"
 DENSE = [case for case in BACKWARDS if case.name == "dense"]
 MASKED = [case for case in BACKWARDS if case.name != "dense"]
+
+
+@pytest.fixture
+def clean() -> Iterator[None]:
+    """Give each case the memory that the one before it held."""
+    yield
+    torch.cuda.empty_cache()
 
 
 def attend(field: Field, deterministic: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

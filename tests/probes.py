@@ -72,7 +72,8 @@ class Case:
 
     def counts(self) -> torch.Tensor:
         """How many keys each row sees. int64 [heads, rows]"""
-        plain = not self.grid.globals and not self.options and not isinstance(self.masks, BlockList)
+        told = self.options.keys() - {"deterministic"}
+        plain = not self.grid.globals and not told and not isinstance(self.masks, BlockList)
         if plain and self.grid.video > 2048:
             each = [self.masks] * self.heads if isinstance(self.masks, Mask) else self.masks
             return torch.stack([counts_by_axis(mask, self.grid) for mask in each])
