@@ -31,7 +31,7 @@ from stattn import extension, masks
 from stattn.blocks import BlockList
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import CONSTRUCTORS
-from stattn.ops import _cuda_bwd, _cuda_bwd_lists, _cuda_bwd_plan, _cuda_tiles
+from stattn.ops import _cuda_bwd, _cuda_bwd_lists, _cuda_bwd_plan, _cuda_plan, _cuda_tiles
 from stattn.ops._cuda_tiles import KERNELS, Config
 from stattn.problem import Problem
 
@@ -369,6 +369,13 @@ def telling() -> Iterator[Case]:
     yield Case(Grid(6, 7, 8, 3, 18), masks.spatial() | masks.temporal(), heads=1)
 
 
+def forget_plans() -> None:
+    """Let plans be made anew: what decides them is patched."""
+    for known in (_cuda_plan.layout, _cuda_plan.on_device, _cuda_bwd_plan.layout, _cuda_bwd_plan.on_device):
+        known.cache_clear()
+    _cuda_bwd._planned.cache_clear()
+
+
 EVERY = [
     (kernel, dim, number)
     for kernel in ("dq", "kv")
@@ -386,8 +393,10 @@ def test_every_config_sees_what_masks_allow(kernel: str, dim: int, number: int) 
     with pytest.MonkeyPatch.context() as patch:
         chosen: tuple[Config, ...] = (KERNELS[kernel].configs[dim][number],)
         patch.setitem(_cuda_tiles.KERNELS, kernel, KERNELS[kernel]._replace(configs={dim: chosen}))
+        forget_plans()
         for case in telling():
             covered.update(both_ways(case, torch.bfloat16, dim))
+    forget_plans()
     return covered
 
 
@@ -414,7 +423,9 @@ def test_keys_in_pieces_are_seen_as_they_are() -> Covered:
         for dim, q_globals in itertools.product((64, 128), (True, False)):
             found = [masks.frame_causal(1, 2, 1), masks.window(3, 3, 3)]
             case = Case(Grid(9, 8, 12, 5, 150), found, q_globals=q_globals)
+            forget_plans()
             covered.update(both_ways(case, torch.bfloat16, dim))
+    forget_plans()
     return covered
 
 
