@@ -1,5 +1,7 @@
 """stattn as an attention backend of diffusers: dense, chosen for one model, and no default of another."""
 
+import pickle
+
 import pytest
 import torch
 from hosts import LTX, WAN, ltx, model, run, wan, wan_image
@@ -44,7 +46,8 @@ def test_diffusers_finds_it_by_name(calls):
     from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
     assert diffusers_backend.register() is diffusers_backend.register() is AttentionBackendName("stattn")
-    assert AttentionBackendName.__members__["STATTN"].value == "stattn"
+    assert AttentionBackendName.__members__["STATTN"].value == AttentionBackendName.STATTN == "stattn"
+    assert pickle.loads(pickle.dumps(AttentionBackendName.STATTN)) is AttentionBackendName.STATTN
     tiny, call = model("WanTransformer3DModel", **WAN), wan(GRID, 1)
     before = run(tiny, call)
     with attention_backend("stattn"):

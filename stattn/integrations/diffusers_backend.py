@@ -33,6 +33,7 @@ def register() -> Any:
     # An enumeration cannot be extended by a subclass, and diffusers reads no other list of names.
     member = str.__new__(backends, NAME)
     member._name_, member._value_ = NAME.upper(), NAME
+    setattr(backends, member._name_, member)
     backends._member_names_.append(member._name_)
     backends._member_map_[member._name_] = member
     backends._value2member_map_[NAME] = member
