@@ -105,6 +105,7 @@ struct ListLoader {
     }
     __device__ __forceinline__ void finish() {
         if (waiting) load(&p.v_map, t, h, w, v_x);
+        waiting = false;
     }
     __device__ __forceinline__ void visit(int box_t, int box_h, int box_w) {
         load(&p.k_map, box_t, box_h, box_w, k_x);
