@@ -15,15 +15,15 @@ import pytest
 from stattn import bench_models, bench_runs, results
 
 ALL = ["stattn-dense", "stattn-sliding_tile", "stattn-window"]
-# name, layers (None: all), steps, contenders, whether final latents are compared with dense ones; takes a minute
+# name, layers (None: all), steps, contenders
 CASES = [
-    pytest.param("wan-small", None, 4, ALL, True, "cpu", id="wan-small"),
-    pytest.param("wan2.1-1.3b-480p", None, 50, ALL[1:2], False, "cuda", id="wan2.1-1.3b", marks=pytest.mark.gpu),
-    pytest.param("wan2.1-1.3b-480p", 4, 50, ALL, True, "cuda", id="wan2.1-1.3b-4-layers", marks=pytest.mark.gpu),
+    pytest.param("wan-small", None, 4, ALL, "cpu", id="wan-small"),
+    pytest.param("wan2.1-1.3b-480p", None, 50, ALL[1:2], "cuda", id="wan2.1-1.3b", marks=pytest.mark.gpu),
+    pytest.param("wan2.1-1.3b-480p", 4, 50, ALL, "cuda", id="wan2.1-1.3b-4-layers", marks=pytest.mark.gpu),
 ]
 
 
-@pytest.mark.parametrize(("name", "layers", "steps", "wanted", "compare", "there"), CASES)
+@pytest.mark.parametrize(("name", "layers", "steps", "wanted", "there"), CASES)
 def test_sampler(
     benchmark: Any,
     report: results.Report,
@@ -32,7 +32,6 @@ def test_sampler(
     layers: int | None,
     steps: int,
     wanted: list[str],
-    compare: bool,
     there: str,
 ) -> None:
     if device != there:
@@ -40,7 +39,7 @@ def test_sampler(
     shape = bench_models.SHAPES[name].of_layers(layers)
 
     def run() -> None:
-        bench_runs.measure_sampler(report, shape, wanted, device, steps=steps, compare=compare)
+        bench_runs.measure_sampler(report, shape, wanted, device, steps=steps)
 
     # A sample takes too long to be repeated for pytest-benchmark, whose table holds the whole measurement.
     benchmark.pedantic(run, rounds=1, iterations=1)

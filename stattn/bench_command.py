@@ -59,6 +59,8 @@ def main(args: argparse.Namespace) -> int:
         wanted = [each for each in wanted if not each.startswith("flex") and each != "diffusers"]
     if args.frames is not None and args.what != "attention":
         raise ValueError(f"--frames {args.frames} is for attention, not for {args.what}")
+    if args.rounds is not None and args.what == "sampler":
+        raise ValueError(f"--rounds {args.rounds}: a sample is timed once")
     options = {} if args.rounds is None else {"rounds": args.rounds}
     out = Path(args.out or f"build/results/{args.what}.json")
     report = results.new_report(args.command_line, device)
@@ -71,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
         elif args.what == "step":
             bench_runs.measure_step(report, shape, wanted, device, **options)
         else:
-            bench_runs.measure_sampler(report, shape, wanted, device, steps=args.steps, **options)
+            bench_runs.measure_sampler(report, shape, wanted, device, steps=args.steps)
     except bench_runs.WrongResult as error:
         print(f"stattn bench: {error}; nothing was written", file=sys.stderr)
         return 1

@@ -105,6 +105,32 @@ def test_a_contender_that_is_wrong_is_not_written(tmp_path, monkeypatch, capsys)
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    "name, other, field, message",
+    [
+        ("stattn-window", "stattn-sliding_tile", "attend", "of sampled rows of attention"),
+        ("stattn-window", "eager", "call", "stattn-window: relative error inf"),
+        ("stattn-dense", "stattn-window", "call", "stattn-dense: relative error"),
+        ("stattn-dense", "stattn-dense", "call", None),
+    ],
+)
+def test_long_contenders_are_wrong_when_their_attention_is(tmp_path, monkeypatch, capsys, name, other, field, message):
+    made = bench_models.contender
+    monkeypatch.setattr(bench_runs, "LONG", 8)
+
+    def broken(each, model, shape):
+        found = made(each, model, shape)
+        if each == name:
+            setattr(found, field, getattr(made(other, model, shape), field))
+        return found
+
+    monkeypatch.setattr(bench_runs, "contender", broken)
+    out = str(tmp_path / "found.json")
+    status = cli.main(["bench", "step", "--shape", "test", "--device", "cpu", "--rounds", "1", "--out", out])
+    assert status == (0 if message is None else 1)
+    assert (message or "") in capsys.readouterr().err
+
+
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     made = bench_models.contender
 
@@ -167,6 +193,7 @@ def test_a_sample_is_timed_beside_its_steps_and_compared_with_dense(tmp_path):
         (["step", "--contenders", "flash"], "--contenders flash: here there are"),
         (["sampler", "--contenders", "eager"], "--contenders eager: here there are stattn-dense"),
         (["step", "--frames", "3"], "--frames"),
+        (["sampler", "--rounds", "3"], "--rounds 3"),
     ],
     ids=str,
 )
