@@ -40,7 +40,8 @@ struct StatsPlaces {
 // - All heads have the same tiles in the same order, that of memory locality; tiles of global keys are those of the lines.
 // - A box is its first query (t, h, w) in the video and 0, or 0, 0, its first token among the global queries before and 1,
 //   or 0, 0, its first token among those after and 2. The last word of a mask record of global queries is 0 always: what
-//   is not real has stats by which its weights are 0.
+//   is not real has stats by which its weights are 0. Or it is -2: all keys of the warpgroup see the box whole, and no
+//   group is read.
 // - A key tile that very many queries see is cut into pieces, each a tile of the plan with a part of the boxes, so that its
 //   list does not keep one block busy for long. The last word of such a tile is its kind + 4 * (1 + number), where `number`
 //   counts the pieces of a head: the block adds up dK and dV in fp32 and writes them to `partial`, [B][key heads][pieces]

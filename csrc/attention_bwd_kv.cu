@@ -16,7 +16,7 @@ using attention_bwd::PARTS;
 using attention_bwd::SLAB;
 using attention_fwd::Heads;
 
-// A run of tokens that is seen as boxes (t, h, w): where it begins, its extents, those of a copy and its tokens' distance.
+// A run of tokens that is seen as boxes (t, h, w): where it begins, its extents, those of a copy, its tokens' distance.
 struct Part {
     int first;
     int shape[3], box[3], steps[3];
@@ -33,7 +33,7 @@ struct Mapper {
         encode(attention_fwd::behind(tensor, part.first), call.bf16 ? BF16 : FP16, heads, part, part.box, to, places);
     }
 
-    // The sums of dQ. box: what one copy adds.
+    // The sums of dQ in rows. box: what one copy adds.
     void map_sums(const Part& part, const int (&box)[3], CUtensorMap* to) {
         const int64_t head = int64_t{call.queries} * call.head_dim;
         const Strided sums{call.dq_sum + int64_t{part.first} * call.head_dim, head * call.heads, call.head_dim, head};
@@ -41,8 +41,8 @@ struct Mapper {
         encode(sums, FP32, call.heads, part, box, to, &places);
     }
 
-    void encode(const Strided& tensor, Elements elements, int heads, const Part& part, const int (&box)[3], CUtensorMap* to,
-                Heads* places) {
+    void encode(const Strided& tensor, Elements elements, int heads, const Part& part, const int (&box)[3],
+                CUtensorMap* to, Heads* places) {
         TensorMap found{};
         if (error == cudaSuccess)
             error = tensor_map(tensor, elements, call.batch, heads, call.head_dim, part.shape, box, part.steps, &found);
@@ -51,7 +51,7 @@ struct Mapper {
     }
 };
 
-// Cuts a box into boxes of 16 rows, in the rows' order: their extents, and where they begin. Returns whether they exist.
+// Cuts a box into boxes of 16 rows, in the rows' order: their extents, and where they begin. Says whether they exist.
 bool cut_box(const Part& part, int (&extents)[3], int (&places)[8][3]) {
     const auto& box = part.box;
     int left = 16;
@@ -72,6 +72,19 @@ bool cut_box(const Part& part, int (&extents)[3], int (&places)[8][3]) {
     return true;
 }
 
+// Cuts the tiles that the multiprocessors would not all have one of at the end, so that they all end at about one time.
+// The order of sums then depends on the number of tiles. steps: of a tile. room: for so many pieces.
+AttentionCut cut_tail(int tiles, int steps, int processors, int room) {
+    const int rest = tiles % processors;
+    AttentionCut best{tiles, 0, 1};
+    double least = 0.9;  // of the time of a whole tile: with less to gain, sums are not worth it
+    for (int pieces = 2; pieces <= 8 && pieces * 8 <= steps && rest > 0 && rest * pieces <= room; ++pieces) {
+        const double time = static_cast<double>((rest * pieces + processors - 1) / processors) / pieces + 0.01 * pieces;
+        if (time < least) least = time, best = {tiles - rest, rest, pieces};
+    }
+    return best;
+}
+
 template <typename S>
 cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
     const AttentionPlan* plan = call.plan;
@@ -83,6 +96,7 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
     p.key_heads = call.key_heads;
     p.queries_per_key = call.heads / call.key_heads;
     p.head_dim = call.head_dim;
+    p.sums = call.dq_sum;
     Part keys[PARTS] = {line(0, call.keys, SLAB)}, queries[PARTS] = {line(0, call.queries, S::BQ)};
     p.tiles_per_head = (call.keys + KEYS - 1) / KEYS;
     p.boxes = (call.queries + S::BQ - 1) / S::BQ;
@@ -111,7 +125,6 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
         p.keys_before = plan->before;
         p.globals = plan->before + plan->after;
         p.pieces = plan->pieces;
-        p.partial = call.partial;
     }
     p.slab_rows = keys[0].box[0] * keys[0].box[1] * keys[0].box[2];
     p.box_rows = queries[0].box[0] * queries[0].box[1] * queries[0].box[2];
@@ -123,15 +136,17 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
     p.by_warp = p.box_rows % 16 == 0 && p.box_rows <= S::BQ && cut_box(queries[0], sixteen, p.warp_place);
     // A copy of a whole box has the 64 rows of one warpgroup at most.
     const bool fits = p.slab_rows <= SLAB && p.box_rows <= (S::FUSED && !p.by_warp ? 64 : S::BQ);
-    if (!fits || queries[0].box[2] % 4 || (p.pieces > 0 && !p.partial)) return cudaErrorInvalidValue;
+    if (!fits || queries[0].box[2] % 4 || (p.pieces > 0 && !call.partial)) return cudaErrorInvalidValue;
     const int64_t tiles = (int64_t{p.tiles_per_head} + p.line_tiles) * call.batch * call.key_heads;
     if (tiles > INT32_MAX || int64_t{call.batch} * call.heads > INT32_MAX / 4) return cudaErrorInvalidConfiguration;
 
-    int device = 0;
+    int device = 0, processors = 0;
     Mapper mapper{call};
     mapper.error = cudaGetDevice(&device);
     if (mapper.error == cudaSuccess && device >= attention_fwd::DEVICES) mapper.error = cudaErrorInvalidDevice;
-    if (mapper.error == cudaSuccess) mapper.error = attention_fwd::allow_shared_memory<attention_backward_kv<S>>(device);
+    if (mapper.error == cudaSuccess) mapper.error = attention_fwd::multiprocessors(device, &processors);
+    if (mapper.error == cudaSuccess)
+        mapper.error = attention_fwd::allow_shared_memory<attention_backward_kv<S>>(device);
     for (int part = 0; part < PARTS; ++part) {
         Heads places;  // those of the video
         const bool video = part == 0;
@@ -147,7 +162,7 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
             mapper.map(call.dout, call.heads, queries[part], &p.dout[part], video ? &p.dout_x : &places);
             Part rows = p.by_warp ? line(0, 0, 16) : queries[part];
             if (p.by_warp && video) std::copy_n(sixteen, 3, rows.box);
-            if (S::FUSED) mapper.map_sums(queries[part], rows.box, &p.dq[part]);
+            if (S::FUSED && plan) mapper.map_sums(queries[part], rows.box, &p.dq[part]);
             for (int which = 0; which < 2; ++which)
                 if (mapper.error == cudaSuccess)
                     mapper.error = stats_map(call.stats, which, call.batch * call.heads, part, queries[part].box,
@@ -156,9 +171,15 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
     }
     if (mapper.error != cudaSuccess) return mapper.error;
 
-    attention_backward_kv<S><<<static_cast<int>(tiles), S::THREADS, S::LAUNCHED, stream>>>(p);
+    AttentionCut cut{static_cast<int>(tiles), 0, 1};
+    if (S::FUSED && !plan) cut = cut_tail(static_cast<int>(tiles), p.boxes * p.queries_per_key, processors, call.room);
+    p.whole_tiles = cut.whole, p.split = cut.pieces;
+    p.partial = call.partial;
+    const int blocks = cut.whole + cut.tiles * cut.pieces;
+    attention_backward_kv<S><<<blocks, S::THREADS, S::LAUNCHED, stream>>>(p);
     const cudaError_t error = cudaGetLastError();
-    return error == cudaSuccess && plan && plan->split_tiles > 0 ? attention_backward_sum(call, stream) : error;
+    const bool in_pieces = cut.tiles > 0 || (plan && plan->split_tiles > 0);
+    return error == cudaSuccess && in_pieces ? attention_backward_sum(call, cut, stream) : error;
 }
 
 template <typename Element, bool PLANNED, bool FUSED>
@@ -179,8 +200,7 @@ cudaError_t choose(const AttentionBackward& call, cudaStream_t stream) {
 cudaError_t attention_backward_kv(const AttentionBackward& call, cudaStream_t stream) {
     if (call.batch == 0) return cudaSuccess;
     if (call.dq_sum) {
-        const int64_t bytes = int64_t{call.batch} * call.heads * call.queries * call.head_dim * 4;
-        const cudaError_t error = cudaMemsetAsync(call.dq_sum, 0, bytes, stream);
+        const cudaError_t error = cudaMemsetAsync(call.dq_sum, 0, dq_sum_size(call) * sizeof(float), stream);
         if (error != cudaSuccess) return error;
         return call.plan ? choose<true, true>(call, stream) : choose<false, true>(call, stream);
     }

@@ -1,39 +1,37 @@
 // Attention backward on Hopper, by key tiles: dK and dV, and with FUSED the sums of dQ.
 //
 // A thread block has a tile of 2 x 64 keys of one head and goes through boxes of BQ queries, those of all heads that
-// share the keys. A producer warpgroup brings Q, dO and the rows' stats by tensor copies through two rings in shared memory.
-// Each of two consumer warpgroups has 64 keys and computes, with keys as rows so that P and dS are operands in registers,
+// share the keys. A producer warpgroup brings Q, dO and the rows' stats by tensor copies through two rings in shared
+// memory. Each of two consumer warpgroups has 64 keys and computes, with keys as rows so that P and dS are operands in
+// registers,
 //
 //     P^T = 2^(c K Q^T - L);  dP^T = V dO^T;  dS^T = P^T (dP^T - delta);  dV += P^T dO;  dK += dS^T Q
 //
-// with c = scale log2(e),
-//
-// and writes dS to shared memory. From there each takes a half of dQ = dS K, 64 x 64 of all keys, one box late, so that the
-// warpgroups need not keep step; a warp stages its 16 rows in shared memory and a tensor copy adds them to dQ's sums.
-// dK and dQ get the scale at the end.
+// with c = scale log2(e), and writes dS to shared memory. From there each takes a half of dQ = dS K, 64 x 64 of all
+// keys, one box late, so that the warpgroups need not keep step; a warp stages its 16 rows in shared memory, and a
+// copy adds them to dQ's sums: to rows in their places, or without a plan to 4 KB in the order of the warp's registers,
+// which is faster. dK and dQ get the scale at the end.
 //
 // The scores of a box are issued one box early. At the end of a box no product is under way: waits for some but not all
 // products must not reach from one pass of the loop into the next, or the compiler runs the products one by one.
 //
 // Keys and queries outside the tensors are 0. For queries that is enough: dO = delta = 0, so that dS = 0. The weights of
-// such keys may be anything, so their dS goes to rows of shared memory that nobody reads. The same holds for what the rows
-// of a slab or box that is smaller than 64 or BQ have.
+// such keys may be anything, so their dS goes where nobody reads it. So it is with keys that are not real, and with what
+// the rows of a slab or box have that is smaller than 64 or BQ.
 #pragma once
 
-#include "attention_bwd_kv_tile.cuh"
+#include "attention_bwd_kv_parts.cuh"
 
 namespace stattn::attention_bwd {
 
 // --- the producer -----------------------------------------------------------------------------------------------------
 
-// In place of the number of a group of masks: all keys of the warpgroup see the whole box, or none sees any of it.
-constexpr int UNMASKED = -1, UNSEEN = -2;
-
 // Writes down what the consumers need to know of a box.
 template <typename S>
 __device__ __forceinline__ void note(uint32_t shared, int number, int4 box, int x, const int (&masks)[GROUPS]) {
     const uint32_t to = shared + S::NOTES_AT + number % NOTES * S::NOTE;
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(box.x), "r"(box.y), "r"(box.z), "r"(x * 4 + box.w)
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(box.x), "r"(box.y), "r"(box.z),
+                 "r"(x * 4 + box.w)
                  : "memory");
     if constexpr (S::PLANNED)
         asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to + 16), "r"(masks[0]), "r"(masks[1]) : "memory");
@@ -54,8 +52,8 @@ __device__ __forceinline__ void load_stats(const KvParameters& p, int which, uin
         w = box.z / p.stats_step;
         residue = box.z - w * p.stats_step;
     }
-    copy_in(shared + S::STATS_AT + (which * STAGES + stage) * S::STATS, &p.stats[which][box.w], full, EVICT_LAST, w, residue,
-            box.y, box.x, x);
+    copy_in(shared + S::STATS_AT + (which * STAGES + stage) * S::STATS, &p.stats[which][box.w], full, EVICT_LAST, w,
+            residue, box.y, box.x, x);
 }
 
 template <typename S>
@@ -80,11 +78,18 @@ __device__ __forceinline__ void produce(const KvParameters& p, uint32_t shared, 
     }
 
     int number = 0;  // of the step
+    int skipped = tile.first, left = tile.steps;
     for (int each = 0; each < p.queries_per_key; ++each) {
         const int head = tile.head * p.queries_per_key + each;
         int4 list = {0, p.boxes, 0, 0};
         if constexpr (S::PLANNED) list = record_at(p, tile_record(p, tile, head) + 1);
-        for (int i = 0; i < list.y; ++i, ++number) {
+        int i = 0;
+        if constexpr (!S::PLANNED) {
+            i = min(skipped, p.boxes);
+            skipped -= i;
+        }
+        for (; i < list.y; ++i, ++number) {
+            if (!S::PLANNED && left-- == 0) return;
             int4 box = {0, 0, i * S::BQ, 0};
             int masks[GROUPS] = {UNMASKED, UNMASKED};
             if constexpr (S::PLANNED) {
@@ -93,7 +98,7 @@ __device__ __forceinline__ void produce(const KvParameters& p, uint32_t shared, 
 #pragma unroll
                     for (int group = 0; group < GROUPS; ++group) {
                         const int4 record = record_at(p, list.z + group * list.w + i);
-                        masks[group] = record.w < 0 ? UNSEEN : record.x;
+                        masks[group] = record.w < 0 ? record.w : record.x;
                     }
                 }
             }
@@ -111,8 +116,8 @@ __device__ __forceinline__ void produce(const KvParameters& p, uint32_t shared, 
                 for (int group = 0; group < GROUPS; ++group)
                     if (masks[group] >= 0)
                         copy_in_line(shared + S::MASKS_AT + (stage * GROUPS + group) * S::MASKS,
-                                     reinterpret_cast<const uint8_t*>(p.plan) + int64_t{masks[group]} * S::MASKS, S::MASKS,
-                                     S::full_q(barriers, stage));
+                                     reinterpret_cast<const uint8_t*>(p.plan) + int64_t{masks[group]} * S::MASKS,
+                                     S::MASKS, S::full_q(barriers, stage));
             }
 
             barrier_wait(S::empty_do(barriers, stage), parity ^ 1);
@@ -125,168 +130,6 @@ __device__ __forceinline__ void produce(const KvParameters& p, uint32_t shared, 
 }
 
 // --- the consumers ----------------------------------------------------------------------------------------------------
-
-// S^T = K Q^T or dP^T = V dO^T, not waited for.
-template <typename S>
-__device__ __forceinline__ void issue_scores(float (&scores)[S::BQ / 2], uint64_t keys, uint64_t queries) {
-    using Mma = Wgmma<typename S::Element, S::BQ>;
-    mma_fence();
-#pragma unroll
-    for (int step = 0; step < S::D / 16; ++step) {
-        const uint64_t a = operand_at(keys, step / 4 * S::TILE_CHUNK + step % 4 * 32);
-        const uint64_t b = operand_at(queries, step / 4 * S::BOX_CHUNK + step % 4 * 32);
-        if (step == 0)
-            Mma::first(scores, a, b);
-        else
-            Mma::next(scores, a, b);
-    }
-    mma_commit();
-}
-
-// Half of dV += P^T dO or dK += dS^T Q, neither committed nor waited for.
-template <typename S, int HALF>
-__device__ __forceinline__ void issue_half(float (&gradient)[S::D / 2], const uint32_t (&weights)[S::BQ / 16][4],
-                                           uint64_t queries) {
-#pragma unroll
-    for (int step = HALF * S::BQ / 32; step < (HALF + 1) * S::BQ / 32; ++step)
-        Wgmma<typename S::Element, S::D>::next(gradient, weights[step], operand_at(queries, step * 2048));
-}
-
-// The warpgroup's part of dQ = dS K, not waited for.
-template <typename S>
-__device__ __forceinline__ void issue_dq(float (&dq)[32], uint64_t ds, uint64_t keys) {
-    using Mma = Wgmma<typename S::Element, 64>;
-    mma_fence();
-#pragma unroll
-    for (int step = 0; step < KEYS / 16; ++step) {
-        if (step == 0)
-            Mma::first_transposed(dq, ds, keys);
-        else
-            Mma::next_transposed(dq, operand_at(ds, step * 2048), operand_at(keys, step * 2048));
-    }
-    mma_commit();
-}
-
-__device__ __forceinline__ void load_pair(float& first, float& second, uint32_t from) {
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(first), "=f"(second) : "r"(from));
-}
-
-template <typename S, int HALF>
-__device__ __forceinline__ void pack_half(uint32_t (&packed)[S::BQ / 16][4], const float (&values)[S::BQ / 2]) {
-#pragma unroll
-    for (int i = HALF * S::BQ / 8; i < (HALF + 1) * S::BQ / 8; ++i)
-        packed[i / 4][i % 4] = pack<typename S::Element>(values[2 * i], values[2 * i + 1]);
-}
-
-// One half of dS^T = P^T (dP^T - delta), rounded.
-template <typename S, int HALF>
-__device__ __forceinline__ void weigh_half(const float (&weights)[S::BQ / 2], const float (&dp)[S::BQ / 2],
-                                           uint32_t (&ds)[S::BQ / 16][4], uint32_t deltas, uint32_t to) {
-#pragma unroll
-    for (int j = HALF * S::BQ / 16; j < (HALF + 1) * S::BQ / 16; ++j) {
-        float delta[2];
-        load_pair(delta[0], delta[1], deltas + j * 32);
-        const float *p = weights + 4 * j, *g = dp + 4 * j;
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            uint32_t& both = ds[j / 2][j % 2 * 2 + row];
-            both = pack<typename S::Element>(p[2 * row] * (g[2 * row] - delta[0]), p[2 * row + 1] * (g[2 * row + 1] - delta[1]));
-        }
-    }
-    if constexpr (S::FUSED) {
-#pragma unroll
-        for (int step = HALF * S::BQ / 32; step < (HALF + 1) * S::BQ / 32; ++step)
-            store_matrices((to ^ step % 4 * 32) + step / 4 * S::DS_CHUNK, ds[step][0], ds[step][1], ds[step][2], ds[step][3]);
-    }
-}
-
-// Where a warpgroup finds what it works on; descriptors are those of the first stage.
-struct KvOperands {
-    uint64_t k, v, q, dout, ds, k_part;
-    uint32_t stats;      // of this thread's columns
-    uint32_t ds_to;      // where this lane's row of a store of dS^T lies
-    uint32_t staged;     // the warp's part of dQ
-    uint32_t masks;      // of this thread's first row
-    uint32_t notes;
-    uint32_t barriers;
-    int group, warp;
-    bool elected;  // one thread of each warp
-    float c;
-};
-
-// Takes the warpgroup's part of dQ to shared memory, and from there to the sums.
-template <typename S>
-__device__ __forceinline__ void add_dq(const KvParameters& p, const KvOperands& at, const float (&dq)[32], int number) {
-    const int lane = threadIdx.x % 32;
-    const bool by_warp = !S::PLANNED || p.by_warp;
-    // For head dimension 64 the second warpgroup has the second 64 queries of the box, else the second 64 columns.
-    const int sixteen = at.warp + (S::D == 64 ? 4 * at.group : 0);
-    const int column = S::D == 64 ? 0 : 64 * at.group;
-    if (S::PLANNED && (by_warp ? sixteen * 16 : S::D == 64 ? 64 * at.group : 0) >= p.box_rows) return;
-    const bool issuing = by_warp ? at.elected : threadIdx.x % 128 == 0;
-    if (issuing) copy_out_wait_read();
-    if (by_warp)
-        __syncwarp();
-    else
-        named_sync(1 + at.group, 128);
-    const uint32_t first = at.staged + lane / 4 * 128 + (lane % 4 * 8 ^ lane / 4 * 16);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        const uint32_t to = (first ^ j % 4 * 32) + j / 4 * (64 * 128);
-        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(dq[4 * j]), "f"(dq[4 * j + 1]) : "memory");
-        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to + 1024), "f"(dq[4 * j + 2]), "f"(dq[4 * j + 3])
-                     : "memory");
-    }
-    proxy_fence();
-    if (by_warp)
-        __syncwarp();
-    else
-        named_sync(1 + at.group, 128);
-    if (issuing) {
-        int t, h, w, x;
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(t), "=r"(h), "=r"(w), "=r"(x)
-                     : "r"(at.notes + number % NOTES * S::NOTE));
-        const int part = x & 3;
-        if (!S::PLANNED || (by_warp && part != VIDEO)) {
-            w += 16 * sixteen;
-        } else if (by_warp) {
-            t += p.warp_place[sixteen][0], h += p.warp_place[sixteen][1], w += p.warp_place[sixteen][2];
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            copy_add(&p.dq[part], at.staged + half * (64 * 128), column + 32 * half, w, h, t, x >> 2);
-        copy_out_commit();
-    }
-}
-
-// Sets the weights of queries that a key does not see to 0. number: of the step.
-template <typename S>
-__device__ __forceinline__ void mask_weights(const KvOperands& at, float (&weights)[S::BQ / 2], int number) {
-    int masks;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(masks) : "r"(at.notes + number % NOTES * S::NOTE + 16 + 4 * at.group));
-    if (masks == UNMASKED) return;
-    if (masks == UNSEEN) {
-#pragma unroll
-        for (int i = 0; i < S::BQ / 2; ++i) weights[i] = 0.0f;
-        return;
-    }
-    const int lane = threadIdx.x % 32;
-    const uint32_t from = at.masks + number % STAGES * (GROUPS * S::MASKS);
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int word = 0; word < S::BQ / 32; ++word) {
-            uint32_t seen;
-            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(seen) : "r"(from + 8 * half * S::MASK + 4 * word));
-            seen >>= lane % 4 * 2;
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-#pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    if (!(seen & 1u << (8 * j + i))) weights[16 * word + 4 * j + 2 * half + i] = 0.0f;
-        }
-}
 
 template <typename S>
 __device__ __forceinline__ void consume(const KvParameters& p, uint32_t shared, uint32_t barriers) {
@@ -307,18 +150,20 @@ __device__ __forceinline__ void consume(const KvParameters& p, uint32_t shared, 
     at.k_part = operand(shared + S::K_AT + (S::D == 64 ? 0 : at.group) * S::TILE_CHUNK, 16);
     at.stats = shared + S::STATS_AT + lane % 4 * 8;
     at.masks = shared + S::MASKS_AT + at.group * S::MASKS + (at.warp * 16 + lane / 4) * S::MASK;
-    at.staged = shared + S::STAGED_AT + at.group * S::STAGED + at.warp * 2048;
+    at.staged = shared + S::STAGED_AT + at.group * S::STAGED + at.warp * (S::PLANNED ? 2048 : 4096);
     at.notes = shared + S::NOTES_AT;
 
-    int steps = p.boxes * p.queries_per_key;
+    int steps;
     {
         const KeyTile tile = tile_at<S>(p, blockIdx.x);
+        steps = tile.steps;
         const Corner corner = corner_of(p, tile, at.group);
         const int row = at.warp * 16 + lane % 16;
         const bool real = real_key<S>(p, tile, corner, row);
-        at.ds_to = shared + S::DS_AT + (real ? at.group * SLAB + row : KEYS + row % 8) * 128 + (lane / 16 ^ row % 8) * 16;
+        at.ds_real = real ? ~0u : 0u;
+        const uint32_t place = S::DS_AT + (at.group * SLAB + row) * 128 + (lane / 16 ^ row % 8) * 16;
+        at.ds_to = shared + (real ? place : S::UNREAD_AT);
         if constexpr (S::PLANNED) {
-            steps = 0;
             for (int each = 0; each < p.queries_per_key; ++each)
                 steps += record_at(p, tile_record(p, tile, tile.head * p.queries_per_key + each) + 1).y;
         }
@@ -341,6 +186,10 @@ __device__ __forceinline__ void consume(const KvParameters& p, uint32_t shared, 
     }
 #pragma unroll 1
     for (int number = 0; number < steps; ++number) {
+        if (S::PLANNED && __shfl_sync(0xFFFFFFFF, masks_of<S>(at, number), 0) == UNSEEN) {
+            leave_out<S>(p, at, scores, number, steps);
+            continue;
+        }
         const int stage = number % STAGES, parity = number / STAGES & 1;
         const uint64_t q = operand_at(at.q, stage * S::BOX), dout = operand_at(at.dout, stage * S::BOX);
         const uint32_t stats = at.stats + stage * S::STATS;
@@ -355,33 +204,34 @@ __device__ __forceinline__ void consume(const KvParameters& p, uint32_t shared, 
             for (int i = 0; i < 4; ++i)
                 scores[4 * j + i] = exp2_approx(fmaf(scores[4 * j + i], at.c, -lse[i % 2]));
         }
+        if constexpr (S::PLANNED) mask_weights<S>(at, scores, number);
         mma_wait<0>();
         pin(dp);
-        if constexpr (S::PLANNED) mask_weights<S>(at, scores, number);
         // In two halves, so that fewer registers are needed at a time.
         uint32_t weights[S::BQ / 16][4], ds[S::BQ / 16][4];
         const uint32_t delta = stats + STAGES * S::STATS;
         pack_half<S, 0>(weights, scores);
         mma_fence();
         issue_half<S, 0>(dv, weights, dout);
-        const uint32_t ds_to = at.ds_to + (number & 1) * S::DS;
         if constexpr (S::FUSED) barrier_wait(S::ready_ds(barriers), (number & 1) ^ 1);
-        weigh_half<S, 0>(scores, dp, ds, delta, ds_to);
+        weigh_half<S, 0>(scores, dp, ds, delta, at, number);
         pack_half<S, 1>(weights, scores);
         mma_fence();
         issue_half<S, 1>(dv, weights, dout);
         mma_commit();
-        weigh_half<S, 1>(scores, dp, ds, delta, ds_to);
+        weigh_half<S, 1>(scores, dp, ds, delta, at, number);
 
         float dq[32];
         if constexpr (S::FUSED) {
             issue_dq<S>(dq, operand_at(at.ds, ((number & 1) ^ 1) * S::DS), at.k_part);
             mma_wait<1>();
-        } else {
-            mma_wait<0>();
+        } else if constexpr (S::D == 64) {
+            mma_wait<0>();  // for want of registers
         }
-        pin(dv);
-        if (at.elected) barrier_arrive(S::empty_do(barriers, stage));
+        if constexpr (S::FUSED || S::D == 64) {
+            pin(dv);
+            if (at.elected) barrier_arrive(S::empty_do(barriers, stage));
+        }
         mma_fence();
         issue_half<S, 0>(dk, ds, q);
         issue_half<S, 1>(dk, ds, q);
@@ -396,6 +246,10 @@ __device__ __forceinline__ void consume(const KvParameters& p, uint32_t shared, 
             __syncwarp();
             if (at.elected) barrier_arrive(S::ready_ds(barriers));
             if (number > 0) add_dq<S>(p, at, dq, number - 1);
+        } else if constexpr (S::D == 128) {
+            mma_wait<2>();
+            pin(dv);
+            if (at.elected) barrier_arrive(S::empty_do(barriers, stage));
         }
         mma_wait<0>();
         pin(scores);
@@ -424,11 +278,12 @@ __device__ __forceinline__ void consume(const KvParameters& p, uint32_t shared, 
         for (int half = 0; half < 2; ++half) {
             if (real_key<S>(p, tile, corner, thread / 32 * 16 + thread % 32 / 4 + 8 * half)) continue;
 #pragma unroll
-            for (int i = 0; i < S::D / 4; ++i) dk[4 * (i / 2) + 2 * half + i % 2] = dv[4 * (i / 2) + 2 * half + i % 2] = 0.0f;
+            for (int i = 2 * half; i < S::D / 2; i += 4) dk[i] = dk[i + 1] = dv[i] = dv[i + 1] = 0.0f;
         }
     }
-    if (S::PLANNED && tile.piece >= 0) {
-        const int64_t piece = (int64_t{tile.batch} * p.key_heads + tile.head) * p.pieces + tile.piece;
+    if ((S::PLANNED || S::FUSED) && tile.piece >= 0) {
+        const int64_t piece =
+            S::PLANNED ? (int64_t{tile.batch} * p.key_heads + tile.head) * p.pieces + tile.piece : tile.piece;
         float* to = p.partial + (piece * 2 * KEYS + at.group * SLAB + thread / 32 * 16 + thread % 32 / 4) * p.head_dim;
 #pragma unroll
         for (int j = 0; j < S::D / 8; ++j) {
@@ -453,7 +308,8 @@ __device__ __forceinline__ void consume(const KvParameters& p, uint32_t shared, 
 #pragma unroll
     for (int step = 0; step < S::D / 16; ++step) {
         const int column = step % 4 * 2 + thread % 32 / 16;  // in words of 16 bytes
-        const uint32_t to = shared + step / 4 * S::TILE_CHUNK + at.group * S::SLAB_CHUNK + row * 128 + (column ^ row % 8) * 16;
+        const uint32_t to = shared + step / 4 * S::TILE_CHUNK + at.group * S::SLAB_CHUNK + row * 128 +
+                            (column ^ row % 8) * 16;
         const float *k = dk + 8 * step, *v = dv + 8 * step;
         store_matrices(to + S::K_AT, pack<Element>(k[0], k[1]), pack<Element>(k[2], k[3]), pack<Element>(k[4], k[5]),
                        pack<Element>(k[6], k[7]));
@@ -484,8 +340,8 @@ __device__ __forceinline__ void clear(uint32_t from, uint32_t bytes) {
 
 template <typename S>
 __global__ void __launch_bounds__(S::THREADS, 1) attention_backward_kv(const __grid_constant__ KvParameters p) {
-    extern __shared__ uint8_t memory[];
-    const uint32_t shared = __shfl_sync(0xFFFFFFFF, (shared_address(memory) + 1023) & ~1023u, 0);
+    extern __shared__ __align__(1024) uint8_t memory[];
+    const uint32_t shared = __shfl_sync(0xFFFFFFFF, shared_address(memory), 0);
     const uint32_t barriers = shared + S::BARRIERS_AT;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {

@@ -18,6 +18,9 @@ constexpr int SLAB = 64;   // keys of a warpgroup
 constexpr int KEYS = GROUPS * SLAB;
 constexpr int NOTES = 4;  // what the producer writes down about a box is read until the end of the box behind it
 
+// In place of the number of a group of masks: no key of the warpgroup sees anything of the box, or all see it whole.
+constexpr int UNSEEN = -1, UNMASKED = -2;
+
 // A part of the queries or keys: that of the video, or of global tokens before or after it.
 constexpr int PARTS = 3;
 
@@ -30,6 +33,7 @@ struct KvParameters {
     int queries_per_key;  // heads that share one head of the keys
     int tiles_per_head, line_tiles, line_record;
     int boxes;                // without a plan: the boxes of every tile
+    int whole_tiles, split;   // and how many tiles are not cut, and the pieces of each of those behind them
     int slab_rows;            // keys of a slab
     int slab_step[3];         // from the first warpgroup's keys to the second's
     int k_size[PARTS][3];     // extents of the keys' parts
@@ -43,6 +47,7 @@ struct KvParameters {
     const uint8_t* valid;     // [B, globals], which global keys are real; or null
     int keys_before, globals;
     int head_dim, pieces;
+    float* sums;     // without a plan: of dQ, [B * heads][boxes][warpgroups, warps][8 chunks][lanes][4]
     float* partial;  // [B][key heads][pieces][dK, dV][128 keys][head_dim], of tiles in pieces
 };
 
@@ -61,7 +66,7 @@ struct KvShape {
     static constexpr uint32_t BOX_CHUNK = BQ * 128;
     static constexpr uint32_t BOX = CHUNKS * BOX_CHUNK;
     static constexpr int DS_CHUNKS = BQ / 64;
-    static constexpr uint32_t DS_CHUNK = (KEYS + 8) * 128;  // 64 queries of all keys, and rows that nobody reads
+    static constexpr uint32_t DS_CHUNK = KEYS * 128;  // 64 queries of all keys
     static constexpr uint32_t DS = DS_CHUNKS * DS_CHUNK;
     static constexpr uint32_t STAGED = 64 * 64 * 4;  // a warpgroup's part of dQ
     static constexpr uint32_t K_AT = 0;
@@ -77,9 +82,10 @@ struct KvShape {
     static constexpr uint32_t MASKS = SLAB * MASK;
     static constexpr uint32_t NOTES_AT = MASKS_AT + (PLANNED ? STAGES * GROUPS * MASKS : 0);
     static constexpr uint32_t NOTE = 32;
-    static constexpr uint32_t BARRIERS_AT = NOTES_AT + NOTES * NOTE;
+    static constexpr uint32_t UNREAD_AT = NOTES_AT + NOTES * NOTE;  // where dS goes that is of no key
+    static constexpr uint32_t BARRIERS_AT = UNREAD_AT + 128;
     static constexpr uint32_t SHARED = BARRIERS_AT + 8 * (4 * STAGES + 3);
-    static constexpr uint32_t LAUNCHED = SHARED + 1024;  // room to align the start
+    static constexpr uint32_t LAUNCHED = SHARED;
     // setmaxnreg shares out what the launch allocated: more would wait for ever.
     static constexpr int CONSUMER_REGISTERS = 240;
     static constexpr int PRODUCER_REGISTERS = 24;
@@ -103,6 +109,7 @@ struct KeyTile {
     int number;       // among the tiles of a head, or of its lines
     bool line;
     int piece;        // or -1
+    int first, steps;  // without a plan: the part of all boxes that it visits
 };
 
 __device__ __forceinline__ int4 record_at(const KvParameters& p, int number) {
@@ -117,6 +124,17 @@ __device__ __forceinline__ int tile_record(const KvParameters& p, const KeyTile&
 template <typename S>
 __device__ __forceinline__ KeyTile tile_at(const KvParameters& p, int index) {
     KeyTile tile{};
+    tile.piece = -1;
+    if constexpr (!S::PLANNED) {
+        tile.steps = p.boxes * p.queries_per_key;
+        if (S::FUSED && index >= p.whole_tiles) {
+            tile.piece = index - p.whole_tiles;
+            const int each = (tile.steps + p.split - 1) / p.split, part = tile.piece % p.split;
+            index = p.whole_tiles + tile.piece / p.split;
+            tile.first = part * each;
+            tile.steps = min(each, tile.steps - tile.first);
+        }
+    }
     const int in_lines = S::PLANNED ? p.line_tiles * p.key_heads * p.batch : 0;
     tile.line = index < in_lines;
     const int per_head = tile.line ? p.line_tiles : p.tiles_per_head;
@@ -124,7 +142,6 @@ __device__ __forceinline__ KeyTile tile_at(const KvParameters& p, int index) {
     tile.number = index % per_head;
     tile.head = index / per_head % p.key_heads;
     tile.batch = index / per_head / p.key_heads;
-    tile.piece = -1;
     if constexpr (S::PLANNED) {
         const int4 place = record_at(p, tile_record(p, tile, tile.head * p.queries_per_key));
         tile.t = place.x, tile.h = place.y, tile.w = place.z;
@@ -157,7 +174,8 @@ __device__ __forceinline__ bool real_key(const KvParameters& p, const KeyTile& t
     const int key = corner.w + row;
     if (key >= p.k_size[tile.kind][2]) return false;
     if (!S::PLANNED || !p.valid) return true;
-    return __ldg(p.valid + int64_t{tile.batch} * p.globals + (tile.kind == attention_fwd::BEFORE ? 0 : p.keys_before) + key);
+    const int before = tile.kind == attention_fwd::BEFORE ? 0 : p.keys_before;
+    return __ldg(p.valid + int64_t{tile.batch} * p.globals + before + key);
 }
 
 }  // namespace stattn::attention_bwd

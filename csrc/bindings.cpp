@@ -425,8 +425,8 @@ void attention_backward_kv_cuda(Tensor q, Tensor k, Tensor v, Tensor dout, Tenso
     call.dk = strided(dk, q, "dk");
     call.dv = strided(dv, q, "dv");
     for (const Tensor* each : {&dk, &dv})
-        STD_TORCH_CHECK(each->size(1) == k.size(1) && each->size(2) == k.size(2), "stattn::attention: dk or dv differs from k");
-    if (dq_sum) call.dq_sum = numbers_of(*dq_sum, q, q.numel(), "dq_sum");
+        STD_TORCH_CHECK(each->size(1) == k.size(1) && each->size(2) == k.size(2),
+                        "stattn::attention: dk or dv differs from k");
     stattn::AttentionPlan planned{};
     if (plan) {
         planned = attention_plan(*plan, q, k, layout, valid);
@@ -434,23 +434,30 @@ void attention_backward_kv_cuda(Tensor q, Tensor k, Tensor v, Tensor dout, Tenso
         const int64_t numbers = k.size(0) * k.size(2) * planned.pieces * 2 * 128 * k.size(3);
         STD_TORCH_CHECK(numbers == 0 || partial, "stattn::attention_backward_kv: partial is missing");
         if (numbers > 0) call.partial = numbers_of(*partial, q, numbers, "partial");
+    } else if (partial) {
+        const int64_t piece = 2 * 128 * k.size(3);
+        call.partial = numbers_of(*partial, q, partial->numel(), "partial");
+        call.room = static_cast<int>(partial->numel() / piece);
     }
+    if (dq_sum) call.dq_sum = numbers_of(*dq_sum, q, stattn::dq_sum_size(call), "dq_sum");
     const int32_t device = q.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     check_launch(stattn::attention_backward_kv(call, current_stream(device)), "stattn::attention_backward_kv");
 }
 
-void attention_backward_finish_cuda(Tensor dq_sum, Tensor dq, double scale) {
+void attention_backward_finish_cuda(Tensor dq_sum, Tensor dq, double scale, bool in_boxes) {
     check_elements(dq, scale);
     stattn::AttentionBackward call{};
     call.dq = strided(dq, dq, "dq");
-    call.dq_sum = numbers_of(dq_sum, dq, dq.numel(), "dq_sum");
     call.batch = static_cast<int>(dq.size(0));
     call.queries = static_cast<int>(dq.size(1));
     call.heads = static_cast<int>(dq.size(2));
     call.head_dim = static_cast<int>(dq.size(3));
     call.scale = static_cast<float>(scale);
     call.bf16 = dq.scalar_type() == ScalarType::BFloat16;
+    const stattn::AttentionPlan some{};
+    if (!in_boxes) call.plan = &some;
+    call.dq_sum = numbers_of(dq_sum, dq, stattn::dq_sum_size(call), "dq_sum");
     const int32_t device = dq.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     check_launch(stattn::attention_backward_finish(call, current_stream(device)), "stattn::attention_backward_finish");
@@ -560,7 +567,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
         "attention_backward_kv(Tensor q, Tensor k, Tensor v, Tensor dout, Tensor stats, Tensor(a!) dk, Tensor(b!) dv, "
         "Tensor(c!)? dq_sum, Tensor(d!)? partial, int[] stats_layout, float scale, int config, Tensor? plan, int[] layout, "
         "Tensor? valid) -> ()");
-    m.def("attention_backward_finish(Tensor dq_sum, Tensor(a!) dq, float scale) -> ()");
+    m.def("attention_backward_finish(Tensor dq_sum, Tensor(a!) dq, float scale, bool in_boxes) -> ()");
     m.def(
         "attention_backward_lists(Tensor count, Tensor index, Tensor? partial, Tensor tables, Tensor(a!) plan, "
         "Tensor(b!) scratch, int[] layout) -> ()");

@@ -108,11 +108,20 @@ __device__ __forceinline__ void copy_out(const CUtensorMap* map, uint32_t from, 
 }
 
 // Adds a box in shared memory to the tensor; what lies outside the tensor is left alone.
-__device__ __forceinline__ void copy_add(const CUtensorMap* map, uint32_t from, int c0, int c1, int c2, int c3, int c4) {
+__device__ __forceinline__ void copy_add(const CUtensorMap* map, uint32_t from, int c0, int c1, int c2, int c3,
+                                         int c4) {
     asm volatile(
-        "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
+        "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::
+            "l"(map),
         "r"(from), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
         : "memory");
+}
+
+// Adds floats that lie one behind the other, a multiple of 16 bytes.
+__device__ __forceinline__ void copy_add_line(float* to, uint32_t from, uint32_t bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+                 "r"(bytes)
+                 : "memory");
 }
 
 __device__ __forceinline__ void copy_out_commit() {

@@ -101,8 +101,9 @@ struct AttentionBackward {
     Strided q, k, v, dout;
     Strided dq, dk, dv;  // contiguous
     AttentionStats stats;
-    float* dq_sum;   // sums of dq in fp32, [B * heads][queries][head_dim]; or null
+    float* dq_sum;   // sums of dq in fp32, dq_sum_size() of them; or null
     float* partial;  // of key tiles in pieces, as csrc/attention_bwd.h says; or null
+    int room;        // without a plan: the pieces that partial has room for
     int batch, heads, key_heads, head_dim, queries, keys;
     float scale;
     bool bf16;
@@ -113,13 +114,24 @@ struct AttentionBackward {
 // csrc/attention_bwd_dq.cu: dq alone, in an order that depends on each row alone. The plan is the forward's.
 cudaError_t attention_backward_dq(const AttentionBackward& call, cudaStream_t stream);
 
+// With a plan, dq_sum is [B * heads][queries][head_dim]. Without one it holds boxes of 64 or, for head dimensions up to 64,
+// 128 queries, each 8,192 numbers in the order of the registers that they come from.
+inline int64_t dq_sum_size(const AttentionBackward& call) {
+    const int64_t heads = int64_t{call.batch} * call.heads, box = call.head_dim > 64 ? 64 : 128;
+    return call.plan ? heads * call.queries * call.head_dim : heads * ((call.queries + box - 1) / box) * 8192;
+}
+
 // csrc/attention_bwd_kv.cu: dk and dv; and, where there is a dq_sum, in it the sums of dq / scale, whose order is not fixed.
 // The plan is that of csrc/attention_bwd.h.
 cudaError_t attention_backward_kv(const AttentionBackward& call, cudaStream_t stream);
 
 // csrc/attention_bwd_sums.cu: dk and dv from the partial sums of tiles in pieces, which attention_backward_kv asks for; and
 // dq from dq_sum.
-cudaError_t attention_backward_sum(const AttentionBackward& call, cudaStream_t stream);
+// Without a plan, `tiles` key tiles behind the `whole` first ones are in so many pieces each.
+struct AttentionCut {
+    int whole, tiles, pieces;
+};
+cudaError_t attention_backward_sum(const AttentionBackward& call, const AttentionCut& cut, cudaStream_t stream);
 cudaError_t attention_backward_finish(const AttentionBackward& call, cudaStream_t stream);
 
 // A plan of the backward that is written on the device from the block lists of one sample. Tiles of the rows, those of

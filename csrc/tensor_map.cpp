@@ -71,15 +71,16 @@ cudaError_t encode(const Key& key, TensorMap* result) {
     constexpr CUtensorMapDataType TYPES[] = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                                              CU_TENSOR_MAP_DATA_TYPE_FLOAT32};
     const CUresult status = encoder()(
-        &result->map, TYPES[key.elements], 5, const_cast<void*>(key.data), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        &result->map, TYPES[key.elements], 5, const_cast<void*>(key.data), sizes, strides, box, every,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-cudaError_t tensor_map(const Strided& tensor, Elements elements, int batch, int heads, int head_dim, const int (&shape)[3],
-                       const int (&box)[3], const int (&steps)[3], TensorMap* result) {
+cudaError_t tensor_map(const Strided& tensor, Elements elements, int batch, int heads, int head_dim,
+                       const int (&shape)[3], const int (&box)[3], const int (&steps)[3], TensorMap* result) {
     constexpr int KEPT = 256;  // a power of two
     struct Entry {
         Key key;
@@ -113,8 +114,8 @@ cudaError_t stats_map(const AttentionStats& stats, int which, int heads, int par
                           : part == 1 ? 0
                                       : rows - AttentionStats::padded(stats.after);
     const auto size = [](int extent) { return static_cast<cuuint64_t>(extent); };
-    const cuuint64_t sizes[5] = {video ? width : size(count), size(video ? stats.step : 1), size(video ? stats.shape[1] : 1),
-                                 size(video ? stats.shape[0] : 1), size(heads)};
+    const cuuint64_t sizes[5] = {video ? width : size(count), size(video ? stats.step : 1),
+                                 size(video ? stats.shape[1] : 1), size(video ? stats.shape[0] : 1), size(heads)};
     const cuuint64_t strides[4] = {4 * width, 4 * line, 4 * line * stats.shape[1], 4 * rows};
     cuuint32_t extents[5] = {static_cast<cuuint32_t>(box[2]), 1, 1, 1, 1}, every[5] = {1, 1, 1, 1, 1};
     for (int axis = 0; axis < 2; ++axis) {
@@ -123,8 +124,8 @@ cudaError_t stats_map(const AttentionStats& stats, int which, int heads, int par
         every[3 - axis] = static_cast<cuuint32_t>(steps[axis]);
     }
     const CUresult status = encoder()(
-        result, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 5, stats.data + which * heads * rows + first, sizes, strides, extents, every,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        result, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 5, stats.data + which * heads * rows + first, sizes, strides, extents,
+        every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

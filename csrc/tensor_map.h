@@ -20,11 +20,11 @@ struct TensorMap {
 };
 
 // Reads nothing of the tensor. Results are kept for each thread, by value of the arguments.
-cudaError_t tensor_map(const Strided& tensor, Elements elements, int batch, int heads, int head_dim, const int (&shape)[3],
-                       const int (&box)[3], const int (&steps)[3], TensorMap* result);
+cudaError_t tensor_map(const Strided& tensor, Elements elements, int batch, int heads, int head_dim,
+                       const int (&shape)[3], const int (&box)[3], const int (&steps)[3], TensorMap* result);
 
 // Describes stats of a part of the queries (0 the video, 1 and 2 the global ones before and after it) as the axes
-// {W / step, step, H, T, heads of all batches}, of which a copy moves boxes of (t, h, w) rows, whose w is a multiple of 4.
+// {W / step, step, H, T, heads of all batches}, of which a copy moves boxes of (t, h, w) rows, w a multiple of 4.
 // which: 0 for the LSE, 1 for delta. steps: between the rows of a box.
 cudaError_t stats_map(const AttentionStats& stats, int which, int heads, int part, const int (&box)[3],
                       const int (&steps)[3], CUtensorMap* result);

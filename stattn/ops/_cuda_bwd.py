@@ -101,14 +101,21 @@ def _launch(call: Call, stats_layout: list[int], plans: Plans, scale: float, det
     else:
         pieces = 0 if deterministic else TAIL
     partial = call.lse.new_empty(pieces * 2 * KEY_TILE * dim) if pieces else None
-    dq_sum = None if deterministic else call.lse.new_empty(call.q.numel())
+    dq_sum = None if deterministic else call.lse.new_empty(_sums(call.q, bool(by_key.layout)))
     sums = (call.dk, call.dv, dq_sum, partial)
     of_keys(*given, *sums, stats_layout, scale, by_key.config, by_key.array, by_key.layout, call.valid)
     if dq_sum is None:
         by_query = plans("dq")
         of_queries(*given, call.dq, stats_layout, scale, by_query.config, by_query.array, by_query.layout, call.valid)
     else:
-        finish(dq_sum, call.dq, scale)
+        finish(dq_sum, call.dq, scale, not by_key.layout)
+
+
+def _sums(q: torch.Tensor, planned: bool) -> int:
+    """Count the sums of dQ (dq_sum_size in csrc/stattn.h)."""
+    batch, queries, heads, dim = q.shape
+    boxes = -(-queries // (64 if dim > 64 else 128))
+    return q.numel() if planned else batch * heads * boxes * 8192
 
 
 def _is_readable(x: torch.Tensor) -> bool:
