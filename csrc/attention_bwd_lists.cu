@@ -13,6 +13,7 @@ constexpr int MARKERS = 128;
 constexpr int SUMMERS = 1024;
 constexpr int WARPS = 4;  // of a block that counts or writes, each with a tile
 constexpr int MOST_SLABS = 3;
+constexpr int UNSEEN = -1, SEEN_WHOLE = -2;  // the last word of a mask record; only the kernel of dK and dV knows the second
 
 // Bit n of word w of a row of `listed` says whether it is listed with tile 32 w + n of the other side.
 __global__ void __launch_bounds__(MARKERS) mark(const __grid_constant__ AttentionListPlan l, uint32_t* listed,
@@ -187,7 +188,9 @@ write_boxes(const __grid_constant__ AttentionListPlan l, const uint32_t* listed,
                                     patterns[part ? (1 + row) * l.boxes[axis] + box[axis] : box[axis]];
                         }
                     }
-                    records[list.z + slab * list.w + to] = make_int4(l.first_group + group, 0, 0, sees ? 0 : -1);
+                    const bool whole = l.by_key && column.whole && !(word.part[slab] >> bit & 1);
+                    records[list.z + slab * list.w + to] =
+                        make_int4(l.first_group + group, 0, 0, !sees ? UNSEEN : whole ? SEEN_WHOLE : 0);
                 }
             }
         }
