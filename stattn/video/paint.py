@@ -95,6 +95,8 @@ def paint(
     dtype = next(model.parameters()).dtype
     if rough.ndim != 5:
         raise ValueError(f"rough of shape {tuple(rough.shape)} must be [B, C, T, H, W]")
+    if call is not None and sampling.refresh > 1:
+        raise ValueError(f"refresh={sampling.refresh} is for the model alone; what call predicts is not cached")
     strength = strength.to(device, torch.float32).expand(batch, 1, *rough.shape[2:])
     if not bool(((strength >= 0) & (strength <= 1)).all()):
         raise ValueError("strength must lie in 0..1")
