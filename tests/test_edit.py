@@ -287,8 +287,8 @@ def test_bad_files_and_regions_get_a_clear_error(
         assert text in capsys.readouterr().err
     with pytest.raises(ValueError, match="overlap=16"):
         Sampling(overlap=16)
+    model = DiT(PRESETS["smoke"].model)
     with pytest.raises(ValueError, match="refresh=2 is for the model alone"):
-        model = DiT(PRESETS["smoke"].model)
         paint.paint(model, torch.zeros(1, 3, 4, 32, 32), torch.ones(1), sampling=Sampling(refresh=2), call=model)
     with pytest.raises(ValueError, match="strength must lie"):
         paint.paint(model, torch.zeros(1, 3, 4, 32, 32), torch.tensor(1.5))

@@ -7,7 +7,6 @@ request: a check that could not fail would say nothing.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +20,7 @@ from stattn.dit import DiT
 from stattn.metrics import psnr
 from stattn.video import edit, objects, paint
 from stattn.video.paint import Sampling
+from stattn.video.study_length import clock
 
 SEED = 4_000_000
 OFFSET = 12.0  # pixels of a 64-pixel picture by which a brush moves
@@ -129,13 +129,14 @@ def refresh_curve(
     clips = world.render(1, frames, height, width, seed=seed, objects=(1, 1), cameras=("static",))
     box = edit.moving_box((frames, height, width), (4, 4, width * 3 // 8, height * 3 // 8), (width // 3, height // 3))
     rows: list[dict[str, float]] = []
-    reference = None
+    reference, device = None, next(model.parameters()).device
     for refresh in sorted({1, *refreshes}):
         work = paint.Work()
         given = dataclasses.replace(sampling, refresh=refresh, seed=seed)
-        began = time.perf_counter()
+        began = clock(device)
         made = paint.paint(model, clips.video, box[None].float(), clips.captions, given, work=work)
-        seconds = time.perf_counter() - began
+        seconds = clock(device) - began
+        made = made.cpu()
         reference = made if reference is None else reference
         error = (made - reference)[box[None].expand_as(made)]
         rows.append(

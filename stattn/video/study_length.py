@@ -48,8 +48,8 @@ def study(
             {
                 "windows": windows,
                 "frames": total,
-                "seconds_windows": _median(many, rounds),
-                "seconds_one_piece": _median(one, rounds),
+                "seconds_windows": _median(many, rounds, device),
+                "seconds_one_piece": _median(one, rounds, device),
                 "flops_windows": windows * model.flops(window),
                 "flops_one_piece": model.flops(grid),
             }
@@ -57,16 +57,22 @@ def study(
     return {"size": list(size), "rows": rows}
 
 
-def _median(call: Any, rounds: int) -> float:
+def _median(call: Any, rounds: int, device: torch.device) -> float:
     call()
     times = []
     for _ in range(rounds):
-        began = time.perf_counter()
+        began = clock(device)
         call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+        times.append(clock(device) - began)
     return round(sorted(times)[len(times) // 2], 4)
+
+
+def clock(device: torch.device) -> float:
+    """Tell the time in seconds: on a CPU that of this process alone, whatever else runs there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
 
 
 def exponents(found: dict[str, Any]) -> dict[str, float]:
