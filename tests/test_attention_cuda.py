@@ -93,6 +93,7 @@ def test_views_and_transposes_are_no_obstacle() -> None:
             {"grad": True, "problem": problem((2, 3, 40), masks.window(1, 1, 3, dilation=(1, 1, 9)))},
             "mask .* is dilated by 9 on its last axis",
         ),
+        ({"grad": True, "extras": Extras(k_frames=torch.arange(2))}, "has no backward of k_frames"),
         ({"k": half(2, 24, 4, 66)[..., :64]}, r"k has strides \(6336, 264, 66, 1\): all but"),
         ({"v": half(2, 1, 4, 64).expand(2, 24, 4, 64)}, r"v has strides \(256, 0, 64, 1\)"),
         (
