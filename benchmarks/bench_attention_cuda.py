@@ -65,6 +65,9 @@ LATENT_720P = Grid(30, 48, 80)
 WAN_720P = Grid(21, 45, 80)
 COSMOS = Grid(24, 44, 80)
 MASKED = (
+    Case("blocks64_sta/30x48x80", LATENT_720P, 24, 128, sta_lists),
+    Case("blocks64_random162/115200", LATENT_720P, 24, 128, random_lists),
+    Case("frame_causal_query/self-forcing", Grid(21, 30, 52), 12, 128, masks.frame_causal(3), q_frames=3),
     Case("sta333/30x48x80", LATENT_720P, 24, 128, masks.sliding_tile((6, 8, 8), (3, 3, 3))),
     Case("window_18_24_24/30x48x80", LATENT_720P, 24, 128, masks.window(18, 24, 24)),
     Case("window_7_17_17/wan-14b-720p", WAN_720P, 40, 128, masks.window(7, 17, 17)),
@@ -76,9 +79,6 @@ MASKED = (
     Case("frame_causal_3/wan-1.3b-480p", Grid(21, 30, 52), 12, 128, masks.frame_causal(3)),
     Case("window_7_15_15/hunyuan-720p", Grid(33, 45, 80), 24, 128, masks.window(7, 15, 15)),
     Case("joint_256/hunyuan-720p", Grid(33, 45, 80, 0, 256), 24, 128, masks.window(7, 15, 15)),
-    Case("blocks64_sta/30x48x80", LATENT_720P, 24, 128, sta_lists),
-    Case("blocks64_random162/115200", LATENT_720P, 24, 128, random_lists),
-    Case("frame_causal_query/self-forcing", Grid(21, 30, 52), 12, 128, masks.frame_causal(3), q_frames=3),
 )
 
 
