@@ -318,6 +318,19 @@ def test_lists_in_pieces_visit_each_allowed_pair_once(short_pieces: None) -> Non
         assert (seen == mask.allowed(given.grid).numpy()).all(), f"{mask}"
 
 
+def test_ring_caches_beside_padded_text_are_planned_in_pieces(short_pieces: None) -> None:
+    grid, held, valid = Grid(6, 4, 5, 4, 5), [-1, 3, -1, 0, 5], np.arange(9) % 3 > 0
+    q_box, slots = Region((3, 0, 0), (2, 4, 5)), Region((0, 0, 0), (5, 4, 5))
+    frames = torch.tensor(held, dtype=torch.int32)
+    for mask in (masks.full(), masks.frame_causal(2, 4, 1), masks.window(2, 3, 3, dilation=(2, 1, 1)), UNIONS[2]):
+        for see in ("all", "globals"):
+            options = {"q_region": q_box, "k_frames": frames, "globals_see": see}
+            case = Case(grid, mask, 1, valid=torch.from_numpy(valid), options=options)
+            (seen,) = read_plan(Problem(grid, (mask,), q_box, slots, True, see, 0.1), 1, 128, valid, held=held)
+            real = np.r_[valid[:4], np.ones(40, bool), valid[4:]]  # the kernel's end sees to other rows
+            assert (seen[real] == case.truth()[0].numpy()[real]).all(), f"{mask} {see}"
+
+
 def test_heads_with_masks_of_their_own_read_plans_of_their_own() -> None:
     shape = (4, 6, 6)
     each = (masks.window(3, 3, 3), masks.spatial(), masks.window(3, 3, 3), masks.frame_causal(2))
