@@ -156,6 +156,28 @@ def test_outpainting_keeps_the_picture_in_a_larger_one(model: DiT) -> None:
     assert result.changed.sum() == 4 * (32 * 32 - 24 * 20)
 
 
+def test_a_large_video_is_scaled_alike_on_both_axes(model: DiT) -> None:
+    """What the model is given of a wide picture has the picture's shape, and the known part has its colours."""
+    video = torch.zeros(3, 4, 32, 96)
+    video[..., :48] = 0.5
+    given: list[Tensor] = []
+
+    def record(*args: object, **keywords: Tensor) -> None:
+        given.append(keywords["known"])
+
+    handle = model.register_forward_pre_hook(lambda module, args, keywords: record(**keywords), with_kwargs=True)
+    mask = torch.ones(1, 4, 32, 96, dtype=torch.bool)
+    mask[..., :12] = False
+    try:
+        edit.inpaint(model, video, mask, "", QUICK)
+    finally:
+        handle.remove()
+    known = given[0][0]
+    assert known.shape == (3, 4, 16, 32)  # 32 x 96 scaled by 3 is 11 x 32, and whole patches of it 16 x 32
+    torch.testing.assert_close(known[..., :4], torch.full((3, 4, 16, 4), 0.5))
+    assert (known[..., 4:] == 0).all()
+
+
 def test_parts_of_a_long_video_continue_each_other(model: DiT) -> None:
     video = _clip(frames=10)[1].video[0]
     mask = torch.ones(1, 10, 32, 32, dtype=torch.bool)

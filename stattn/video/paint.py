@@ -223,12 +223,14 @@ def _window(model: DiT, video: Tensor, strength: Tensor, caption: str, sampling:
     top, left, rows, columns = _view(strength, height, width)
     crop = (slice(None), slice(None), slice(top, top + rows), slice(left, left + columns))
     rough, level = video[crop], strength[crop]
-    if (rows, columns) != (height, width) and (rows > height or columns > width):
+    scale = max(rows / height, columns / width)
+    if scale > 1:
+        size = (max(1, round(rows / scale)), max(1, round(columns / scale)))  # both axes alike: nothing is squeezed
         scaled = F.interpolate(
-            rough.transpose(0, 1), size=(height, width), mode="bilinear", antialias=True, align_corners=False
+            rough.transpose(0, 1), size=size, mode="bilinear", antialias=True, align_corners=False
         ).transpose(0, 1)
         # A small pixel that holds any of the region belongs to it: what is known stays clean.
-        small = F.adaptive_max_pool2d(level.transpose(0, 1), (height, width)).transpose(0, 1)
+        small = F.adaptive_max_pool2d(level.transpose(0, 1), size).transpose(0, 1)
     else:
         scaled, small = rough, level
     patch = model.config.patch

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from stattn import checks, dit, media, metrics, world
 from stattn.dit import DiT
+from stattn.masks import parse
 from stattn.metrics import extractors
+from stattn.modules import SpaceTimeAttention
 from stattn.sampler import sample
 from stattn.trainer import Recipe, Trainer
 
@@ -56,7 +58,6 @@ def study(
     sampling_steps: int = 20,
     device: torch.device | str = "cpu",
     recipe: Recipe = RECIPE,
-    compile: bool = False,
     say: Any = print,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Train and sample every kind; returns each kind's numbers (mean, spread, and one for each seed), and clips.
@@ -71,14 +72,14 @@ def study(
     shown = {"real": real[:4].cpu()}
     for kind in KINDS:
         for seed in range(seeds):
-            trainer = Trainer(recipe_of(kind, seed, recipe), where, compile=compile)
+            trainer = Trainer(recipe_of(kind, seed, recipe), where)
             loss = torch.zeros((), device=where)
             for step in range(steps):
                 loss = trainer.step(step / steps)
             model = cast(DiT, trainer.averaged_model())
             for module in model.modules():
-                if hasattr(module, "mask"):
-                    module.mask = dit_mask(KINDS[kind])
+                if isinstance(module, SpaceTimeAttention):
+                    module.mask = parse(KINDS[kind])
             ids, valid = scene.tokens(recipe.model.text_len)
             made = sample(
                 model,
@@ -106,13 +107,6 @@ def study(
         for kind, of in rows.items()
     }
     return {"steps": steps, "seeds": seeds, "clips": clips, "recipe": dataclasses.asdict(recipe), "kinds": found}, shown
-
-
-def dit_mask(key: str) -> Any:
-    """Parse a mask."""
-    from stattn.masks import parse
-
-    return parse(key)
 
 
 def measure(
