@@ -72,6 +72,9 @@ bool cut_box(const Part& part, int (&extents)[3], int (&places)[8][3]) {
     return true;
 }
 
+// What attention_bwd::divided() takes for a division by d.
+uint32_t divider(int d) { return d == 1 ? 0 : static_cast<uint32_t>(((uint64_t{1} << 32) + d - 1) / d); }
+
 // Cuts the tiles that the multiprocessors would not all have one of at the end, so that they all end at about one time.
 // The order of sums then depends on the number of tiles. steps: of a tile. room: for so many pieces.
 AttentionCut cut_tail(int tiles, int steps, int processors, int room) {
@@ -97,6 +100,16 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
     p.queries_per_key = call.heads / call.key_heads;
     p.head_dim = call.head_dim;
     p.sums = call.dq_sum;
+    p.in_boxes = !plan || call.config == 1;
+    const QueryBoxes boxes = query_boxes(call);
+    p.head_boxes = boxes.count();
+    p.first_box[0] = boxes.in_line(boxes.before);
+    p.first_box[2] = p.head_boxes - boxes.in_line(boxes.after);
+    p.by_rows = divider(boxes.rows());
+    for (int axis = 0; axis < 3; ++axis) {
+        p.boxes_along[axis] = boxes.along(axis);
+        p.by_extent[axis] = divider(boxes.box[axis]);
+    }
     Part keys[PARTS] = {line(0, call.keys, SLAB)}, queries[PARTS] = {line(0, call.queries, S::BQ)};
     p.tiles_per_head = (call.keys + KEYS - 1) / KEYS;
     p.boxes = (call.queries + S::BQ - 1) / S::BQ;
@@ -135,7 +148,7 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
     int sixteen[3] = {};
     p.by_warp = p.box_rows % 16 == 0 && p.box_rows <= S::BQ && cut_box(queries[0], sixteen, p.warp_place);
     // A copy of a whole box has the 64 rows of one warpgroup at most.
-    const bool fits = p.slab_rows <= SLAB && p.box_rows <= (S::FUSED && !p.by_warp ? 64 : S::BQ);
+    const bool fits = p.slab_rows <= SLAB && p.box_rows <= (S::FUSED && !p.by_warp && !p.in_boxes ? 64 : S::BQ);
     if (!fits || queries[0].box[2] % 4 || (p.pieces > 0 && !call.partial)) return cudaErrorInvalidValue;
     const int64_t tiles = (int64_t{p.tiles_per_head} + p.line_tiles) * call.batch * call.key_heads;
     if (tiles > INT32_MAX || int64_t{call.batch} * call.heads > INT32_MAX / 4) return cudaErrorInvalidConfiguration;
@@ -162,7 +175,7 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
             mapper.map(call.dout, call.heads, queries[part], &p.dout[part], video ? &p.dout_x : &places);
             Part rows = p.by_warp ? line(0, 0, 16) : queries[part];
             if (p.by_warp && video) std::copy_n(sixteen, 3, rows.box);
-            if (S::FUSED && plan) mapper.map_sums(queries[part], rows.box, &p.dq[part]);
+            if (S::FUSED && !p.in_boxes) mapper.map_sums(queries[part], rows.box, &p.dq[part]);
             for (int which = 0; which < 2; ++which)
                 if (mapper.error == cudaSuccess)
                     mapper.error = stats_map(call.stats, which, call.batch * call.heads, part, queries[part].box,
@@ -184,7 +197,7 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
 
 template <typename Element, bool PLANNED, bool FUSED>
 cudaError_t choose(const AttentionBackward& call, cudaStream_t stream) {
-    if (call.config != 0) return cudaErrorInvalidValue;
+    if (call.config != 0 && !(call.config == 1 && call.plan && call.dq_sum)) return cudaErrorInvalidValue;
     if (call.head_dim > 64) return launch<KvShape<Element, 128, 64, PLANNED, FUSED>>(call, stream);
     return launch<KvShape<Element, 64, 128, PLANNED, FUSED>>(call, stream);
 }

@@ -9,8 +9,8 @@
 //
 // with c = scale log2(e), and writes dS to shared memory. From there each takes a half of dQ = dS K, 64 x 64 of all
 // keys, one box late, so that the warpgroups need not keep step; a warp stages its 16 rows in shared memory, and a
-// copy adds them to dQ's sums: to rows in their places, or without a plan to 4 KB in the order of the warp's registers,
-// which is faster. dK and dQ get the scale at the end.
+// copy adds them to dQ's sums: to 4 KB of their box in the order of the warp's registers, or where boxes overlap, which
+// takes longer, to rows in their places. dK and dQ get the scale at the end.
 //
 // The scores of a box are issued one box early. At the end of a box no product is under way: waits for some but not all
 // products must not reach from one pass of the loop into the next, or the compiler runs the products one by one.
@@ -150,7 +150,7 @@ __device__ __forceinline__ void consume(const KvParameters& p, uint32_t shared, 
     at.k_part = operand(shared + S::K_AT + (S::D == 64 ? 0 : at.group) * S::TILE_CHUNK, 16);
     at.stats = shared + S::STATS_AT + lane % 4 * 8;
     at.masks = shared + S::MASKS_AT + at.group * S::MASKS + (at.warp * 16 + lane / 4) * S::MASK;
-    at.staged = shared + S::STAGED_AT + at.group * S::STAGED + at.warp * (S::PLANNED ? 2048 : 4096);
+    at.staged = shared + S::STAGED_AT + at.group * S::STAGED + at.warp * (S::PLANNED && !p.in_boxes ? 2048 : 4096);
     at.notes = shared + S::NOTES_AT;
 
     int steps;

@@ -63,7 +63,7 @@ struct KvOperands {
     uint32_t stats;      // of this thread's columns
     uint32_t ds_to;      // where this lane's row of a store of dS^T lies, in the first buffer
     uint32_t ds_real;    // all bits, or none if the row is no key
-    uint32_t staged;     // the warp's part of dQ: 16 rows of two halves of a warpgroup's, or without a plan 4 KB
+    uint32_t staged;     // the warp's part of dQ: 4 KB for boxes, or 16 rows of each half of a warpgroup's part
     uint32_t masks;      // of this thread's first row
     uint32_t notes;
     uint32_t barriers;
@@ -109,22 +109,20 @@ __device__ __forceinline__ void load_note(const KvOperands& at, int number, int&
                  : "r"(at.notes + number % NOTES * S::NOTE));
 }
 
+// n / d for by = ceil(2^32 / d), or 0 for d = 1, and n below 2^26.
+__device__ __forceinline__ int divided(int n, uint32_t by) { return by ? __umulhi(n, by) : n; }
+
 // Takes the warpgroup's part of dQ to shared memory, and from there to the sums.
 template <typename S>
 __device__ __forceinline__ void add_dq(const KvParameters& p, const KvOperands& at, const float (&dq)[32], int number) {
     const int lane = threadIdx.x % 32;
-    const bool by_warp = !S::PLANNED || p.by_warp;
+    const bool by_warp = p.by_warp;
     // For head dimension 64 the second warpgroup has the second 64 queries of the box, else the second 64 columns.
     const int sixteen = at.warp + (S::D == 64 ? 4 * at.group : 0);
     const int column = S::D == 64 ? 0 : 64 * at.group;
-    if (S::PLANNED && (by_warp ? sixteen * 16 : S::D == 64 ? 64 * at.group : 0) >= p.box_rows) return;
-    const bool issuing = by_warp ? at.elected : threadIdx.x % 128 == 0;
-    if (issuing) copy_out_wait_read();
-    if (by_warp)
+    if (!S::PLANNED || p.in_boxes) {
+        if (at.elected) copy_out_wait_read();
         __syncwarp();
-    else
-        named_sync(1 + at.group, 128);
-    if constexpr (!S::PLANNED) {
 #pragma unroll
         for (int j = 0; j < 8; ++j)
             asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at.staged + lane * 16 + j * 512),
@@ -132,15 +130,30 @@ __device__ __forceinline__ void add_dq(const KvParameters& p, const KvOperands& 
                          : "memory");
         proxy_fence();
         __syncwarp();
-        if (issuing) {
+        if (at.elected) {
             int t, h, w, x;
             load_note<S>(at, number, t, h, w, x);
-            const int64_t box = int64_t{x >> 2} * p.boxes + w / S::BQ;
-            copy_add_line(p.sums + (box * 8 + 4 * at.group + at.warp) * 1024, at.staged, 4096);
+            int box = w / S::BQ;
+            if constexpr (S::PLANNED) {
+                const int part = x & 3;
+                box = divided(w, part == VIDEO ? p.by_extent[2] : p.by_rows);
+                if (part == VIDEO)
+                    box += (divided(t, p.by_extent[0]) * p.boxes_along[1] + divided(h, p.by_extent[1])) * p.boxes_along[2];
+                box += p.first_box[part];
+            }
+            const int64_t place = int64_t{x >> 2} * p.head_boxes + box;
+            copy_add_line(p.sums + (place * 8 + 4 * at.group + at.warp) * 1024, at.staged, 4096);
             copy_out_commit();
         }
         return;
     }
+    if ((by_warp ? sixteen * 16 : S::D == 64 ? 64 * at.group : 0) >= p.box_rows) return;
+    const bool issuing = by_warp ? at.elected : threadIdx.x % 128 == 0;
+    if (issuing) copy_out_wait_read();
+    if (by_warp)
+        __syncwarp();
+    else
+        named_sync(1 + at.group, 128);
     const uint32_t first = at.staged + lane / 4 * 128 + (lane % 4 * 8 ^ lane / 4 * 16);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {

@@ -47,7 +47,10 @@ struct KvParameters {
     const uint8_t* valid;     // [B, globals], which global keys are real; or null
     int keys_before, globals;
     int head_dim, pieces;
-    float* sums;     // without a plan: of dQ, [B * heads][boxes][warpgroups, warps][8 chunks][lanes][4]
+    bool in_boxes;   // whether dQ's sums are [B * heads][boxes][warpgroups, warps][8 chunks][lanes][4], else rows
+    float* sums;
+    int head_boxes, first_box[PARTS], boxes_along[3];  // of queries of a head, in all and by parts
+    uint32_t by_extent[3], by_rows;  // what divides by a box's extents and rows, see divided()
     float* partial;  // [B][key heads][pieces][dK, dV][128 keys][head_dim], of tiles in pieces
 };
 

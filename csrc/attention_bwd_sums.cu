@@ -93,16 +93,33 @@ __global__ void __launch_bounds__(256) finish_rows(const float* sums, Strided dq
     __stcs(reinterpret_cast<uint4*>(to) + column, packed);
 }
 
-// The same from boxes: eight columns of two rows a thread, of which four lanes had two each.
+// The query that a row of a box is, or -1.
+__device__ __forceinline__ int query_at(const QueryBoxes& boxes, int box, int row, int queries) {
+    const int rows = boxes.rows(), before = boxes.in_line(boxes.before), after = boxes.count() - boxes.in_line(boxes.after);
+    if (row >= rows) return -1;
+    if (box < before) return box * rows + row < boxes.before ? box * rows + row : -1;
+    if (box >= after) {
+        const int in_line = (box - after) * rows + row;
+        return in_line < boxes.after ? queries - boxes.after + in_line : -1;
+    }
+    const int number = box - before, in_w = boxes.along(2), in_h = boxes.along(1);
+    const int t = number / in_w / in_h * boxes.box[0] + row / boxes.box[2] / boxes.box[1];
+    const int h = number / in_w % in_h * boxes.box[1] + row / boxes.box[2] % boxes.box[1];
+    const int w = number % in_w * boxes.box[2] + row % boxes.box[2];
+    if (t >= boxes.shape[0] || h >= boxes.shape[1] || w >= boxes.shape[2]) return -1;
+    return boxes.before + (t * boxes.shape[1] + h) * boxes.shape[2] + w;
+}
+
+// The same from boxes of at most BQ: eight columns of two rows a thread, of which four lanes had two each.
 template <typename Element, int BQ>
-__global__ void __launch_bounds__(256) finish_boxes(const float* sums, Strided dq, int heads, int queries, int head_dim,
-                                                    float scale, int64_t count) {
+__global__ void __launch_bounds__(256) finish_boxes(const float* sums, const QueryBoxes boxes, Strided dq, int heads,
+                                                    int queries, int head_dim, float scale, int64_t count) {
     const int64_t index = int64_t{blockIdx.x} * 256 + threadIdx.x;
     if (index >= count) return;
     // Chunks of columns, rows, warps, warpgroups, boxes, heads.
     const int chunk = index % 8, lane = index / 8 % 8 * 4, warp = index / 64 % 4, group = index / 256 % 2;
-    const int boxes = (queries + BQ - 1) / BQ, box = index / 512 % boxes;
-    const int64_t x = index / 512 / boxes;
+    const int in_head = boxes.count(), box = index / 512 % in_head;
+    const int64_t x = index / 512 / in_head;
     const float4* from = reinterpret_cast<const float4*>(sums) + (index / 64 * 8 + chunk) * 32 + lane;
     float4 found[4];
 #pragma unroll
@@ -112,8 +129,8 @@ __global__ void __launch_bounds__(256) finish_boxes(const float* sums, Strided d
     Element* first = static_cast<Element*>(const_cast<void*>(dq.data));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int query = box * BQ + (BQ == 64 ? 0 : group * 64) + warp * 16 + lane / 4 + 8 * half;
-        if (query >= queries) continue;
+        const int query = query_at(boxes, box, (BQ == 64 ? 0 : group * 64) + warp * 16 + lane / 4 + 8 * half, queries);
+        if (query < 0) continue;
         uint32_t packed[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -125,22 +142,21 @@ __global__ void __launch_bounds__(256) finish_boxes(const float* sums, Strided d
 }
 
 template <typename Element>
-cudaError_t finish(const AttentionBackward& call, cudaStream_t stream) {
-    const bool in_boxes = !call.plan;
-    const int box = call.head_dim > 64 ? 64 : 128, columns = call.head_dim / 8;
+cudaError_t finish(const AttentionBackward& call, const QueryBoxes* boxes, cudaStream_t stream) {
+    const int columns = call.head_dim / 8;
     const int64_t heads = int64_t{call.batch} * call.heads;
-    const int64_t count = in_boxes ? heads * ((call.queries + box - 1) / box) * 512 : heads * call.queries * columns;
+    const int64_t count = boxes ? heads * boxes->count() * 512 : heads * call.queries * columns;
     const int64_t blocks = (count + 255) / 256;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    if (!in_boxes)
+    if (!boxes)
         finish_rows<Element><<<static_cast<int>(blocks), 256, 0, stream>>>(call.dq_sum, call.dq, call.heads, call.queries,
                                                                             columns, call.scale, count);
-    else if (box == 64)
+    else if (call.head_dim > 64)
         finish_boxes<Element, 64><<<static_cast<int>(blocks), 256, 0, stream>>>(
-            call.dq_sum, call.dq, call.heads, call.queries, call.head_dim, call.scale, count);
+            call.dq_sum, *boxes, call.dq, call.heads, call.queries, call.head_dim, call.scale, count);
     else
         finish_boxes<Element, 128><<<static_cast<int>(blocks), 256, 0, stream>>>(
-            call.dq_sum, call.dq, call.heads, call.queries, call.head_dim, call.scale, count);
+            call.dq_sum, *boxes, call.dq, call.heads, call.queries, call.head_dim, call.scale, count);
     return cudaGetLastError();
 }
 
@@ -157,9 +173,9 @@ cudaError_t attention_backward_sum(const AttentionBackward& call, const Attentio
     return cudaGetLastError();
 }
 
-cudaError_t attention_backward_finish(const AttentionBackward& call, cudaStream_t stream) {
+cudaError_t attention_backward_finish(const AttentionBackward& call, const QueryBoxes* boxes, cudaStream_t stream) {
     if (call.batch == 0 || call.heads == 0 || call.queries == 0) return cudaSuccess;
-    return call.bf16 ? finish<__nv_bfloat16>(call, stream) : finish<__half>(call, stream);
+    return call.bf16 ? finish<__nv_bfloat16>(call, boxes, stream) : finish<__half>(call, boxes, stream);
 }
 
 }  // namespace stattn

@@ -445,7 +445,8 @@ void attention_backward_kv_cuda(Tensor q, Tensor k, Tensor v, Tensor dout, Tenso
     check_launch(stattn::attention_backward_kv(call, current_stream(device)), "stattn::attention_backward_kv");
 }
 
-void attention_backward_finish_cuda(Tensor dq_sum, Tensor dq, double scale, bool in_boxes) {
+// boxes: (t, h, w) of the queries and of a box, the global queries before and after; or nothing, if dq_sum has rows.
+void attention_backward_finish_cuda(Tensor dq_sum, Tensor dq, double scale, std::vector<int64_t> boxes) {
     check_elements(dq, scale);
     stattn::AttentionBackward call{};
     call.dq = strided(dq, dq, "dq");
@@ -455,12 +456,27 @@ void attention_backward_finish_cuda(Tensor dq_sum, Tensor dq, double scale, bool
     call.head_dim = static_cast<int>(dq.size(3));
     call.scale = static_cast<float>(scale);
     call.bf16 = dq.scalar_type() == ScalarType::BFloat16;
-    const stattn::AttentionPlan some{};
-    if (!in_boxes) call.plan = &some;
-    call.dq_sum = numbers_of(dq_sum, dq, stattn::dq_sum_size(call), "dq_sum");
+    stattn::QueryBoxes found{};
+    int64_t numbers = dq.numel();
+    if (!boxes.empty()) {
+        STD_TORCH_CHECK(boxes.size() == 8, "stattn::attention_backward_finish: boxes has ", boxes.size(), " integers, not 8");
+        for (const int64_t each : boxes)
+            STD_TORCH_CHECK(0 <= each && each < INT32_MAX, "stattn::attention_backward_finish: boxes has ", each);
+        for (int axis = 0; axis < 3; ++axis) {
+            found.shape[axis] = static_cast<int>(boxes[axis]);
+            found.box[axis] = static_cast<int>(boxes[3 + axis]);
+            STD_TORCH_CHECK(found.box[axis] > 0, "stattn::attention_backward_finish: an empty box");
+        }
+        found.before = static_cast<int>(boxes[6]), found.after = static_cast<int>(boxes[7]);
+        numbers = dq.size(0) * dq.size(2) * found.count() * 8192;
+        STD_TORCH_CHECK(boxes[0] * boxes[1] * boxes[2] + boxes[6] + boxes[7] == dq.size(1),
+                        "stattn::attention_backward_finish: the boxes are for other queries than dq's ", dq.size(1));
+    }
+    call.dq_sum = numbers_of(dq_sum, dq, numbers, "dq_sum");
     const int32_t device = dq.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    check_launch(stattn::attention_backward_finish(call, current_stream(device)), "stattn::attention_backward_finish");
+    check_launch(stattn::attention_backward_finish(call, boxes.empty() ? nullptr : &found, current_stream(device)),
+                 "stattn::attention_backward_finish");
 }
 
 Results attention_forward_lists_cuda(Tensor q, Tensor k, Tensor v, double scale, Tensor count, Tensor index,
@@ -567,7 +583,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
         "attention_backward_kv(Tensor q, Tensor k, Tensor v, Tensor dout, Tensor stats, Tensor(a!) dk, Tensor(b!) dv, "
         "Tensor(c!)? dq_sum, Tensor(d!)? partial, int[] stats_layout, float scale, int config, Tensor? plan, int[] layout, "
         "Tensor? valid) -> ()");
-    m.def("attention_backward_finish(Tensor dq_sum, Tensor(a!) dq, float scale, bool in_boxes) -> ()");
+    m.def("attention_backward_finish(Tensor dq_sum, Tensor(a!) dq, float scale, int[] boxes) -> ()");
     m.def(
         "attention_backward_lists(Tensor count, Tensor index, Tensor? partial, Tensor tables, Tensor(a!) plan, "
         "Tensor(b!) scratch, int[] layout) -> ()");

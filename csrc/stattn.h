@@ -114,11 +114,31 @@ struct AttentionBackward {
 // csrc/attention_bwd_dq.cu: dq alone, in an order that depends on each row alone. The plan is the forward's.
 cudaError_t attention_backward_dq(const AttentionBackward& call, cudaStream_t stream);
 
-// With a plan, dq_sum is [B * heads][queries][head_dim]. Without one it holds boxes of 64 or, for head dimensions up to 64,
-// 128 queries, each 8,192 numbers in the order of the registers that they come from.
+// How the queries of a head lie in boxes that do not overlap: of the global ones before the video, in a line, of the video
+// (t, h, w), and of those after.
+struct QueryBoxes {
+    int shape[3], box[3], before, after;
+
+    __host__ __device__ int rows() const { return box[0] * box[1] * box[2]; }
+    __host__ __device__ int in_line(int tokens) const { return (tokens + rows() - 1) / rows(); }
+    __host__ __device__ int along(int axis) const { return (shape[axis] + box[axis] - 1) / box[axis]; }
+    __host__ __device__ int count() const { return in_line(before) + along(0) * along(1) * along(2) + in_line(after); }
+};
+inline QueryBoxes query_boxes(const AttentionBackward& call) {
+    if (!call.plan) return {{1, 1, call.queries}, {1, 1, call.head_dim > 64 ? 64 : 128}, 0, 0};
+    const AttentionPlan& plan = *call.plan;
+    return {{plan.q_shape[0], plan.q_shape[1], plan.q_shape[2]},
+            {plan.box[0], plan.box[1], plan.box[2]},
+            plan.q_globals ? plan.before : 0,
+            plan.q_globals ? plan.after : 0};
+}
+
+// dq_sum holds 8,192 numbers for each box, in the order of the registers that they come from; or with a plan whose boxes
+// do not begin at multiples of their extents, [B * heads][queries][head_dim]. config: 1 for boxes of a plan, else 0.
 inline int64_t dq_sum_size(const AttentionBackward& call) {
-    const int64_t heads = int64_t{call.batch} * call.heads, box = call.head_dim > 64 ? 64 : 128;
-    return call.plan ? heads * call.queries * call.head_dim : heads * ((call.queries + box - 1) / box) * 8192;
+    const int64_t heads = int64_t{call.batch} * call.heads;
+    const bool in_rows = call.plan && call.config == 0;
+    return in_rows ? heads * call.queries * call.head_dim : heads * query_boxes(call).count() * 8192;
 }
 
 // csrc/attention_bwd_kv.cu: dk and dv; and, where there is a dq_sum, in it the sums of dq / scale, whose order is not fixed.
@@ -132,7 +152,7 @@ struct AttentionCut {
     int whole, tiles, pieces;
 };
 cudaError_t attention_backward_sum(const AttentionBackward& call, const AttentionCut& cut, cudaStream_t stream);
-cudaError_t attention_backward_finish(const AttentionBackward& call, cudaStream_t stream);
+cudaError_t attention_backward_finish(const AttentionBackward& call, const QueryBoxes* boxes, cudaStream_t stream);
 
 // A plan of the backward that is written on the device from the block lists of one sample. Tiles of the rows, those of
 // queries or, with by_key, of keys, are cut into slabs, and a tile of the plan is `slabs` of them side by side on the axis

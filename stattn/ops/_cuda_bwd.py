@@ -23,11 +23,15 @@ _PIECES = 22  # where a layout of dK and dV says how many there are
 
 
 class Plan(NamedTuple):
-    """A plan on a device: the kernel's configuration, the integers of its layout, the array."""
+    """A plan on a device: the kernel's configuration, the integers of its layout, the array.
+
+    apart: whether boxes of queries begin at multiples of their extents.
+    """
 
     config: int
     layout: list[int]
     array: torch.Tensor | None
+    apart: bool = False
 
 
 Plans = Callable[[str], Plan]
@@ -101,21 +105,36 @@ def _launch(call: Call, stats_layout: list[int], plans: Plans, scale: float, det
     else:
         pieces = 0 if deterministic else TAIL
     partial = call.lse.new_empty(pieces * 2 * KEY_TILE * dim) if pieces else None
-    dq_sum = None if deterministic else call.lse.new_empty(_sums(call.q, bool(by_key.layout)))
+    boxes = _boxes(by_key, call.q)
+    dq_sum = None if deterministic else call.lse.new_empty(_sums(call.q, boxes))
     sums = (call.dk, call.dv, dq_sum, partial)
-    of_keys(*given, *sums, stats_layout, scale, by_key.config, by_key.array, by_key.layout, call.valid)
+    way = int(bool(by_key.layout and boxes and not deterministic))  # how the kernel adds dQ up
+    of_keys(*given, *sums, stats_layout, scale, way, by_key.array, by_key.layout, call.valid)
     if dq_sum is None:
         by_query = plans("dq")
         of_queries(*given, call.dq, stats_layout, scale, by_query.config, by_query.array, by_query.layout, call.valid)
     else:
-        finish(dq_sum, call.dq, scale, not by_key.layout)
+        finish(dq_sum, call.dq, scale, boxes)
 
 
-def _sums(q: torch.Tensor, planned: bool) -> int:
+def _boxes(by_key: Plan, q: torch.Tensor) -> list[int]:
+    """Say how queries lie in boxes (QueryBoxes in csrc/stattn.h), or nothing where boxes overlap."""
+    if not by_key.layout:
+        return [1, 1, q.shape[1], 1, 1, 64 if q.shape[3] > 64 else 128, 0, 0]
+    if not by_key.apart:
+        return []
+    before, after, q_globals = by_key.layout[17:20]
+    return [*by_key.layout[:3], *by_key.layout[9:12], before * q_globals, after * q_globals]
+
+
+def _sums(q: torch.Tensor, boxes: list[int]) -> int:
     """Count the sums of dQ (dq_sum_size in csrc/stattn.h)."""
-    batch, queries, heads, dim = q.shape
-    boxes = -(-queries // (64 if dim > 64 else 128))
-    return q.numel() if planned else batch * heads * boxes * 8192
+    if not boxes:
+        return q.numel()
+    t, h, w, of_t, of_h, of_w, before, after = boxes
+    rows = of_t * of_h * of_w
+    count = -(-t // of_t) * -(-h // of_h) * -(-w // of_w) + -(-before // rows) + -(-after // rows)
+    return q.shape[0] * q.shape[2] * count * 8192
 
 
 def _is_readable(x: torch.Tensor) -> bool:
@@ -141,7 +160,8 @@ def _planned(
     """Give the layout of the statistics, and the plans."""
     if _cuda.is_dense(problem, valid):
         return [1, 1, queries, 1, 0, 0], lambda kernel: Plan(0, [], None)
-    by_key = Plan(*_cuda_bwd_plan.on_device(problem, heads, dim, device))
+    apart = _cuda_bwd_plan.boxes_lie_apart(problem, heads, dim)
+    by_key = Plan(*_cuda_bwd_plan.on_device(problem, heads, dim, device), apart)
     before, after = (problem.grid.before, problem.grid.after) if problem.q_globals else (0, 0)
 
     def plans(kernel: str) -> Plan:
@@ -158,7 +178,8 @@ def _listed(problem: Problem, extras: Extras, sample: int, heads: int, dim: int)
     assert extras.block_index is not None
     count, index = extras.block_count[sample], extras.block_index[sample]
     partial = None if extras.block_partial is None else extras.block_partial[sample]
-    return lambda kernel: Plan(*_cuda_bwd_lists.write(problem, heads, dim, kernel, count, index, partial))
+    # Boxes are parts of the tiles that are listed, and divide them.
+    return lambda kernel: Plan(*_cuda_bwd_lists.write(problem, heads, dim, kernel, count, index, partial), True)
 
 
 @cache

@@ -76,6 +76,22 @@ def layout(problem: Problem, heads: int, head_dim: int) -> tuple[int, list[int],
     return tiling.config.number, [*integers, encoded.pieces, encoded.split_tiles, encoded.split_record], encoded.array
 
 
+def boxes_lie_apart(problem: Problem, heads: int, head_dim: int) -> bool:
+    """Say whether all boxes of queries of a plan begin at multiples of their extents, with no steps between rows."""
+    _, integers, array = layout(problem, heads, head_dim)
+    records, extents = array.reshape(-1, 4), np.array([*integers[9:12], 1])
+    if any(step > 1 for step in integers[12:15]):
+        return False
+    tiles, line_tiles, line_record = integers[16], integers[20], integers[21]
+    lists = [records[first : first + 2 * tiles : 2] for first in {*array[:heads] + 1}]
+    for first, boxes, _, _ in np.concatenate([*lists, records[line_record + 1 : line_record + 2 * line_tiles : 2]]):
+        found = records[first : first + boxes]
+        in_video = found[:, 3] == 0
+        if (found[in_video] % extents).any() or (found[~in_video, 2] % extents.prod()).any():
+            return False
+    return True
+
+
 @lru_cache(maxsize=1024)  # captured graphs go on reading plans: few are ever given up
 def on_device(
     problem: Problem, heads: int, head_dim: int, device: torch.device
