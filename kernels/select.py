@@ -220,11 +220,12 @@ def select(
     keep: int | None,
     mass: float | None,
     config: Config = CONFIGS[0],
+    k_means: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose key tiles, ``keep`` of them or those that weigh ``mass``: count [B, heads, q tiles], index [..., most].
 
     q, k: [B, video tokens, heads, D] of any strides, as ``stattn.top_k`` has checked them. Entries of index behind
-    count hold the last tile.
+    count hold the last tile. k_means: fp32 [B, key heads, k tiles, D] where they are made already.
     """
     (batch, _, heads, dim), k_heads = q.shape, k.shape[2]
     q_tiles, k_tiles = (math.prod(-(-n // e) for n, e in zip(shape, tile, strict=True)) for tile in (q_tile, k_tile))
@@ -240,7 +241,8 @@ def select(
     blocks = batch * heads * triton.cdiv(q_tiles, block_q)
     at_once = min(blocks, max(1, SCORES // (block_q * row_stride)))
     with torch.cuda.device_of(q):
-        q_means, k_means = (means(x, shape, tile, config) for x, tile in ((q, q_tile), (k, k_tile)))
+        q_means = means(q, shape, q_tile, config)
+        k_means = means(k, shape, k_tile, config) if k_means is None else k_means.contiguous()
         scores = q_means.new_empty((at_once * block_q, row_stride))
         for first in range(0, blocks, at_once):
             here = min(at_once, blocks - first)

@@ -207,7 +207,7 @@ def test_selection_is_an_operator_that_compiles(impl: str, device: str) -> None:
     q, k = tokens(Grid(2, 3, 4), 2, 1, device)
     sizes = ([2, 3, 4], [2, 3, 4], [1, 2, 2])
     for keep, mass in ((3, 0.0), (0, 0.6)):
-        torch.library.opcheck(torch.ops.stattn.select.default, (q, k, *sizes, keep, mass, impl))
+        torch.library.opcheck(torch.ops.stattn.select.default, (q, k, *sizes, keep, mass, None, impl))
 
     def select(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
         best, most = (

@@ -8,6 +8,7 @@ from stattn.ops.modulate import modulate
 from stattn.ops.modulate_linear import modulate_linear
 from stattn.ops.patchify import patchify3d, unpatchify3d
 from stattn.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_
+from stattn.ops.qk_norm_rope_means import qk_norm_rope_means
 from stattn.ops.select import top_k, top_p
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "philox_normal",
     "qk_norm_rope",
     "qk_norm_rope_",
+    "qk_norm_rope_means",
     "top_k",
     "top_p",
     "unpatchify3d",

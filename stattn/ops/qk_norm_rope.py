@@ -60,6 +60,22 @@ def qk_norm_rope(
     Raises ValueError or TypeError for wrong shapes, dtypes, devices, an odd D, or tables of another grid.
     RMSNorm: arXiv:1910.07467; rotary embedding: arXiv:2104.09864.
     """
+    k_rope, eps, call = check(q, k, q_weight, k_weight, rope, k_rope, across_heads, eps, interleaved)
+    return QK_NORM_ROPE.choose(impl, call).run(q, k, q_weight, k_weight, rope, k_rope, across_heads, eps, interleaved)
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: RopeTables | None,
+    k_rope: RopeTables | None,
+    across_heads: bool,
+    eps: float,
+    interleaved: bool,
+) -> tuple[RopeTables | None, float, QKNormRopeCall]:
+    """Check the arguments of ``qk_norm_rope``; returns the angles of k, eps and the call's metadata."""
     if k_rope is not None and rope is None:
         raise ValueError("k_rope needs rope: k cannot be rotated alone")
     q = _validate.tensor("q", q, "[B, N, heads, D]")
@@ -72,9 +88,7 @@ def qk_norm_rope(
     _check_pair(q, k, q_weight, k_weight, across_heads, interleaved)
     _check_rope("rope", rope, q)
     _check_rope("k_rope", k_rope, k)
-    eps = _validate.epsilon(eps)
-    call = _call(q, k, q_weight, k_weight, across_heads, interleaved)
-    return QK_NORM_ROPE.choose(impl, call).run(q, k, q_weight, k_weight, rope, k_rope, across_heads, eps, interleaved)
+    return k_rope, _validate.epsilon(eps), _call(q, k, q_weight, k_weight, across_heads, interleaved)
 
 
 def qk_norm_rope_(
@@ -181,7 +195,7 @@ def _call(
     return QKNormRopeCall(q.device.type, q.dtype, heads, q.shape[3], across_heads, interleaved, weights)
 
 
-def _triton_why_not(call: QKNormRopeCall) -> str | None:
+def triton_why_not(call: QKNormRopeCall) -> str | None:
     if call.heads * call.head_dim > MOST_FEATURES:
         return f"holds a token's {call.heads} heads of {call.head_dim} in registers, at most {MOST_FEATURES} features"
     return _triton.why_not(call.device, call.dtype, *call.weights)
@@ -202,7 +216,7 @@ def _triton_run(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    tables, before = _flatten(rope, k_rope)
+    tables, before = flatten(rope, k_rope)
     return torch.ops.stattn.qk_norm_rope(q, k, q_weight, k_weight, tables, before, across_heads, eps, interleaved)
 
 
@@ -216,7 +230,7 @@ def _triton_run_in_place(
     eps: float,
     interleaved: bool,
 ) -> None:
-    tables, before = _flatten(rope, rope)
+    tables, before = flatten(rope, rope)
     torch.ops.stattn.qk_norm_rope_(
         qkv, kv_heads, q_weight, k_weight, tables, before, across_heads, eps, interleaved
     )
@@ -229,14 +243,14 @@ def _reference_run_in_place(qkv: Tensor, kv_heads: int | None, *rest: Any) -> No
 QK_NORM_ROPE = Operation(
     "qk_norm_rope",
     (
-        Implementation("triton", _triton_why_not, _triton_run),
+        Implementation("triton", triton_why_not, _triton_run),
         Implementation("reference", _reference_why_not, reference),
     ),
 )
 QK_NORM_ROPE_IN_PLACE = Operation(
     "qk_norm_rope_",
     (
-        Implementation("triton", _triton_why_not, _triton_run_in_place),
+        Implementation("triton", triton_why_not, _triton_run_in_place),
         Implementation("reference", _reference_why_not, _reference_run_in_place),
     ),
 )
@@ -256,7 +270,7 @@ _LIBRARY.define(
 )
 
 
-def _flatten(rope: RopeTables | None, k_rope: RopeTables | None) -> tuple[list[Tensor], list[int]]:
+def flatten(rope: RopeTables | None, k_rope: RopeTables | None) -> tuple[list[Tensor], list[int]]:
     """Turn tables into arguments that a graph can hold: three tensors when q and k share them, else six."""
     if rope is None or k_rope is None:
         return [], []
@@ -267,7 +281,7 @@ def _flatten(rope: RopeTables | None, k_rope: RopeTables | None) -> tuple[list[T
 # Kernel files are imported when one runs: `import stattn` must work without Triton.
 
 
-def _angles(tables: Sequence[Tensor], before: Sequence[int]) -> tuple[Any, Any]:
+def angles_of(tables: Sequence[Tensor], before: Sequence[int]) -> tuple[Any, Any]:
     from stattn.kernels.qk_norm_rope import Angles
 
     if not tables:
@@ -288,7 +302,7 @@ def _forward(
     from stattn.kernels import qk_norm_rope as kernels
 
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    kernels.forward(q, k, q_out, k_out, q_weight, k_weight, *_angles(tables, before), *flags)
+    kernels.forward(q, k, q_out, k_out, q_weight, k_weight, *angles_of(tables, before), *flags)
     return q_out, k_out
 
 
@@ -306,7 +320,7 @@ def _backward(
     from stattn.kernels import qk_norm_rope_bwd as kernels
 
     dq, dk, *dweights = kernels.backward(
-        dq_out, dk_out, q, k, q_weight, k_weight, *_angles(tables, before), *flags
+        dq_out, dk_out, q, k, q_weight, k_weight, *angles_of(tables, before), *flags
     )
     dq_weight, dk_weight = (q.new_empty(0) if each is None else each for each in dweights)
     return dq, dk, dq_weight, dk_weight
@@ -324,7 +338,7 @@ def _in_place(
     from stattn.kernels import qk_norm_rope as kernels
 
     q, k = _queries_and_keys(qkv, kv_heads)
-    kernels.forward(q, k, q, k, q_weight, k_weight, *_angles(tables, before), *flags)
+    kernels.forward(q, k, q, k, q_weight, k_weight, *angles_of(tables, before), *flags)
     torch.autograd.graph.increment_version(qkv)
 
 

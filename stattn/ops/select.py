@@ -30,11 +30,18 @@ AT_ONCE = 2**24  # pairs of tiles that the reference sorts at a time
 
 
 def _reference(
-    q: torch.Tensor, k: torch.Tensor, shape: Triple, q_tile: Triple, k_tile: Triple, keep: int, mass: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    shape: Triple,
+    q_tile: Triple,
+    k_tile: Triple,
+    keep: int,
+    mass: float,
+    k_means: torch.Tensor | None,
 ) -> Lists:
     # Top-k takes the products as they are: a scale would only round what ties into what does not.
     scale = 1.0 if keep else 1.0 / math.sqrt(q.shape[3])
-    table = reference.scores(q, k, Grid(*shape), q_tile, k_tile, scale)
+    table = reference.scores(q, k, Grid(*shape), q_tile, k_tile, scale, k_means)
     count = torch.empty(table.shape[:3], dtype=torch.int32, device=q.device)
     index = torch.empty((*table.shape[:3], keep or table.shape[3]), dtype=torch.int32, device=q.device)
     heads = max(1, AT_ONCE // max(1, table.shape[2] * table.shape[3]))
@@ -54,11 +61,18 @@ def _triton_why_not(call: SelectCall) -> str | None:
 
 
 def _triton_run(
-    q: torch.Tensor, k: torch.Tensor, shape: Triple, q_tile: Triple, k_tile: Triple, keep: int, mass: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    shape: Triple,
+    q_tile: Triple,
+    k_tile: Triple,
+    keep: int,
+    mass: float,
+    k_means: torch.Tensor | None,
 ) -> Lists:
     from stattn.kernels import select
 
-    return select.select(q, k, shape, q_tile, k_tile, keep or None, None if keep else mass)
+    return select.select(q, k, shape, q_tile, k_tile, keep or None, None if keep else mass, k_means=k_means)
 
 
 OPERATION = Operation(
@@ -78,12 +92,15 @@ def top_k(
     k_tile: Triple,
     keep: int,
     *,
+    k_means: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> BlockList:
     """Choose for each query tile the ``keep`` key tiles with the greatest product of mean vectors.
 
     q: [B, N, heads, D]. k: [B, N, key heads, D]; N counts the video tokens, with the grid's global tokens or without.
-    q_tile, k_tile: tile extents (t, h, w) in tokens. keep: key tiles per query tile, at most their number.
+    q_tile, k_tile: tile extents (t, h, w) in tokens. keep: key tiles per query tile, at most their number. k_means:
+    [B, key heads, key tiles, D], the means of k's tiles where they are made already (``qk_norm_rope_means``); k is then
+    not read.
 
     Means and scores are fp32 (fp64 for fp64); the lower tile wins a tie. Lists are made on q's device, without a word
     to the host, and in ascending order. Not differentiable: selection has no gradient. Raises TypeError or ValueError.
@@ -94,7 +111,7 @@ def top_k(
         raise TypeError(f"keep={keep!r} must be an integer")
     if not 1 <= keep <= tiles:
         raise ValueError(f"keep={keep} must be between 1 and the {tiles} key tiles")
-    return _select(q, k, grid, q_tile, k_tile, int(keep), 0.0, impl)
+    return _select(q, k, grid, q_tile, k_tile, int(keep), 0.0, k_means, impl)
 
 
 def top_p(
@@ -105,6 +122,7 @@ def top_p(
     k_tile: Triple,
     mass: float,
     *,
+    k_means: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> BlockList:
     """Choose for each query tile the fewest key tiles that hold ``mass`` of the softmax over tiles.
@@ -116,14 +134,30 @@ def top_p(
     share = _validate.number("mass", mass)
     if not 0 < share <= 1:
         raise ValueError(f"mass={mass!r} must be in (0, 1]")
-    return _select(q, k, grid, q_tile, k_tile, 0, share, impl)
+    return _select(q, k, grid, q_tile, k_tile, 0, share, k_means, impl)
 
 
 def _select(
-    q: torch.Tensor, k: torch.Tensor, grid: Grid, q_tile: Triple, k_tile: Triple, keep: int, mass: float, impl: str
+    q: torch.Tensor,
+    k: torch.Tensor,
+    grid: Grid,
+    q_tile: Triple,
+    k_tile: Triple,
+    keep: int,
+    mass: float,
+    k_means: torch.Tensor | None,
+    impl: str,
 ) -> BlockList:
+    if k_means is not None:
+        shape = (k.shape[0], k.shape[2], tile_count(grid.shape, k_tile), k.shape[3])
+        _validate.shaped("k_means", k_means, "[B, key heads, key tiles, D]", shape)
+        wide = torch.promote_types(k.dtype, torch.float32)
+        if k_means.dtype != wide:
+            raise TypeError(f"k_means of {k_means.dtype} must be {wide}")
+        _validate.one_device("q", q, k_means=k_means)
+        k_means = k_means.detach()
     chosen = OPERATION.choose(impl, _call(q, grid.shape, k_tile))
-    sizes = (list(grid.shape), list(q_tile), list(k_tile), keep, mass, chosen.name)
+    sizes = (list(grid.shape), list(q_tile), list(k_tile), keep, mass, k_means, chosen.name)
     count, index = torch.ops.stattn.select(q.detach(), k.detach(), *sizes)
     return BlockList(grid.shape, q_tile, k_tile, count, index)
 
@@ -159,8 +193,8 @@ def _check(
 
 _LIBRARY = torch.library.Library("stattn", "FRAGMENT")
 _LIBRARY.define(
-    "select(Tensor q, Tensor k, SymInt[] shape, SymInt[] q_tile, SymInt[] k_tile, SymInt keep, float mass, str impl) "
-    "-> (Tensor, Tensor)"
+    "select(Tensor q, Tensor k, SymInt[] shape, SymInt[] q_tile, SymInt[] k_tile, SymInt keep, float mass, "
+    "Tensor? k_means, str impl) -> (Tensor, Tensor)"
 )
 
 
@@ -172,10 +206,11 @@ def _run(
     k_tile: Sequence[int],
     keep: int,
     mass: float,
+    k_means: torch.Tensor | None,
     impl: str,
 ) -> Lists:
     sizes = [_triple(each) for each in (shape, q_tile, k_tile)]
-    return OPERATION.choose(impl, _call(q, sizes[0], sizes[2])).run(q, k, *sizes, keep, mass)
+    return OPERATION.choose(impl, _call(q, sizes[0], sizes[2])).run(q, k, *sizes, keep, mass, k_means)
 
 
 def _fake(
@@ -186,6 +221,7 @@ def _fake(
     k_tile: Sequence[int],
     keep: int,
     mass: float,
+    k_means: torch.Tensor | None,
     impl: str,
 ) -> Lists:
     q_tiles, k_tiles = (tile_count(_triple(shape), _triple(each)) for each in (q_tile, k_tile))

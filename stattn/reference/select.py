@@ -19,9 +19,18 @@ def tile_means(x: torch.Tensor, grid: Grid, tile: Triple) -> torch.Tensor:
     return (sums / sizes[:, None, None]).transpose(1, 2)
 
 
-def scores(q: torch.Tensor, k: torch.Tensor, grid: Grid, q_tile: Triple, k_tile: Triple, scale: float) -> torch.Tensor:
-    """Score every pair of tiles: scale * mean(q) . mean(k). [B, heads, q tiles, k tiles]"""
-    q_means, k_means = tile_means(q, grid, q_tile), tile_means(k, grid, k_tile)
+def scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    grid: Grid,
+    q_tile: Triple,
+    k_tile: Triple,
+    scale: float,
+    k_means: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Score every pair of tiles: scale * mean(q) . mean(k). [B, heads, q tiles, k tiles]. k_means: made before."""
+    q_means = tile_means(q, grid, q_tile)
+    k_means = tile_means(k, grid, k_tile) if k_means is None else k_means
     k_means = k_means.repeat_interleave(q.shape[2] // k.shape[2], dim=1)
     return scale * q_means @ k_means.transpose(-1, -2)
 
