@@ -241,6 +241,30 @@ BUGS = (
         ("tests/test_qk_norm_rope_kernels.py::test_every_config_is_right[cpu-0]",),
     ),
     Bug(
+        "rope-backward-keeps-its-place-over-global-tokens",
+        "kernels/qk_norm_rope_bwd.py",
+        "    w += inside.to(tl.int32)\n",
+        "    w += 1\n",
+        (
+            "tests/test_qk_norm_rope_kernels.py::"
+            "test_a_program_that_walks_on_to_the_next_sample_keeps_its_place[per head-cpu]",
+        ),
+    ),
+    Bug(
+        "means-of-the-whole-tile-at-the-edge",
+        "kernels/qk_norm_rope_means.py",
+        "a, b = sums[j][0] / count, sums[j][1] / count",
+        "a, b = sums[j][0] / (TILE_T * TILE_H * TILE_W), sums[j][1] / count",
+        ("tests/test_qk_norm_rope_means.py::test_every_config_is_right[0-cpu]",),
+    ),
+    Bug(
+        "last-layer-forgets-how-far-the-pivot-is-off",
+        "kernels/modulate_linear.py",
+        "(product - mean[:, None] * factor[None, :]) * rstd",
+        "product * rstd",
+        ("tests/test_modulate_linear.py::test_every_config_is_right[0-cpu]",),
+    ),
+    Bug(
         "velocity-with-the-wrong-sign",
         "kernels/denoise.py",
         "    p = tl.where(to_output == 0, 0.0, to_output * o)\n",
