@@ -121,6 +121,7 @@ __device__ __forceinline__ void add_dq(const KvParameters& p, const KvOperands& 
     const int sixteen = at.warp + (S::D == 64 ? 4 * at.group : 0);
     const int column = S::D == 64 ? 0 : 64 * at.group;
     if (!S::PLANNED || p.in_boxes) {
+        if (S::PLANNED && sixteen * 16 >= p.box_rows) return;
         if (at.elected) copy_out_wait_read();
         __syncwarp();
 #pragma unroll
