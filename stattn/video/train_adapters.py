@@ -193,10 +193,10 @@ def evaluate_camera(model: nn.Module, recipe: AdapterRecipe, clips: int, *, step
         )
         for start, part in ((start, maps[start : start + 32]) for start in range(0, clips, 32))
     ]
-    truth = _moves(scene.draw(), None)
+    truth = _moves(scene.draw())
     return {
         "clips": clips,
-        "generated": agreement(_moves(torch.cat(made), None), _asked(scene)),
+        "generated": agreement(_moves(torch.cat(made)), _asked(scene)),
         "real": agreement(truth, _asked(scene)),
     }
 
@@ -209,10 +209,10 @@ def _asked(scene: world.Scene) -> Tensor:
     return torch.cat((pan, zoom[:, None], camera[:, -1, 4:5]), 1).double()
 
 
-def _moves(video: Tensor, weight: Tensor | None) -> Tensor:
+def _moves(video: Tensor) -> Tensor:
     """Recover the moves of clips as ``_asked`` gives them, on the host."""
     # With X = A p + b the map from frame 0 to t is A_t^-1 A_0 p + A_t^-1 (b_0 - b_t), A = R / zoom and b = pan.
-    track = camera_track(video, weight=weight)[:, -1].cpu()
+    track = camera_track(video)[:, -1].cpu()
     zoom = torch.linalg.det(track[:, :, :2]).clamp(min=1e-6).sqrt()
     roll = torch.atan2(track[:, 0, 1] - track[:, 1, 0], track[:, 0, 0] + track[:, 1, 1])
     # In frame 0 the zoom is exp(-change / 2): a shift of the scenery by pan is seen enlarged by the last frame's zoom.
