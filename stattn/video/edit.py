@@ -19,9 +19,6 @@ from stattn.metrics.pixels import levels
 from stattn.video import objects
 from stattn.video.paint import Sampling, Work, check_clip, fill
 
-# From nothing a model fills the place that an object left with another like it, as the caption says.
-LEFT = 0.75
-
 
 class Edit(NamedTuple):
     """An edited video, the pixels that were free to change ([1, T, H, W] booleans), and what it cost."""
@@ -125,9 +122,9 @@ def motion_brush(
 
     brush: [1, T, H, W] booleans, the object in every frame. path: [T, 2] offsets (x, y) in pixels, one a frame, or two
     of them, the first and the last, joined by a line. The object is cut out and laid down along the path, a crude
-    animation; the model repaints it at ``strength``, and the place it left at LEFT from what other frames or its
-    surroundings show there (as in Time-to-Move, Singer et al., arXiv:2511.08633). grow: pixels by which both regions
-    are widened. Raises ValueError for a brush or path that does not fit.
+    animation; the model repaints it at ``strength``, and the place it left at ``objects.LEFT`` from what other frames
+    or its surroundings show there (as in Time-to-Move, Singer et al., arXiv:2511.08633). grow: pixels by which both
+    regions are widened. Raises ValueError for a brush or path that does not fit.
     """
     check_clip(video, brush)
     _some("brush", brush)
@@ -136,9 +133,9 @@ def motion_brush(
     laid, cover = objects.moved(levels(video) * 2 - 1, brush, offset)
     hole, there = objects.grown(brush, grow), objects.grown(cover > 0.01, grow)
     base = levels(video) * 2 - 1
-    scenery = _scenery(base, objects.grown(brush, grow))
+    scenery = objects.scenery(base, hole)
     rough = torch.lerp(torch.where(hole, scenery, base), laid, cover)
-    level = torch.where(there, strength, torch.where(hole, LEFT, 0.0))
+    level = torch.where(there, strength, torch.where(hole, objects.LEFT, 0.0))
     return _painted(model, video, level, caption, sampling, _like(rough, video))
 
 
@@ -168,20 +165,6 @@ def moving_box(
         :, None
     ]
     return inside[None]
-
-
-def _scenery(video: Tensor, hole: Tensor) -> Tensor:
-    """Fill a hole with what other frames show at its place, or else what lies around it: a rough guess. [3, T, H, W]"""
-    seen = (~hole).float()
-    behind = (video * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)
-    known = (seen.sum(1, keepdim=True) > 0).float()
-    picture, weight = (behind * known).transpose(0, 1), known.transpose(0, 1)
-    around = torch.zeros_like(picture)
-    for size in (min(video.shape[2:]) // 2 * 2 - 1, 31, 15, 7):  # the nearest surroundings count last, and most
-        share = F.avg_pool2d(weight, size, 1, size // 2)
-        near = F.avg_pool2d(picture, size, 1, size // 2) / share.clamp(min=1e-6)
-        around = torch.where(share > 0.02, near, around)
-    return torch.where(known > 0, behind, around.transpose(0, 1)).expand_as(video)
 
 
 def _painted(

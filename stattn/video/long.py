@@ -83,8 +83,9 @@ def set_stage(
     sampling = sampling or Sampling()
     brush = objects.object_mask(picture[:, None], colour)
     hole = objects.grown(brush, 2)
-    still = picture[None, :, None].expand(1, -1, sampling.size[0], -1, -1)
-    plate = paint(model, still, hole[None].float(), [""], sampling, work=work)[0, :, :1].to(picture)
+    empty = torch.where(hole, objects.scenery(picture[:, None], hole), picture[:, None])
+    still = empty[None].expand(1, -1, sampling.size[0], -1, -1)
+    plate = paint(model, still, hole[None].float() * objects.LEFT, [""], sampling, work=work)[0, :, :1].to(picture)
     return Stage(plate, picture, brush)
 
 
@@ -131,8 +132,8 @@ def interpolate(
     gap: frames from one to the next. A window of sampling.size[0] frames holds as many known ones as fit, begins and
     ends at one, and shares that one with the next window. caption: of all windows, or a function of a window's first
     and last frame. rough, strength: a video of the result's size to begin from, and how far from it the result may go,
-    one number or [1, T, H, W]. Given frames come back exactly. Returns the video and the
-    numbers of the shared frames. Raises ValueError for a gap that a window does not hold, or fewer than two frames.
+    one number or [1, T, H, W]. Given frames come back exactly. Returns the video and the numbers of the shared frames.
+    Raises ValueError for a gap that a window does not hold, or fewer than two frames.
     """
     sampling = sampling or Sampling()
     length = sampling.size[0]

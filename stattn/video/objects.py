@@ -14,6 +14,8 @@ from stattn.metrics.pixels import levels
 from stattn.video.paint import check_clip
 from stattn.world import COLOURS
 
+# The strength at which the place that an object left is painted: from nothing a model fills it with another like it.
+LEFT = 0.75
 VIVID = 0.3  # least chroma of an object's pixel, of a range of 2: that of ``stattn.checks``
 
 
@@ -111,3 +113,17 @@ def moved(video: Tensor, mask: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     looked = F.grid_sample(both, at.float(), mode="bilinear", padding_mode="zeros", align_corners=False).transpose(0, 1)
     cover = looked[3:]
     return looked[:3] / cover.clamp(min=1e-6), cover
+
+
+def scenery(video: Tensor, hole: Tensor) -> Tensor:
+    """Fill a hole with what other frames show at its place, or else what lies around it: a rough guess. [3, T, H, W]"""
+    seen = (~hole).float()
+    behind = (video * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True).clamp(min=1)
+    known = (seen.sum(1, keepdim=True) > 0).float()
+    picture, weight = (behind * known).transpose(0, 1), known.transpose(0, 1)
+    around = torch.zeros_like(picture)
+    for size in (min(video.shape[2:]) // 2 * 2 - 1, 31, 15, 7):  # the nearest surroundings count last, and most
+        share = F.avg_pool2d(weight, size, 1, size // 2)
+        near = F.avg_pool2d(picture, size, 1, size // 2) / share.clamp(min=1e-6)
+        around = torch.where(share > 0.02, near, around)
+    return torch.where(known > 0, behind, around.transpose(0, 1)).expand_as(video)
