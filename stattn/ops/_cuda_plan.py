@@ -248,7 +248,7 @@ class _MaskTable:
         """
         masks = np.concatenate([np.zeros((0, self._width // 32), np.int32), *self._masks])
         axes = np.concatenate([np.delete(each, 3, 2).reshape(-1, each.shape[2] - 1) for each in records])
-        different, inverse = np.unique(axes, axis=0, return_inverse=True)
+        different, inverse = _unique_rows(axes, len(masks))
         row = np.minimum(np.arange(ROWS), product_of(self._slab) - 1)
         place = np.unravel_index(row, self._slab)
         joined = np.full((len(different), ROWS, masks.shape[1]), -1, np.int32)
@@ -261,6 +261,19 @@ class _MaskTable:
         ends = np.cumsum([len(each) * self._warpgroups for each in records])[:-1]
         parts = np.split(inverse.reshape(-1), ends)
         return joined, [part.reshape(-1, self._warpgroups) for part in parts]
+
+
+def _unique_rows(rows: np.ndarray, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Do ``np.unique(rows, axis=0, return_inverse=True)`` for numbers from -1 to below ``stop``, by one key a row."""
+    columns = rows.shape[1]
+    if (stop + 1) ** columns >= 1 << 62:
+        different, inverse = np.unique(rows, axis=0, return_inverse=True)
+        return different, inverse.reshape(-1)
+    key = np.zeros(len(rows), np.int64)
+    for column in range(columns):
+        key = key * (stop + 1) + rows[:, column] + 1
+    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    return rows[first], inverse.reshape(-1)
 
 
 class _Entries(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,29 +167,45 @@ def choose(
             share = part / visited if visited else 1.0
             guess = visited * (1 - LEFT_OUT * (1 - share)) / ROWS + TILE * tiles
             candidates.append((guess, slab[0], slab[1], stacked, slab))
+    all_boxes = {}  # of each config: extents [boxes, 3], and the cost of one
+    for config in configs[head_dim]:
+        fitting = [
+            box
+            for box in _extents(k_shape, config.box, unit)
+            if config.box < 2 * product_of(box) or product_of(k_shape) <= config.box
+        ]
+        costs = [config.cost * (1.0 if _by_sixteen(box) else split) for box in fitting]
+        all_boxes[config] = np.array(fitting, np.int64), np.array(costs)
     best: tuple[float, Tiling] | None = None
     for _, _, _, stacked, slab in sorted(candidates)[:CANDIDATES]:
         tile = _times(slab, stacked, warpgroups)
         tiles = product_of(tile_counts(q_box, steps, tile)) * len(products)
         counts = _Memo(partial(_count, visits, tile))
         shares = _Memo(partial(_share, visits, slab, tile, warpgroups))
-        for config in configs[head_dim]:
-            for box in _extents(k_shape, config.box, unit):
-                if 2 * product_of(box) <= config.box < product_of(k_shape):
-                    continue
-                cost, each_box = TILE * tiles, config.cost * (1.0 if _by_sixteen(box) else split)
-                for product in flat:
-                    each = [counts(product[axis], axis, box[axis]) for axis in AXES]
-                    boxes, inside = product_of([count for count, _ in each]), product_of([full for _, full in each])
-                    masked = boxes if product_of(box) < config.box else boxes - inside
-                    # Boxes with masks are left out by a warpgroup that sees nothing of them.
-                    share = shares(product[stacked], stacked, box[stacked]) if masked else 1.0
-                    saved = LEFT_OUT * (1 - share)
-                    cost += each_box * (boxes - masked + (1 + MASKED) * (1 - saved) * masked)
-                if best is None or (cost, -box[2], -box[1]) < (best[0], -best[1].box[2], -best[1].box[1]):
-                    best = cost, Tiling(q_box, k_box, steps, slab, stacked, box, config, warpgroups)
+        for config, (extents, each_box) in all_boxes.items():
+            cost = np.full(len(extents), TILE * tiles)
+            full = extents.prod(1) == config.box
+            for product in flat:
+                boxes, inside = np.ones((2, len(extents)), np.int64)
+                for axis in AXES:
+                    of_axis = _of_extents(partial(counts, product[axis], axis), extents[:, axis])
+                    boxes, inside = boxes * of_axis[:, 0], inside * of_axis[:, 1]
+                masked = np.where(full, boxes - inside, boxes)
+                # Boxes with masks are left out by a warpgroup that sees nothing of them.
+                saved = LEFT_OUT * (1 - _of_extents(partial(shares, product[stacked], stacked), extents[:, stacked]))
+                cost += each_box * (boxes - masked + (1 + MASKED) * (1 - saved) * masked)
+            first = int(np.lexsort((-extents[:, 1], -extents[:, 2], cost))[0])
+            box = triple(map(int, extents[first]))
+            if best is None or (cost[first], -box[2], -box[1]) < (best[0], -best[1].box[2], -best[1].box[1]):
+                best = float(cost[first]), Tiling(q_box, k_box, steps, slab, stacked, box, config, warpgroups)
     assert best is not None
     return best[1]
+
+
+def _of_extents(function: Callable[[int], Any], extents: np.ndarray) -> np.ndarray:
+    """Give a function's values for extents, calling it once for each that there is."""
+    different, place = np.unique(extents, return_inverse=True)
+    return np.array([function(int(extent)) for extent in different])[place.reshape(-1)]
 
 
 def cut_list(boxes: int, queries: int | None) -> list[int]:
@@ -283,6 +299,7 @@ def tile_counts(q_box: Region, steps: Triple, tile: Triple) -> Triple:
     )
 
 
+@lru_cache(maxsize=4096)
 def _class_sizes(length: int, step: int) -> list[int]:
     """Count the members of each residue class of an axis."""
     return [-(-(length - first) // step) for first in range(min(step, length))]
