@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stattn import checks, dit
+from stattn import checks, dit, results
 from stattn.metrics import pair_errors
 from stattn.video import files, long
 from stattn.video.long import Story
@@ -63,7 +63,14 @@ def main(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - began
     fps = (story.video.shape[1] - 1) / (60 * args.minutes)
     written = files.write_result(args.out, story.video, fps, lossless=args.lossless)
-    found = {"command": args.command_line, "seconds": round(seconds, 1), "fps": fps, **judge(story, args.caption)}
+    found = {
+        "command": args.command_line,
+        "machine": results.machine(device),
+        "versions": results.versions(),
+        "seconds": round(seconds, 1),
+        "fps": fps,
+        **judge(story, args.caption),
+    }
     beside = Path(args.out).with_suffix(".json")
     beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     for path in [*written, beside]:
