@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from stattn import train
+from stattn import run, train
 from stattn.trainer import PRESETS, Trainer, learning_rate
 
 SMOKE, CPU = PRESETS["smoke"], torch.device("cpu")
@@ -68,7 +68,7 @@ def a_run_resumes(out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with train._group("cpu"):
+    with run.group("cpu"):
         both_are_one_process_with_both_shares()
         a_run_resumes(Path(sys.argv[1]))
         print(f"process {dist.get_rank()} is done")

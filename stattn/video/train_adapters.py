@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stattn import checks, dit, world
 from stattn.accelerate import accelerate
 from stattn.metrics.motion import camera_track
+from stattn.run import Kind
 from stattn.trainer import AdapterRecipe, Trainer, attention_bias, flow_loss, materialize_attention
 from stattn.video import adapted
 from stattn.video.adapted import Adapted, AdapterConfig
@@ -298,10 +299,8 @@ def _memory_picture(model: nn.Module, recipe: AdapterRecipe) -> tuple[Tensor, li
     return torch.cat((past[:, :, ::2].cpu(), made.cpu()), 2), scene.captions()
 
 
-def kind(recipe: AdapterRecipe) -> Any:
+def kind(recipe: AdapterRecipe) -> Kind:
     """Choose the kind of run for a recipe. Raises ValueError for an unknown ``adapts``."""
-    from stattn.train import Kind
-
     found = {
         "camera": (CameraTrainer, _camera_picture, evaluate_camera),
         "memory": (MemoryTrainer, _memory_picture, evaluate_memory),
