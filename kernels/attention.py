@@ -161,6 +161,7 @@ class Plan(NamedTuple):
     """What a launch needs to know of a problem: a config, the walks of all heads on the device, and tiles a head.
 
     programs: those that share a tile of block lists. overlap: whether some product excludes what earlier ones allow.
+    cost: of a mask's walks for one head, in pairs visited; 0 of block lists.
     """
 
     config: Config
@@ -168,6 +169,7 @@ class Plan(NamedTuple):
     tiles: int
     programs: int
     overlap: bool
+    cost: float
 
 
 @functools.lru_cache(maxsize=512)
@@ -180,7 +182,7 @@ def make_plan(
     able = [config for config in configs if width in config.widths and size == config.bytes]
     walks: list[plan.Walk] = []
     member = [0] * heads
-    programs = 1
+    programs, least = 1, 0.0
     if problem.q_tile is not None and problem.k_tile is not None:
         mask = problem.masks[0] if problem.masks else None
         tiles = (problem.k_tile, problem.q_tile) if by_key else (problem.q_tile, problem.k_tile)
@@ -213,12 +215,12 @@ def make_plan(
             return any(pairs > limit for pairs, limit in zip(visited, most, strict=True))
 
         config = min(able, key=lambda config: (wasteful(config), cost(config)))
-        walks = lay(config)
+        walks, least = lay(config), cost(config)
     table = torch.from_numpy(plan.encode(walks, member)).to(device)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # other streams read the table later
     tiles_per_head = max(math.prod(walk.tiles) for walk in walks) * programs
-    return Plan(config, table, tiles_per_head, programs, any(walk.overlap for walk in walks))
+    return Plan(config, table, tiles_per_head, programs, any(walk.overlap for walk in walks), least)
 
 
 def wide(*tensors: torch.Tensor) -> bool:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("stattn", "kernels", "tests", "pyproject.toml")
 REFERENCE = "stattn/reference/attention.py"
+RUNS = "tests/test_attention_runs.py::test_results_and_gradients_are_within_rule_1"
 PLANS = "tests/test_plan.py::test_tables_show_what_the_mask_allows_in_parts_of_the_grid_and_both_ways"
 ATTENTION = "tests/test_attention_kernels.py::test_results_and_gradients_are_within_rule_1"
 AWKWARD = "tests/test_probes.py::test_every_constructor_is_seen_as_it_is_on_awkward_grids"
@@ -347,6 +348,27 @@ BUGS = (
         "p = tl.exp2(scores * context.exponent - value[None, :])\n",
         "p = tl.exp2(scores * context.exponent + value[None, :])\n",
         (f"{ATTENTION}[full]",),
+    ),
+    Bug(
+        "runs-that-touch-are-lost",
+        "stattn/plan.py",
+        "joined[-1] = (joined[-1][0], joined[-1][1] + length)\n",
+        "joined[-1] = (joined[-1][0], joined[-1][1])\n",
+        (f"{RUNS}[frame causal]",),
+    ),
+    Bug(
+        "one-column-behind-a-run-is-seen",
+        "kernels/attention_runs.py",
+        "left = tl.where(turn < boxes, length - start, 0)\n",
+        "left = tl.where(turn < boxes, length - start + 1, 0)\n",
+        (f"{RUNS}[spatial]",),
+    ),
+    Bug(
+        "weights-of-a-run-meet-values-of-the-next-box",
+        "kernels/attention_runs.py",
+        "first + tl.maximum(turn - 1, 0) * COLUMNS, k_head, COLUMNS, DIM)\n",
+        "first + turn * COLUMNS, k_head, COLUMNS, DIM)\n",
+        (f"{RUNS}[full]",),
     ),
     Bug(
         "ring-cache-overwrites-a-sink",

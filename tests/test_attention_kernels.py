@@ -320,8 +320,13 @@ def test_the_output_and_the_lse_have_gradients_of_their_own(plain: Plain) -> Non
         torch.testing.assert_close(a + b, whole, rtol=1e-4, atol=1e-5)
 
 
-def check_guards(device: str = "cpu", dim: int = 24, given_dtype: torch.dtype = torch.float32) -> None:
-    """Between guards of NaN, in memory full of NaN, behind views that end in NaN: not one comes through."""
+def check_guards(
+    device: str = "cpu", dim: int = 24, given_dtype: torch.dtype = torch.float32, runs: masks.Mask | None = None
+) -> None:
+    """Between guards of NaN, in memory full of NaN, behind views that end in NaN: not one comes through.
+
+    runs: a mask to look at in place of others.
+    """
     held: list[torch.Tensor] = []
     empty = torch.empty
 
@@ -337,7 +342,8 @@ def check_guards(device: str = "cpu", dim: int = 24, given_dtype: torch.dtype = 
     def new_empty(x: torch.Tensor, shape: Any, dtype: torch.dtype | None = None, **given: Any) -> torch.Tensor:
         return empty(shape, dtype=x.dtype, **given) if given else guarded(shape, dtype or x.dtype)  # Triton's own
 
-    for mask, valid in ((MASK, torch.tensor([[True, False, True]], device=device)), (grouped, None)):
+    calls = [(MASK, torch.tensor([[True, False, True]], device=device)), (grouped, None)]
+    for mask, valid in calls if runs is None else [(runs, None)]:
         held.clear()
         tensors = tuple(guarded(x.shape).copy_(x) for x in draw(1, GRID.tokens, 2, dim, key_heads=1))
         if valid is not None:  # what is not real may be anything

@@ -41,6 +41,7 @@ from test_attention_kernels import (
     random_call,
     same,
 )
+from test_attention_runs import CASES as RUNS
 from test_probes import REGIONS, UNIONS
 
 import stattn
@@ -49,6 +50,7 @@ from stattn.blocks import block_list, lower, tile_count
 from stattn.grid import Grid, Region, Triple
 from stattn.kernels import attention as forward
 from stattn.kernels import attention_bwd as backward
+from stattn.kernels import attention_runs as runs
 from stattn.kernels.attention import Config
 from stattn.masks import CONSTRUCTORS, EMPTY, FULL, PARTIAL, Mask
 
@@ -59,6 +61,9 @@ PLACES = {
     "forward": (forward, "CONFIGS"),
     "dq": (backward, "DQ_CONFIGS"),
     "dkdv": (backward, "DKDV_CONFIGS"),
+    "runs forward": (runs, "CONFIGS"),
+    "runs dq": (runs, "DQ_CONFIGS"),
+    "runs dkdv": (runs, "DKDV_CONFIGS"),
 }
 Covered = dict[str, int]
 
@@ -254,6 +259,9 @@ def test_every_config_sees_what_masks_allow_and_gives_the_same_bits_50_times(pla
     dtype = torch.float32 if config.bytes == 4 else torch.bfloat16
     with pytest.MonkeyPatch.context() as patch:
         use_first(patch, dim, config.bytes)
+        for other in PLACES if not place.startswith("runs") else ():
+            if other.startswith("runs"):
+                use(patch, other)  # so that this kernel sees all masks
         use(patch, place, config)
         for case in telling(dim):
             check(case, impl="triton", device=DEVICE, dtype=dtype, dim=dim)
@@ -360,6 +368,43 @@ def test_results_and_gradients_are_within_rule_1(part: int, dtype: str) -> Cover
     return {"calls": len(chosen)}
 
 
+def everywhere(patch: pytest.MonkeyPatch) -> None:
+    """Let runs take all that they serve."""
+    for place in PLACES:
+        if place.startswith("runs"):
+            use(patch, place, *(config._replace(rate=1000.0) for config in configs(place)))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_runs_are_within_rule_1(dim: int, dtype: str) -> Covered:
+    served = Counter[str]()
+    choose = runs.choose
+
+    def noted(*given: Any) -> Any:
+        made = choose(*given)
+        served.update(calls=1, served=made is not None)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "choose", noted)
+        everywhere(patch)
+        for case, given in RUNS.values():
+            check_numbers(case, **(given | {"dim": dim, "dtype": DTYPES[dtype], "device": DEVICE}))
+    assert served["served"] == served["calls"] == 3 * len(RUNS)
+    return {"calls": len(RUNS)}
+
+
+def test_copies_of_boxes_of_128_rows_and_128_features_are_right() -> None:
+    """Triton 3.6 gave wrong numbers for some tensor copies of that size, and said nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, "runs forward", Config(128, 128, 8, 2, (128,), 2, 1000.0))
+        use(patch, "runs dq", Config(128, 128, 8, 2, (128,), 2, 1000.0))
+        use(patch, "runs dkdv", Config(64, 128, 4, 2, (128,), 2, 1000.0))
+        for mask in (masks.full(), masks.spatial()):
+            check_numbers(Case(Grid(2, 15, 20), mask), dim=128, dtype=torch.bfloat16, device=DEVICE)
+
+
 @pytest.mark.parametrize("dim", [40, 64, 80, 128, 192, 256])
 def test_every_head_dimension_is_within_rule_1_in_every_dtype(dim: int) -> Covered:
     cases = [Case(Grid(5, 9, 11), masks.full()), Case(Grid(4, 9, 11, 0, 5), masks.window(3, 5, 5))]
@@ -416,6 +461,8 @@ def test_nothing_outside_the_tensors_is_read_or_written_and_views_are_used_as_th
         use_first(patch, 64, 4 if dtype == "fp32" else 2)
         for dim in (64, 40):
             check_guards(DEVICE, dim, DTYPES[dtype])
+        if dtype == "bf16":
+            check_guards(DEVICE, 64, DTYPES[dtype], runs=masks.full())
         plain = random_call(64, DTYPES[dtype], DEVICE)
         check_views(plain)
         check_strides_of_dout(plain)

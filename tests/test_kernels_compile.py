@@ -16,6 +16,7 @@ STEMS = sorted(path.stem for path in KERNELS.glob("*.py") if not path.stem.start
 
 
 CAPABILITIES = (80, 90, 100)
+UNSERVED = {("attention_runs", 80)}  # which has no tensor copies
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +43,7 @@ def test_every_config_compiles_without_local_memory(
     compiled: dict[str, list[dict[str, Any]]], stem: str, capability: int
 ) -> None:
     rows = [row for row in compiled[stem] if row["capability"] == capability]
-    assert rows, f"{stem} lists no kernels"
+    assert rows or (stem, capability) in UNSERVED, f"{stem} lists no kernels"
     assert not [row for row in rows if "error" in row], "kernels that do not compile"
     assert not [row for row in rows if row["local"] > row["allowed"]], "kernels that use local memory"
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mask_definitions import Triple
+from probes import Case
 
 from stattn import masks, plan
 from stattn.grid import Grid, Region
@@ -287,6 +288,52 @@ def test_allowed_pairs_are_counted_in_parts_of_the_grid_and_both_ways(shape: Tri
             seen = truth(mask, shape, q_box, k_box).sum()
             assert walk.overlap or walk.allowed == seen, mask
             assert walk.allowed >= seen
+
+
+RUNS = [
+    masks.full(),
+    masks.spatial(),
+    masks.frame_causal(1),
+    masks.frame_causal(2, 3, 1),
+    masks.window(3, None, None),
+    masks.window(1, 2, None),
+    masks.tables(t=([4, 0, 0, 2], [3, 1, 3, 2])),
+]
+
+
+@pytest.mark.parametrize("mask", RUNS, ids=str)
+@pytest.mark.parametrize("by_key", [False, True])
+def test_runs_are_what_the_mask_allows_in_parts_of_the_grid_and_beside_global_tokens(mask: Mask, by_key: bool) -> None:
+    shape = (4, 3, 5)
+    parts = [whole(shape), Region((1, 1, 2), (2, 2, 3)), Region((0, 0, 0), (4, 2, 5))]
+    for (before, after), q_globals, see in itertools.product(
+        ((0, 0), (2, 0), (3, 20)), (True, False), ("all", "globals")
+    ):
+        for q_box, k_box in itertools.product(parts, parts):
+            grid = Grid(*shape, before, after)
+            options = {"q_region": q_box, "k_region": k_box, "globals_see": see}
+            want = Case(grid, mask, heads=1, options=options, q_globals=q_globals).truth()[0].numpy()
+            table = plan.runs(mask, grid, q_box, k_box, q_globals, see, 8, by_key)
+            assert table is not None
+            assert table.dtype == np.int32
+            found = np.zeros(want.T.shape if by_key else want.shape, np.int64)
+            listed = np.zeros(len(found), np.int64)
+            for first, rows, *runs in table:
+                assert 0 < rows <= 8
+                listed[first : first + rows] += 1
+                for column, length in zip(runs[::2], runs[1::2], strict=True):
+                    found[first : first + rows, column : column + length] += 1
+            assert (listed == 1).all()
+            assert (found == (want.T if by_key else want)).all()
+            lengths = table[:, 3::2].sum(1)
+            assert (np.diff(lengths) <= 0).all()  # those that take longest first
+
+
+def test_masks_that_cut_a_run_have_no_runs() -> None:
+    box = whole((4, 3, 5))
+    for mask in (masks.temporal(), masks.window(1, 3, 3), masks.window(2, 1, 5, dilation=(2, 1, 1)), UNIONS[3]):
+        for by_key in (False, True):
+            assert plan.runs(mask, Grid(4, 3, 5), box, box, True, "all", 8, by_key) is None
 
 
 def test_coordinates_that_take_more_bits_than_an_integer_has_are_refused() -> None:

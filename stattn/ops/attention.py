@@ -310,13 +310,13 @@ def _triton_why_not(call: AttentionCall) -> str | None:
 def _triton_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from stattn.kernels import attention as kernels
+    from stattn.kernels import attention_runs as kernels
 
     return kernels.attention(q, k, v, problem, extras)
 
 
 def _triton_backward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from stattn.kernels import attention_bwd as kernels
+    from stattn.kernels import attention_runs as kernels
 
     return kernels.attention_backward(*arguments)
 
