@@ -86,8 +86,8 @@ def attention(
 
     A query that may see nothing returns 0, LSE -inf and zero gradients. Tokens lie in row-major (t, h, w) order between
     ``grid.before`` and ``grid.after`` global tokens; nothing is permuted or padded, and any strides with a unit last
-    stride are used as they are. Numbers must be finite, in invalid global tokens and empty slots as well: a NaN or infinity
-    in a token of k or v may reach queries that do not see it, as 0 times itself (by ``cuda``; other implementations
+    stride are used as they are. Numbers must be finite, in invalid global tokens and empty slots as well: a NaN or an
+    infinity in a token of k or v may reach queries that do not see it, as 0 times itself (by ``cuda``; the others
     do not read what is invalid or empty).
 
     q: [B, Nq, heads, D]. k, v: [B, Nk, key heads, D], where key heads divide heads (GQA). bf16, fp16, fp32 or fp64.
