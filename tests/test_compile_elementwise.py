@@ -5,9 +5,12 @@ import torch
 
 from stattn.ops.denoise import denoise_step
 from stattn.ops.gate import gate_residual, gate_residual_modulate
+from stattn.ops.linear_gelu import linear_gelu
 from stattn.ops.modulate import modulate
+from stattn.ops.modulate_linear import modulate_linear
 from stattn.ops.patchify import patchify3d, unpatchify3d
 from stattn.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_
+from stattn.ops.qk_norm_rope_means import qk_norm_rope_means
 from stattn.rope import rope_tables
 
 TABLES = rope_tables((3, 2, 2), 12)
@@ -26,6 +29,16 @@ OPERATIONS = {
     "qk_norm_rope_": lambda video, tokens, vector, heads: qk_norm_rope_(heads.clone(), HEAD, HEAD, TABLES),
     "denoise_step": lambda video, tokens, vector, heads: denoise_step(
         video, video, uncond=-video, guidance=3.0, rescale=0.5, sigma=0.4, weights=(1, 0.5), seed=3, noise_weight=0.1
+    ),
+    "denoise_step from tokens": lambda video, tokens, vector, heads: denoise_step(
+        video, tokens[:, :8, :12], patch=(1, 2, 2), sigma=0.4, weights=(1, 0.5), target="velocity"
+    ),
+    "modulate_linear": lambda video, tokens, vector, heads: modulate_linear(
+        tokens, vector, vector, torch.ones(5, 24), frames=3
+    ),
+    "linear_gelu": lambda video, tokens, vector, heads: linear_gelu(tokens, torch.ones(5, 24), torch.ones(5)),
+    "qk_norm_rope_means": lambda video, tokens, vector, heads: qk_norm_rope_means(
+        heads[:, :, 0], heads[:, :, 1], HEAD, HEAD, TABLES, k_tile=(2, 1, 2)
     ),
 }
 

@@ -200,7 +200,8 @@ def _check_output(
         axes, shape = "[B, C, T, H, W]", tuple(sample.shape)
     else:
         patch = _validate.triple("patch", patch)
-        tokens = math.prod(-(-size // p) for size, p in zip(sample.shape[2:], patch, strict=True))
+        t, h, w = (-(-size // p) for size, p in zip(sample.shape[2:], patch, strict=True))
+        tokens = t * h * w  # not math.prod: torch.compile does not trace it over a generator
         axes, shape = "[B, N, pt*ph*pw*C]", (sample.shape[0], tokens, math.prod(patch) * sample.shape[1])
     _validate.shaped("output", output, axes, shape)
     if uncond is not None:
