@@ -308,9 +308,14 @@ struct Consumer {
                                                          scores[2 * j + 1] * (dp[2 * j + 1] - delta));
         }
         turn.advance();
-        number = MASKED ? next_seen(number + 1, masked, first_mask, record) : number + 1;
         const uint64_t own = k_rows + mine.stage * (S::BOX / 16);
-        if (number < boxes) {
+        ++number;
+        bool follows = number < boxes;
+        if (MASKED && number < masked) {
+            record = record_at(p, first_mask + number);
+            follows = record.w >= 0;
+        }
+        if (follows) {
             barrier_wait(S::full_k(barriers, turn.stage), turn.parity);
             issue_square<S>(scores, q, k + turn.stage * (S::BOX / 16));
             issue_gradient<S>(gradient, ds, own);
@@ -322,7 +327,12 @@ struct Consumer {
             mma_wait<0>();
             pin(gradient);
         }
+        // Given back before boxes are left out: one behind the next needs this stage.
         if (elected) barrier_arrive(S::empty_k(barriers, mine.stage));
+        if (MASKED && !follows && number < boxes) {
+            number = next_seen(number, masked, first_mask, record);
+            if (number < boxes) begin(scores);
+        }
         return number;
     }
 };
