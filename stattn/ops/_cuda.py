@@ -86,6 +86,17 @@ def why_not(call: Any) -> str | None:
     return obstacle
 
 
+def asked_for(call: Any) -> str | None:
+    """Say why ``auto`` leaves a call that the kernels serve to others, or None.
+
+    The gradients of dense attention are proved on a GPU. Those under masks are proved in parts: plans against masks,
+    kernels against plans.
+    """
+    if call.grad and call.dense is not None:
+        return f"auto leaves gradients under {call.dense} to others for now; ask for them with impl='cuda'"
+    return None
+
+
 def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -242,6 +242,7 @@ class AttentionCall(NamedTuple):
     lists: bool
     obstacle: str | None  # what in tensors, masks or a needed gradient stands against the CUDA kernels
     ordered: bool  # whether gradients are needed that are bitwise reproducible
+    grad: bool = False  # whether gradients are needed
 
 
 def _call(
@@ -264,6 +265,7 @@ def _call(
         extras.block_index is not None,
         _cuda.obstacle(q, k, v, problem, extras, grad),
         grad and deterministic,
+        grad,
     )
 
 
@@ -326,7 +328,7 @@ OPERATION = Operation(
     "attention",
     tuple(
         {
-            "cuda": Implementation("cuda", _cuda.why_not, _cuda.run),
+            "cuda": Implementation("cuda", _cuda.why_not, _cuda.run, _cuda.asked_for),
             "flash": Implementation("flash", lambda call: _no_masks(call) or _dense.flash_why_not(call), _dense.flash),
             "sdpa": Implementation("sdpa", lambda call: _no_masks(call) or _dense.sdpa_why_not(call), _dense.sdpa),
             "triton": Implementation("triton", _triton_why_not, _triton_forward),
