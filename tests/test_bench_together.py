@@ -24,7 +24,8 @@ def test_parts_are_joined_and_rehearsals_leave_no_results(tmp_path):
     steps = {"euler-cfg", "euler-cfg-latents", "euler-cfg-rescale", "euler-cfg-zero_star"}
     wanted = {f"ops/denoise_step{end}/fwd/{step}" for step in steps for end in ("", "-copy")}
     assert {each["name"] for each in found["results"]} == wanted
-    assert all(each["checked"] and 0 < each["value"] < 1 for each in found["results"])  # a rehearsal's last 1 ms
+    assert all(each["checked"] and each["value"] > 0 for each in found["results"])
+    assert all(each["value"] != 1 for each in found["results"])  # what a rehearsal gives
 
 
 def test_a_process_that_takes_too_long_loses_its_own_results_only(tmp_path):
