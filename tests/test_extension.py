@@ -82,7 +82,7 @@ class TestBuild:
 
     def test_a_library_that_does_not_compile_fails_the_build_with_the_compilers_words(self, tmp_path: Path) -> None:
         shutil.copy(ROOT / "setup.py", tmp_path)
-        shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+        (tmp_path / "csrc").mkdir()
         (tmp_path / "csrc" / "copy.cu").write_text("int broken(\n")
         done = subprocess.run(
             [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, capture_output=True, text=True
@@ -90,7 +90,6 @@ class TestBuild:
         assert done.returncode != 0
         assert "copy.cu" in done.stderr
         assert "STATTN_CUDA=0 installs without it" in done.stderr
-
 
     def test_a_kernel_that_keeps_registers_in_memory_fails_the_build_each_time(self, tmp_path: Path) -> None:
         shutil.copy(ROOT / "setup.py", tmp_path)
