@@ -33,8 +33,8 @@ def _has_gpu() -> bool:
 def run(path: Path) -> int:
     """Run a guide and return how many blocks it has. Raises AssertionError where one prints something else."""
     names: dict[str, object] = {"__name__": "__main__"}
-    number = 0
-    for number, (line, for_gpu, code, says) in enumerate(blocks(path.read_text(encoding="utf-8")), 1):  # noqa: B007
+    found = list(blocks(path.read_text(encoding="utf-8")))
+    for line, for_gpu, code, says in found:
         out = io.StringIO()
         compiled = compile("\n" * line + code, str(path), "exec")
         if for_gpu and not _has_gpu():
@@ -42,7 +42,7 @@ def run(path: Path) -> int:
         with contextlib.redirect_stdout(out):
             exec(compiled, names)
         assert says is None or out.getvalue() == says, f"{path}:{line} prints\n{out.getvalue()}in place of\n{says}"
-    return number
+    return len(found)
 
 
 if __name__ == "__main__":

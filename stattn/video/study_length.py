@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +28,26 @@ def study(
     frames, height, width = size
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     ids, valid = world.tokenize(["a red disc moves left, camera static"], model.config.text_len, device=device)
+    level = torch.full((1,), 500.0, device=device)
     patch = model.config.patch
+
+    def step(videos: Iterable[torch.Tensor]) -> None:
+        for video in videos:
+            model(video, level, ids, valid)
+
     rows = []
     for windows in lengths:
         total = windows * frames
         whole = torch.randn(1, 3, total, height, width, device=device, dtype=dtype)
-        parts = whole.view(1, 3, windows, frames, height, width)[0].transpose(0, 1)
-        level = torch.full((1,), 500.0, device=device)
-
-        def one() -> None:
-            model(whole, level, ids, valid)  # noqa: B023
-
-        def many() -> None:
-            for part in parts:  # noqa: B023
-                model(part[None], level, ids, valid)  # noqa: B023
-
+        parts = whole.split(frames, 2)
         grid = Grid(total // patch[0], height // patch[1], width // patch[2])
         window = Grid(frames // patch[0], height // patch[1], width // patch[2])
         rows.append(
             {
                 "windows": windows,
                 "frames": total,
-                "seconds_windows": _median(many, rounds, device),
-                "seconds_one_piece": _median(one, rounds, device),
+                "seconds_windows": _median(partial(step, parts), rounds, device),
+                "seconds_one_piece": _median(partial(step, [whole]), rounds, device),
                 "flops_windows": windows * model.flops(window),
                 "flops_one_piece": model.flops(grid),
             }
