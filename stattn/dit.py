@@ -1,7 +1,7 @@
 """The reference video diffusion transformer: the published ones in one page, to read, train and measure.
 
 A video becomes tokens (``Patchify3D``), the noise level becomes scales, shifts and gates (adaLN), the text becomes
-keys, and two kinds of block mix them:
+keys, and two kinds of block (`stattn.dit_blocks`) mix them:
 
 - ``cross``, Wan's: self-attention of the video, cross-attention to the text, feed-forward. `stattn.convert` loads Wan's
   weights.
@@ -10,7 +10,7 @@ keys, and two kinds of block mix them:
 
 Around the blocks both are the same: the noise level is embedded and projected once, and each block adds its own learned
 ``scale_shift_table`` (adaLN-single, as in PixArt and Wan). The model says nothing about what it predicts (sample,
-velocity or noise) and nothing about kernels: it runs wherever PyTorch does.
+velocity or noise) and nothing about kernels: it runs wherever PyTorch does. `stattn.dit_config` names its shapes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,157 +28,33 @@ from torch import Tensor, nn
 
 from stattn import ranges
 from stattn.blocks import BlockList
-from stattn.cache import LayerCache, RollingKVCache
+from stattn.cache import RollingKVCache
+from stattn.dit_blocks import CrossBlock, JointBlock, Layout, modulation
+from stattn.dit_config import CONFIGS, DiTConfig, resolve
 from stattn.grid import Grid, Triple, as_grid
 from stattn.masks import full
-from stattn.modules import (
-    CrossAttention,
-    FeedForward,
-    GatedResidual,
-    Impl,
-    Masks,
-    ModulatedNorm,
-    Patchify3D,
-    SpaceTimeAttention,
-    check_mask,
-    density,
-)
+from stattn.modules import Impl, Masks, ModulatedNorm, Patchify3D, SpaceTimeAttention, check_mask, density
 from stattn.ops._dispatch import impl_for
 from stattn.ops.patchify import unpatchify3d
 from stattn.rope import RopeTables, rope_tables
 
+__all__ = [
+    "CONFIGS",
+    "WEIGHTS",
+    "CrossBlock",
+    "DiT",
+    "DiTConfig",
+    "Embedded",
+    "EncodedText",
+    "JointBlock",
+    "Layout",
+    "load",
+    "safetensors",
+    "save",
+    "sinusoid",
+]
+
 WEIGHTS = Path(__file__).parent / "weights"
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """The shape of a DiT.
-
-    kind: "cross" or "joint". in_channels: channels of the noisy video x. masked_input: the model also reads a known
-    video and its mask, [x | known | mask], 2 * in_channels + 1 channels. text_dim: width of the text features, 0 for a
-    model without text. text_len: text tokens of a caption. vocab: when positive, text comes as token ids below it, and
-    the model embeds the ids and their up to text_len places. qk_norm: "across_heads", "per_head" or None. rope_split:
-    features of a head rotated by t, h and w; by default h and w take 2 * (head_dim // 6) each and t the rest, as Wan.
-    Raises ValueError naming the field that does not fit.
-    """
-
-    kind: str
-    layers: int
-    heads: int
-    head_dim: int
-    ffn_dim: int
-    in_channels: int
-    out_channels: int
-    patch: Triple
-    text_dim: int = 0
-    text_len: int = 0
-    vocab: int = 0
-    masked_input: bool = False
-    freq_dim: int = 256
-    qk_norm: str | None = "across_heads"
-    rope_split: Triple | None = None
-    rope_theta: float = 1e4
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("cross", "joint"):
-            raise ValueError(f"kind={self.kind!r} must be 'cross' or 'joint'")
-        for name in ("layers", "heads", "head_dim", "ffn_dim", "in_channels", "out_channels", "freq_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        for name in ("text_dim", "text_len", "vocab"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.kind == "cross" and not self.text_dim:
-            raise ValueError("text_dim=0 leaves a model of kind 'cross' nothing to attend across to; use kind='joint'")
-        if self.freq_dim % 2:
-            raise ValueError(f"freq_dim={self.freq_dim} must be even")
-        if self.vocab and not (self.text_dim and self.text_len):
-            raise ValueError(
-                f"vocab={self.vocab} needs text_dim={self.text_dim} and text_len={self.text_len} to be positive"
-            )
-        # Lists come from JSON; tuples keep a frozen config hashable.
-        object.__setattr__(self, "patch", tuple(self.patch))
-        if self.rope_split is not None:
-            object.__setattr__(self, "rope_split", tuple(self.rope_split))
-            if sum(self.rope_split) != self.head_dim:
-                raise ValueError(f"rope_split={self.rope_split} must sum to head_dim={self.head_dim}")
-
-    @property
-    def dim(self) -> int:
-        """The width of the residual stream."""
-        return self.heads * self.head_dim
-
-    @property
-    def model_channels(self) -> int:
-        """The channels that the patch embedding reads."""
-        return 2 * self.in_channels + 1 if self.masked_input else self.in_channels
-
-
-WAN_14B = DiTConfig(
-    kind="cross",
-    layers=40,
-    heads=40,
-    head_dim=128,
-    ffn_dim=13824,
-    in_channels=16,
-    out_channels=16,
-    patch=(1, 2, 2),
-    text_dim=4096,
-    text_len=512,
-)
-
-# Widths, depths, heads, patches and rotary splits as published. The two published joint models have blocks of their
-# own; here they keep the token counts and the work per video token, with this file's block: text and video share
-# weights in all layers.
-CONFIGS: dict[str, DiTConfig] = {
-    "tiny": DiTConfig(
-        kind="joint",
-        layers=6,
-        heads=4,
-        head_dim=64,
-        ffn_dim=1024,
-        in_channels=3,
-        out_channels=3,
-        patch=(2, 8, 8),
-        text_dim=256,
-        text_len=16,
-        vocab=64,
-        masked_input=True,
-        qk_norm="per_head",
-    ),
-    "wan2.1-1.3b": replace(WAN_14B, layers=30, heads=12, ffn_dim=8960),
-    "wan2.1-14b": WAN_14B,
-    "hunyuanvideo": DiTConfig(
-        kind="joint",
-        layers=60,  # 20 with two streams and 40 with one, as published
-        heads=24,
-        head_dim=128,
-        ffn_dim=12288,
-        in_channels=16,
-        out_channels=16,
-        patch=(1, 2, 2),
-        text_dim=4096,
-        text_len=256,
-        qk_norm="per_head",
-        rope_split=(16, 56, 56),
-        rope_theta=256.0,
-    ),
-    "cogvideox-5b": DiTConfig(
-        kind="joint",
-        layers=42,
-        heads=48,
-        head_dim=64,
-        ffn_dim=12288,
-        in_channels=16,
-        out_channels=16,
-        patch=(1, 2, 2),
-        text_dim=4096,
-        text_len=226,
-        qk_norm="per_head",
-        rope_split=(16, 24, 24),
-    ),
-}
 
 
 class EncodedText(NamedTuple):
@@ -192,21 +68,6 @@ class EncodedText(NamedTuple):
     keys: tuple[tuple[Tensor, Tensor], ...]
 
 
-class Layout(NamedTuple):
-    """Where the tokens of one call are, the same for all blocks but for the mask and the cache.
-
-    frames: number of frames when the modulation is per frame, else None. mask: overrides every layer's mask, or None.
-    cache: of the block's attention, or None.
-    """
-
-    grid: Grid
-    rope: RopeTables | None
-    frames: int | None
-    text_valid: Tensor | None
-    mask: Masks | BlockList | None
-    cache: LayerCache | None = None
-
-
 class Embedded(NamedTuple):
     """What enters the blocks: video tokens [B, N, dim], text tokens [B, L, dim] and their keys, and where all are."""
 
@@ -214,78 +75,6 @@ class Embedded(NamedTuple):
     text: Tensor
     keys: tuple[tuple[Tensor, Tensor], ...]
     at: Layout
-
-
-def _modulation(table: Tensor, e: Tensor) -> tuple[Tensor, ...]:
-    """Add a block's table [1, K, C] to the projected noise level [..., K, C] in fp32 or wider; K tensors [..., C]."""
-    return (table + e.to(_wide(e))).unbind(-2)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-Text = Tensor | tuple[Tensor, Tensor]  # of a block: tokens, or the keys and values of its cross-attention
-
-
-class CrossBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward: Wan's block."""
-
-    def __init__(self, config: DiTConfig, *, mask: Masks | None, impl: Impl):
-        super().__init__()
-        dim, heads, head_dim, eps = config.dim, config.heads, config.head_dim, config.eps
-        self.norm1 = ModulatedNorm(dim, eps=eps, impl=impl)
-        self.attn1 = SpaceTimeAttention(dim, heads, head_dim, qk_norm=config.qk_norm, eps=eps, mask=mask, impl=impl)
-        self.norm2 = ModulatedNorm(dim, affine=True, eps=eps, impl=impl)
-        self.attn2 = CrossAttention(dim, heads, head_dim, qk_norm=config.qk_norm, eps=eps, impl=impl)
-        self.norm3 = ModulatedNorm(dim, eps=eps, impl=impl)
-        self.ffn = FeedForward(dim, config.ffn_dim)
-        self.add = GatedResidual(impl=impl)
-        self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
-
-    def forward(self, x: Tensor, text: Text, e: Tensor, e_text: Tensor | None, at: Layout) -> tuple[Tensor, Text]:
-        """Return video x [B, N, C] after the block, and text as it came: [B, L, C], or keys and values made of it.
-
-        e: [B, 6, C] or [B, frames or N, 6, C].
-        """
-        shift1, scale1, gate1, shift3, scale3, gate3 = _modulation(self.scale_shift_table, e)
-        h = self.norm1(x, scale1, shift1, at.frames)
-        x, h = self.add.then(
-            self.norm2, x, self.attn1(h, at.grid, rope=at.rope, mask=at.mask, cache=at.cache), gate1, frames=at.frames
-        )
-        x, h = self.add.then(self.norm3, x, self.attn2(h, text, at.text_valid), None, scale3, shift3, at.frames)
-        return self.add(x, self.ffn(h), gate3, at.frames), text
-
-
-class JointBlock(nn.Module):
-    """Attention of video and text together, feed-forward: shared weights, a modulation for each."""
-
-    def __init__(self, config: DiTConfig, *, mask: Masks | None, impl: Impl):
-        super().__init__()
-        dim, eps = config.dim, config.eps
-        self.norm1 = ModulatedNorm(dim, eps=eps, impl=impl)
-        self.attn1 = SpaceTimeAttention(
-            dim, config.heads, config.head_dim, qk_norm=config.qk_norm, eps=eps, mask=mask, impl=impl
-        )
-        self.norm2 = ModulatedNorm(dim, eps=eps, impl=impl)
-        self.ffn = FeedForward(dim, config.ffn_dim)
-        self.add = GatedResidual(impl=impl)
-        self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
-        self.text_scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
-
-    def forward(self, x: Tensor, text: Tensor, e: Tensor, e_text: Tensor, at: Layout) -> tuple[Tensor, Tensor]:
-        """Return video x [B, N, C] and text [B, L, C] after the block; e as in CrossBlock, e_text [B, 6, C]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(self.scale_shift_table, e)
-        t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = _modulation(self.text_scale_shift_table, e_text)
-        both = [x.shape[1], text.shape[1]]
-
-        h = torch.cat((self.norm1(x, scale1, shift1, at.frames), self.norm1(text, t_scale1, t_shift1)), dim=1)
-        h = self.attn1(h, at.grid, rope=at.rope, valid=at.text_valid, mask=at.mask, cache=at.cache)
-        a, t_a = h.split(both, dim=1)
-        x, h = self.add.then(self.norm2, x, a, gate1, scale2, shift2, at.frames)
-        text, t_h = self.add.then(self.norm2, text, t_a, t_gate1, t_scale2, t_shift2)
-        f, t_f = self.ffn(torch.cat((h, t_h), dim=1)).split(both, dim=1)
-        return self.add(x, f, gate2, at.frames), self.add(text, t_f, t_gate2)
 
 
 class DiT(nn.Module):
@@ -306,7 +95,7 @@ class DiT(nn.Module):
         impl: Impl = "auto",
     ):
         super().__init__()
-        self.config = config = _resolve(config, layers)
+        self.config = config = resolve(config, layers)
         dim, eps = config.dim, config.eps
         block = CrossBlock if config.kind == "cross" else JointBlock
         self.patchify = Patchify3D(config.model_channels, dim, config.patch, impl=impl)
@@ -451,7 +240,7 @@ class DiT(nn.Module):
             else:
                 tokens, text = block(tokens, text, e, e_text, here)
 
-        shift, scale = _modulation(self.scale_shift_table, temb.unsqueeze(-2))
+        shift, scale = modulation(self.scale_shift_table, temb.unsqueeze(-2))
         return self.norm_out.project(self.proj_out, tokens, scale, shift, at.frames)
 
     def modulations(self, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -675,13 +464,3 @@ def safetensors() -> Any:
     except ImportError as error:
         raise ImportError("weights are safetensors files: pip install stattn[demo]") from error
     return safetensors.torch
-
-
-def _resolve(config: DiTConfig | str, layers: int | None) -> DiTConfig:
-    if isinstance(config, str):
-        if config not in CONFIGS:
-            raise ValueError(f"config={config!r} must be one of {', '.join(CONFIGS)}")
-        config = CONFIGS[config]
-    if not isinstance(config, DiTConfig):
-        raise TypeError(f"config={config!r} must be a DiTConfig or the name of one")
-    return config if layers is None else replace(config, layers=layers)
