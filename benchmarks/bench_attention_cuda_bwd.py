@@ -63,16 +63,6 @@ def measure(field: Field, report: results.Report, baseline: str, benchmark: Any)
     benchmark.pedantic(lambda: (first(), torch.cuda.synchronize()), rounds=1, iterations=1)
 
 
-@pytest.mark.parametrize("case", DENSE, ids=ids(DENSE))
-def test_dense_backwards_beside_cudnn(
-    case: Case, benchmark: Any, report: results.Report, table: None, clean: None
-) -> None:
-    field = Field(case, report, "cuda", backward=True)
-    enter(field)
-    field.enter(CUDNN, case.peers[CUDNN](case.grid, field.mask).forward)
-    measure(field, report, field.name(CUDNN), benchmark)
-
-
 @pytest.mark.parametrize("case", MASKED, ids=ids(MASKED))
 def test_backwards_of_masks_beside_their_forward(
     case: Case, benchmark: Any, report: results.Report, table: None, clean: None
@@ -84,3 +74,13 @@ def test_backwards_of_masks_beside_their_forward(
     field.truth.check_output(attend(field, False, *given))
     field.calls[forward] = partial(attend, field, False, *given)
     measure(field, report, forward, benchmark)
+
+
+@pytest.mark.parametrize("case", DENSE, ids=ids(DENSE))
+def test_dense_backwards_beside_cudnn(
+    case: Case, benchmark: Any, report: results.Report, table: None, clean: None
+) -> None:
+    field = Field(case, report, "cuda", backward=True)
+    enter(field)
+    field.enter(CUDNN, case.peers[CUDNN](case.grid, field.mask).forward)
+    measure(field, report, field.name(CUDNN), benchmark)

@@ -34,11 +34,16 @@ def device() -> str:
 
 
 @pytest.fixture(scope="module")
-def report(request: pytest.FixtureRequest) -> Iterator[results.Report]:
-    """Collect the module's results; they are written when all its benchmarks are over, if there are any."""
-    command = shlex.join(["python", "-m", "pytest", *sys.argv[1:]])
-    found = results.new_report(command, DEVICE)
-    yield found
-    if found.results:
-        stem = Path(request.node.name).stem.removeprefix("bench_")
+def report() -> results.Report:
+    """Collect the module's results; they are written after each benchmark that added some."""
+    return results.new_report(shlex.join(["python", "-m", "pytest", *sys.argv[1:]]), DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def kept(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Write what has been measured so far, so that a run that is cut short loses one benchmark."""
+    found = request.getfixturevalue("report") if "report" in request.fixturenames else None
+    yield
+    if found and found.results:
+        stem = Path(request.module.__file__).stem.removeprefix("bench_")
         results.write(Path(request.config.getoption("--results")) / f"{stem}.json", found)

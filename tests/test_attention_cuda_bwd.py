@@ -1,6 +1,6 @@
 """The CUDA kernels of the attention backward: the plans of dK and dV, and on a Hopper GPU the proof of all gradients.
 
-    python -m pytest -m gpu tests/test_attention_cuda_bwd.py --record benchmarks/results/h200/cuda_bwd_proof.json
+    python -m pytest -m gpu tests/test_attention_cuda_bwd.py --record FILE
 
 Both ways are held to all of it: dQ summed in memory by the kernel of dK and dV, and by a kernel of its own.
 """
@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -341,34 +340,6 @@ def both_ways(case: Case, dtype: torch.dtype, dim: int, only: list[int] | None =
     return dict(found)
 
 
-@gpu
-@apart
-@hopper
-@pytest.mark.parametrize("dtype, dim", [("bfloat16", 128), ("float16", 64)])
-@pytest.mark.parametrize("name", CONSTRUCTORS)
-def test_every_constructor_is_seen_as_it_is_on_awkward_grids(name: str, dtype: str, dim: int) -> Covered:
-    covered = Counter[str]()
-    for turn, shape in enumerate([*GRIDS, *BIG_GRIDS]):
-        examples, tokens = CONSTRUCTORS[name].examples(shape), Grid(*shape).video
-        for number, mask in enumerate(examples):
-            part = len(examples) if tokens > 2048 else min(6, len(examples))
-            if number % part != turn % part:
-                continue  # on larger grids some of the examples, others on each grid
-            last = (tokens - 1) // dim
-            only = None if tokens <= 2048 else sorted({0, last // 2, last})
-            covered.update(both_ways(Case(Grid(*shape), mask, heads=1), getattr(torch, dtype), dim, only))
-    return covered | {"grids": len(GRIDS + BIG_GRIDS)}
-
-
-def telling() -> Iterator[Case]:
-    """A few cases for each config: each kind of mask, and a union beside global tokens."""
-    shapes: list[Triple] = [(3, 5, 7), (2, 9, 16), (7, 9, 10)]
-    for number, constructor in enumerate(CONSTRUCTORS.values()):
-        shape = shapes[number % 3]
-        yield Case(Grid(*shape), constructor.examples(shape)[-1], heads=1)
-    yield Case(Grid(6, 7, 8, 3, 18), masks.spatial() | masks.temporal(), heads=1)
-
-
 def forget_plans() -> None:
     """Let plans be made anew: what decides them is patched."""
     for known in (_cuda_plan.layout, _cuda_plan.on_device, _cuda_bwd_plan.layout, _cuda_bwd_plan.on_device):
@@ -376,28 +347,34 @@ def forget_plans() -> None:
     _cuda_bwd._planned.cache_clear()
 
 
-EVERY = [
-    (kernel, dim, number)
-    for kernel in ("dq", "kv")
-    for dim, found in KERNELS[kernel].configs.items()
-    for number in range(len(found))
-]
+EVERY = [(dim, dq, kv) for dim in (64, 128) for dq in KERNELS["dq"].configs[dim] for kv in KERNELS["kv"].configs[dim]]
 
 
 @gpu
 @apart
 @hopper
-@pytest.mark.parametrize("kernel, dim, number", EVERY)
-def test_every_config_sees_what_masks_allow(kernel: str, dim: int, number: int) -> Covered:
+@pytest.mark.parametrize("dim, dq, kv", EVERY, ids=[f"{dim}-{dq.number}-{kv.number}" for dim, dq, kv in EVERY])
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_every_constructor_is_seen_as_it_is_on_awkward_grids_by_every_config(
+    name: str, dim: int, dq: Config, kv: Config
+) -> Covered:
     covered = Counter[str]()
     with pytest.MonkeyPatch.context() as patch:
-        chosen: tuple[Config, ...] = (KERNELS[kernel].configs[dim][number],)
-        patch.setitem(_cuda_tiles.KERNELS, kernel, KERNELS[kernel]._replace(configs={dim: chosen}))
+        for kernel, chosen in (("dq", dq), ("kv", kv)):
+            patch.setitem(_cuda_tiles.KERNELS, kernel, KERNELS[kernel]._replace(configs={dim: (chosen,)}))
         forget_plans()
-        for case in telling():
-            covered.update(both_ways(case, torch.bfloat16, dim))
+        for turn, shape in enumerate([*GRIDS, *BIG_GRIDS]):
+            examples, tokens = CONSTRUCTORS[name].examples(shape), Grid(*shape).video
+            for number, mask in enumerate(examples):
+                part = len(examples) if tokens > 2048 else min(6, len(examples))
+                if number % part != turn % part:
+                    continue  # on larger grids some of the examples, others on each grid
+                last = (tokens - 1) // dim
+                only = None if tokens <= 2048 else sorted({0, last // 2, last})
+                for dtype in (torch.bfloat16, torch.float16):
+                    covered.update(both_ways(Case(Grid(*shape), mask, heads=1), dtype, dim, only))
     forget_plans()
-    return covered
+    return covered | {"grids": len(GRIDS + BIG_GRIDS)}
 
 
 @gpu
@@ -560,12 +537,13 @@ def test_nothing_outside_the_tensors_is_read_or_written() -> Covered:
 @gpu
 @apart
 @hopper
-@pytest.mark.parametrize("tool", ["memcheck", "synccheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "initcheck", "synccheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing_in_tiny_calls(tool: str) -> Covered:
     sanitizer = shutil.which("compute-sanitizer")
     assert sanitizer is not None, "the CUDA toolkit is not on PATH"
     script = str(Path(__file__).with_name("tiny_calls.py"))
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, script, "--gradients"]
+    options = ["--gradients", *(["--unread"] if tool == "initcheck" else [])]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, script, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return {"calls": int(done.stdout.split(" calls")[0].split()[-1])}
