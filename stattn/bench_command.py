@@ -44,8 +44,6 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--shape {name!r} must be one of {', '.join(bench_models.SHAPES)}")
     shape = bench_models.SHAPES[name].of_layers(args.layers)
     wanted = bench_models.names(shape, device)
-    if args.what == "sampler":
-        wanted = [each for each in wanted if each.startswith("stattn-")]
     if args.contenders == "list":
         print("\n".join(wanted))
         return 0

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ from stattn.bench_models import (
     random_inputs,
     random_model,
     relative_error,
-    sharing,
     truth,
 )
 from stattn.dit import DiT
@@ -344,45 +343,50 @@ def _operations(shape: ModelShape, device: str) -> dict[str, Operation]:
 def measure_sampler(
     report: results.Report, shape: ModelShape, wanted: Sequence[str], device: str, *, steps: int = 50
 ) -> None:
-    """Time whole samples: on a GPU one graph each, on a CPU the loop.
+    """Time whole samples: this package's on a GPU in one graph each, others, and all on a CPU, in the host's loop.
 
-    Rows sampler/<shape>/<contender>: seconds for all steps beside steps x the time of one, launched by the host. On a
-    GPU they are those of a replay, from the start of its first kernel to the end of its last by the profiler's clock,
-    and behind the row stand gap (the longest time between two kernels in it) and loop (seconds when the host launches
-    all steps). Further density, and where dense is among the contenders snr and psnr: of the final latents to those
-    under dense attention, from the same noise.
+    Rows sampler/<shape>/<contender>: seconds for all steps beside steps x the time of one, launched by the host. Those
+    of a graph are of a replay, from the start of its first kernel to the end of its last by the profiler's clock, and
+    behind the row stand gap (the longest time between two kernels in it) and loop (seconds when the host launches all
+    steps). Further density, and where stattn-dense is among the contenders snr and psnr: of the final latents to its,
+    from the same noise.
     """
     dtype = dtype_of(device)
     model = random_model(shape, device, dtype)
     noise = draw_noise((1, shape.config.in_channels, *shape.size), seed=3)
-    text = random_inputs(shape, device, dtype).text
-    options: dict[str, Any] = {"text": text, "steps": FlowMatching(steps, shift=5.0), "prediction": "v"}
-    own = {"stattn-dense": masks.full(), "stattn-sliding_tile": shape.sliding_tile, "stattn-window": shape.window}
+    given = random_inputs(shape, device, dtype)
+    found = build(report, wanted, model, shape, given)
+    options: dict[str, Any] = {
+        "text": given.text, "steps": FlowMatching(steps, shift=5.0), "prediction": "v", "device": device, "dtype": dtype
+    }  # fmt: skip
     dense: Tensor | None = None
-    for name in (each for each in own if each in wanted):
-        row = f"sampler/{shape.name}/{name}"
-        twin = sharing(model, mask=own[name])
+    for name in sorted(found, key=lambda name: name != "stattn-dense"):
+        row, made, own = f"sampler/{shape.name}/{name}", found[name].contender, name.startswith("stattn-")
         with torch.no_grad():
-            walk, inputs = prepare(twin, noise.shape, noise=noise, **options)
-            inputs = walk.encode(inputs)
+            how = options | {"impl": "auto" if own else "reference"}
+            walk, inputs = prepare(made.call, noise.shape, noise=noise, **how)
+            inputs = walk.encode(inputs) if own else inputs
             one = results.time_callable(partial(walk, inputs, only={steps // 2}), device=device, rounds=5, warmup=1)
             kept: list[Tensor] = []
             loop = results.time_callable(partial(_keep, kept, walk, inputs), device=device, rounds=1, warmup=0)
         seconds, video = loop.median / 1e3, kept[-1]
-        if device == "cuda":
-            add(report, f"{row}/loop", "s", seconds)
-            graph = SampleGraph(twin, noise.shape, noise=noise, **options)
-            seconds, gap = replay_times(graph.replay)
-            error = relative_error(graph.video, video)
-            print(f"{name}: the graph's video differs by {error:.1e} from the loop's", file=sys.stderr, flush=True)
-            if not error <= torch.finfo(dtype).eps:
-                raise WrongResult(f"{name}: the graph's video differs by {error:.2e} from the loop's")
-            add(report, f"{row}/gap", "us", gap)
-            del graph
         if not bool(video.isfinite().all()):
             raise WrongResult(f"{name}: the video is not finite")
+        if device == "cuda" and own:
+            graph = SampleGraph(made.call, noise.shape, noise=noise, **how)
+            graph.replay()  # the first puts the graph on the device
+            replay = replay_times(graph.replay)
+            error = relative_error(graph.video, video)
+            print(f"{name}: the graph's video differs by {error:.1e} from the loop's", file=sys.stderr)
+            print(f"{name}: longest gap {replay.gap:.1f} us, {replay.between}", file=sys.stderr, flush=True)
+            if not error <= torch.finfo(dtype).eps:
+                raise WrongResult(f"{name}: the graph's video differs by {error:.2e} from the loop's")
+            add(report, f"{row}/loop", "s", seconds)
+            add(report, f"{row}/gap", "us", replay.gap)
+            seconds = replay.seconds
+            del graph
         add(report, row, "s", seconds, (f"{steps} x the step launched alone", steps * one.median / 1e3))
-        add(report, f"{row}/density", "fraction", own[name].density(shape.grid))
+        add(report, f"{row}/density", "fraction", made.mask.density(shape.grid))
         if name == "stattn-dense":
             dense = video
         elif dense is not None:
@@ -394,22 +398,30 @@ def _keep(kept: list[Tensor], walk: Walk, inputs: SampleInputs) -> None:
     kept.append(walk(inputs))
 
 
-def replay_times(replay: Callable[[], Any]) -> tuple[float, float]:
-    """Return the seconds from the first kernel to the last of what ``replay`` launches, and its longest gap.
+class Replay(NamedTuple):
+    """seconds: from the first kernel's start to the last one's end. gap: microseconds of the longest time without
+    kernels, copies and fills. between: what ran before and behind it."""
 
-    The gap is in microseconds, and one without kernels, copies and fills.
-    """
+    seconds: float
+    gap: float
+    between: str
+
+
+def replay_times(replay: Callable[[], Any]) -> Replay:
+    """Time what ``replay`` launches, by the profiler's timestamps."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         replay()
         torch.cuda.synchronize()
     spans = sorted(
-        (each.time_range.start, each.time_range.end)
+        (each.time_range.start, each.time_range.end, each.name)
         for each in profiler.events()
         if each.device_type == torch.autograd.DeviceType.CUDA
     )
-    first, end = spans[0]
-    longest = 0.0
-    for start, stop in spans[1:]:
-        longest = max(longest, start - end)
-        end = max(end, stop)
-    return (end - first) / 1e6, longest
+    first, end, last = spans[0]
+    longest, between = 0.0, ""
+    for number, (start, stop, name) in enumerate(spans[1:], 1):
+        if start - end > longest:
+            longest, between = start - end, f"at {number} of {len(spans)}, between {last[:60]} and {name[:60]}"
+        if stop > end:
+            end, last = stop, name
+    return Replay((end - first) / 1e6, longest, between)

@@ -24,10 +24,18 @@ if not torch.cuda.is_available():
 
 
 class Record:
-    """Gather how each test ended, how long it took, and its ``record_property`` numbers; write them at the end."""
+    """Gather how each test ended, how long it took, and its ``record_property`` numbers.
+
+    The file is written anew after every test, so that a run that is cut off leaves what it proved until then.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.tests = path, []
+        self.head: dict[str, Any] = {
+            "command": shlex.join(["python", "-m", "pytest", *sys.argv[1:]]),
+            "gpu": results.machine(),
+            "versions": results.versions(),
+        }
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.outcome == "passed":
@@ -36,13 +44,14 @@ class Record:
         if report.skipped:
             test["reason"] = report.longrepr[2]
         self.tests.append(test | dict(report.user_properties))
+        self.write()
 
     def pytest_sessionfinish(self) -> None:
+        self.write()
+
+    def write(self) -> None:
         outcomes = [test["outcome"] for test in self.tests]
-        record: dict[str, Any] = {
-            "command": shlex.join(["python", "-m", "pytest", *sys.argv[1:]]),
-            "gpu": results.machine(),
-            "versions": results.versions(),
+        record = self.head | {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **{outcome: outcomes.count(outcome) for outcome in ("passed", "failed", "skipped")},
         }
@@ -58,7 +67,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Apart())
-    if config.getoption("--record"):
+    if config.getoption("--record") and not hasattr(config, "workerinput"):  # under pytest-xdist, one process records
         config.pluginmanager.register(Record(config.getoption("--record")))
 
 
