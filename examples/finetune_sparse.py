@@ -80,25 +80,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     grid = (8, 8, 8)
-    runs = []
+    settings = {name: str(value) for name, value in vars(args).items() if name != "out"}
+    runs: list[dict[str, Any]] = []
+    record = {
+        "command": f"python examples/finetune_sparse.py --steps {args.steps}",
+        "settings": settings,
+        "machine": results.machine(args.device),
+        "versions": results.versions(),
+        "density": {mask: masks.parse(mask).density(grid) for mask in MASKS},
+        "runs": runs,
+    }
     for mask in MASKS:
-        runs += [run(mask, seed, args) for seed in range(1, args.seeds + 1)]
+        for seed in range(1, args.seeds + 1):
+            runs.append(run(mask, seed, args))
+            if args.out:  # behind each run: one that is cut keeps them
+                args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         after = [each["after"] for each in runs if each["mask"] == mask]
         spread = statistics.stdev(after) if len(after) > 1 else 0.0
         share = masks.parse(mask).density(grid)
         shipped = runs[-1]["before"]
         print(f"{mask:16} {share:6.1%}  as shipped {shipped:.4f}  after {statistics.mean(after):.4f} +- {spread:.4f}")
-    if args.out:
-        settings = {name: str(value) for name, value in vars(args).items() if name != "out"}
-        record = {
-            "command": f"python examples/finetune_sparse.py --steps {args.steps}",
-            "settings": settings,
-            "machine": results.machine(args.device),
-            "versions": results.versions(),
-            "density": {mask: masks.parse(mask).density(grid) for mask in MASKS},
-            "runs": runs,
-        }
-        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,14 @@ class Family:
     compiles without graph breaks.
     """
 
-    build: Callable[[], nn.Module]
+    kind: str
+    config: dict[str, Any]
     inputs: Callable[[tuple[int, int, int], int], dict[str, Any]]
     side: str | None = None
     fullgraph: bool = True
+
+    def build(self, **changes: Any) -> nn.Module:
+        return model(self.kind, **{**self.config, **changes})
 
 
 def randn(*shape: int) -> Tensor:
@@ -43,6 +47,8 @@ def lengths(batch: int, text: int = TEXT) -> Tensor:
 def model(name: str, **config: Any) -> nn.Module:
     import diffusers
 
+    if name == "CosmosTransformer3DModel":
+        stand_in_for_torchvision()
     made = getattr(diffusers, name)(**config).eval()
     for parameter in made.parameters():
         nn.init.normal_(parameter, 0, 0.2) if parameter.ndim > 1 else nn.init.uniform_(parameter, 0.4, 1.2)
@@ -110,18 +116,16 @@ def hunyuan15(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
     }
 
 
-def cogvideox(grid: tuple[int, int, int], batch: int, patch_t: int = 1, rope: bool = True) -> dict[str, Any]:
+def cogvideox(grid: tuple[int, int, int], batch: int, patch_t: int = 1, head_dim: int = 16) -> dict[str, Any]:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
     t, h, w = grid
-    call: dict[str, Any] = {
+    return {
         "hidden_states": randn(batch, t * patch_t, 4, 2 * h, 2 * w),
         "timestep": torch.full((batch,), 500),
         "encoder_hidden_states": randn(batch, TEXT, 10),
+        "image_rotary_emb": get_3d_rotary_pos_embed(head_dim, ((0, 0), (h, w)), (h, w), t),
     }
-    if rope:
-        call["image_rotary_emb"] = get_3d_rotary_pos_embed(16, ((0, 0), (h, w)), (h, w), t)
-    return call
 
 
 def ltx(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
@@ -180,27 +184,14 @@ def cosmos(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
     }
 
 
-def cosmos_model() -> nn.Module:
-    """Cosmos, with a stand-in for the one function that it wants of torchvision, where that is missing."""
+def stand_in_for_torchvision() -> None:
+    """Give Cosmos the one function that it wants of torchvision, where that is missing."""
     from diffusers.models.transformers import transformer_cosmos
 
     if not hasattr(transformer_cosmos, "transforms"):
         resize = types.SimpleNamespace(resize=lambda x, size, interpolation: F.interpolate(x, size))
         nearest = types.SimpleNamespace(NEAREST="nearest")
         transformer_cosmos.transforms = types.SimpleNamespace(functional=resize, InterpolationMode=nearest)
-    return model(
-        "CosmosTransformer3DModel",
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        num_layers=2,
-        text_embed_dim=24,
-        adaln_lora_dim=4,
-        max_size=(4, 16, 16),
-        patch_size=(1, 2, 2),
-        extra_pos_embed_type=None,
-    )
 
 
 def ltx2_perturbed(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
@@ -247,91 +238,76 @@ LTX = {
     "caption_channels": 10,
 }
 
+MOCHI = {
+    "patch_size": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 2,
+    "pooled_projection_dim": 16,
+    "in_channels": 4,
+    "text_embed_dim": 16,
+    "time_embed_dim": 8,
+    "max_sequence_length": TEXT,
+}
+KANDINSKY = {
+    "in_visual_dim": 4,
+    "out_visual_dim": 4,
+    "in_text_dim": 10,
+    "in_text_dim2": 8,
+    "time_dim": 16,
+    "model_dim": 24,
+    "ff_dim": 32,
+    "num_text_blocks": 1,
+    "num_visual_blocks": 2,
+    "axes_dims": (4, 4, 4),
+}
+COSMOS = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 2,
+    "text_embed_dim": 24,
+    "adaln_lora_dim": 4,
+    "max_size": (4, 16, 16),
+    "patch_size": (1, 2, 2),
+    "extra_pos_embed_type": None,
+}
+ROTARY = {"use_rotary_positional_embeddings": True}
+HUNYUAN_VIDEO_15 = {"text_embed_dim": 10, "text_embed_2_dim": 1472, "image_embed_dim": 8}
+LTX_23 = {"perturbed_attn": True, "gated_attn": True, "rope_type": "split"}
+
 FAMILIES: dict[str, Family] = {
-    "wan": Family(lambda: model("WanTransformer3DModel", **WAN), wan),
-    "wan-i2v": Family(lambda: model("WanTransformer3DModel", **WAN, image_dim=8, added_kv_proj_dim=24), wan_image),
-    "wan2.2-ti2v": Family(lambda: model("WanTransformer3DModel", **WAN), wan_tokens),
-    "wan-vace": Family(lambda: model("WanVACETransformer3DModel", **WAN, vace_layers=[0], vace_in_channels=6), vace),
-    "chronoedit": Family(lambda: model("ChronoEditTransformer3DModel", **WAN), wan),
-    "skyreels-v2": Family(lambda: model("SkyReelsV2Transformer3DModel", **WAN), wan),
-    "hunyuanvideo": Family(
-        lambda: model("HunyuanVideoTransformer3DModel", **HUNYUAN, **HUNYUAN_VIDEO), hunyuan, "after"
-    ),
+    "wan": Family("WanTransformer3DModel", WAN, wan),
+    "wan-i2v": Family("WanTransformer3DModel", {**WAN, "image_dim": 8, "added_kv_proj_dim": 24}, wan_image),
+    "wan2.2-ti2v": Family("WanTransformer3DModel", WAN, wan_tokens),
+    "wan-vace": Family("WanVACETransformer3DModel", {**WAN, "vace_layers": [0], "vace_in_channels": 6}, vace),
+    "chronoedit": Family("ChronoEditTransformer3DModel", WAN, wan),
+    "skyreels-v2": Family("SkyReelsV2Transformer3DModel", WAN, wan),
+    "hunyuanvideo": Family("HunyuanVideoTransformer3DModel", {**HUNYUAN, **HUNYUAN_VIDEO}, hunyuan, "after"),
     "hunyuanvideo-i2v": Family(
-        lambda: model(
-            "HunyuanVideoTransformer3DModel", **HUNYUAN, **HUNYUAN_VIDEO, image_condition_type="token_replace"
-        ),
+        "HunyuanVideoTransformer3DModel",
+        {**HUNYUAN, **HUNYUAN_VIDEO, "image_condition_type": "token_replace"},
         hunyuan,
         "after",
     ),
     "hunyuanvideo-1.5": Family(
-        lambda: model(
-            "HunyuanVideo15Transformer3DModel", **HUNYUAN, text_embed_dim=10, text_embed_2_dim=1472, image_embed_dim=8
-        ),
-        hunyuan15,
-        "after",
-        fullgraph=False,
+        "HunyuanVideo15Transformer3DModel", {**HUNYUAN, **HUNYUAN_VIDEO_15}, hunyuan15, "after", fullgraph=False
     ),
-    "cogvideox": Family(
-        lambda: model("CogVideoXTransformer3DModel", **COGVIDEOX, use_rotary_positional_embeddings=True),
-        cogvideox,
-        "before",
-    ),
+    "cogvideox": Family("CogVideoXTransformer3DModel", {**COGVIDEOX, **ROTARY}, cogvideox, "before"),
     "cogvideox-1.5": Family(
-        lambda: model(
-            "CogVideoXTransformer3DModel", **COGVIDEOX, patch_size_t=2, use_rotary_positional_embeddings=True
-        ),
+        "CogVideoXTransformer3DModel",
+        {**COGVIDEOX, **ROTARY, "patch_size_t": 2},
         lambda grid, batch: cogvideox(grid, batch, patch_t=2),
         "before",
     ),
-    "consisid": Family(
-        lambda: model("ConsisIDTransformer3DModel", **COGVIDEOX, use_rotary_positional_embeddings=True),
-        cogvideox,
-        "before",
-    ),
-    "ltx": Family(lambda: model("LTXVideoTransformer3DModel", **LTX), ltx),
-    "ltx-2": Family(lambda: model("LTX2VideoTransformer3DModel", **LTX, **LTX2), ltx2),
-    "ltx-2.3": Family(
-        lambda: model(
-            "LTX2VideoTransformer3DModel", **LTX, **LTX2, perturbed_attn=True, gated_attn=True, rope_type="split"
-        ),
-        ltx2_perturbed,
-        fullgraph=False,
-    ),
-    "mochi": Family(
-        lambda: model(
-            "MochiTransformer3DModel",
-            patch_size=2,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            num_layers=2,
-            pooled_projection_dim=16,
-            in_channels=4,
-            text_embed_dim=16,
-            time_embed_dim=8,
-            max_sequence_length=TEXT,
-        ),
-        mochi,
-        "after",
-        fullgraph=False,
-    ),
-    "kandinsky-5": Family(
-        lambda: model(
-            "Kandinsky5Transformer3DModel",
-            in_visual_dim=4,
-            out_visual_dim=4,
-            in_text_dim=10,
-            in_text_dim2=8,
-            time_dim=16,
-            model_dim=24,
-            ff_dim=32,
-            num_text_blocks=1,
-            num_visual_blocks=2,
-            axes_dims=(4, 4, 4),
-        ),
-        kandinsky,
-    ),
-    "cosmos": Family(cosmos_model, cosmos),
+    "consisid": Family("ConsisIDTransformer3DModel", {**COGVIDEOX, **ROTARY}, cogvideox, "before"),
+    "ltx": Family("LTXVideoTransformer3DModel", LTX, ltx),
+    "ltx-2": Family("LTX2VideoTransformer3DModel", {**LTX, **LTX2}, ltx2),
+    "ltx-2.3": Family("LTX2VideoTransformer3DModel", {**LTX, **LTX2, **LTX_23}, ltx2_perturbed, fullgraph=False),
+    "mochi": Family("MochiTransformer3DModel", MOCHI, mochi, "after", fullgraph=False),
+    "kandinsky-5": Family("Kandinsky5Transformer3DModel", KANDINSKY, kandinsky),
+    "cosmos": Family("CosmosTransformer3DModel", COSMOS, cosmos),
 }
 
 
@@ -353,7 +329,7 @@ class Masked(torch.overrides.TorchFunctionMode):
                 self.calls += 1
                 beside = tokens - t * h * w
                 grid = Grid(t, h, w, *((beside, 0) if self.side == "before" else (0, beside)))
-                allowed = self.mask.allowed(grid)
+                allowed = self.mask.allowed(grid).to(call["query"].device)
                 theirs = call.get("attn_mask")
                 call["attn_mask"] = allowed if theirs is None else allowed & theirs
             return function(**call)

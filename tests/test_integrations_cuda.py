@@ -1,0 +1,208 @@
+"""Diffusers' video transformers under stattn on a Hopper GPU: the CUDA kernels within models, in bf16.
+
+Heads are of 64 features here, which those kernels serve. What is right is the original in fp32 on a CPU, with the same
+weights, under a dense mask of PyTorch's attention; how near to it one must be, the original in bf16 on the GPU says.
+"""
+
+import copy
+
+import pytest
+import torch
+from hosts import FAMILIES, Masked, cogvideox, first, run, run_masked
+
+import stattn
+from stattn import extension, masks
+from stattn.integrations import diffusers_backend
+
+pytest.importorskip("diffusers")
+
+DEVICE, DTYPE = "cuda", torch.bfloat16
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == extension.CAPABILITY
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HOPPER or not extension.LIBRARY.exists(), reason="no Hopper GPU, or no CUDA library"),
+]
+MASK = masks.window(3, 3, 5)
+GRID = (4, 6, 8)
+WIDE = {"attention_head_dim": 64}
+CHANGES = {
+    "HunyuanVideoTransformer3DModel": {**WIDE, "rope_axes_dim": (16, 24, 24)},
+    "HunyuanVideo15Transformer3DModel": {**WIDE, "rope_axes_dim": (16, 24, 24)},
+    "LTXVideoTransformer3DModel": {**WIDE, "cross_attention_dim": 128},
+    "LTX2VideoTransformer3DModel": {**WIDE, "cross_attention_dim": 128},
+    "Kandinsky5Transformer3DModel": {"model_dim": 128, "axes_dims": (16, 24, 24)},
+}
+NORM_ROPE = {
+    "consisid": "norm by the model (LayerNorm), RoPE fused",
+    "cogvideox": "norm by the model (LayerNorm), RoPE fused",
+    "mochi": "norm by the model (MochiRMSNorm), RoPE by itself",
+    "ltx": "by the model",
+    "kandinsky": "by the model",
+    "cosmos": "-",
+}
+
+
+def build(name):
+    """Make a model in bf16 on the GPU, and the same in fp32 on the CPU."""
+    family = FAMILIES[name]
+    changes = CHANGES.get(family.kind, WIDE)
+    if "added_kv_proj_dim" in family.config:
+        changes = {**changes, "added_kv_proj_dim": 128}
+    made = family.build(**changes)
+    wide = made._keep_in_fp32_modules or []  # as from_pretrained would load it
+    for path, tensor in (*made.named_parameters(), *made.named_buffers()):
+        if not any(each in path.split(".") for each in wide) and tensor.is_floating_point():
+            tensor.data = tensor.data.to(DTYPE)
+    return copy.deepcopy(made).to(DEVICE), made.float()
+
+
+def inputs(name, grid=GRID, batch=2):
+    """Draw inputs that bf16 holds, in both forms."""
+    call = FAMILIES[name].inputs(grid, batch)
+    if "image_rotary_emb" in call:
+        call["image_rotary_emb"] = cogvideox(grid, batch, head_dim=64)["image_rotary_emb"]
+    wide = {key: value.to(DTYPE).float() if is_float(value) else value for key, value in call.items()}
+    return {key: placed(value) for key, value in wide.items()}, wide
+
+
+def is_float(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def placed(value):
+    if isinstance(value, list | tuple):  # positions and angles
+        return type(value)(each.to(DEVICE) if isinstance(each, torch.Tensor) else each for each in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(DEVICE, DTYPE if is_float(value) else value.dtype)
+
+
+def check_rule_1(found, eager, truth):
+    """Hold results to proof by error: twice that of eager at most where it is largest, 1.1 times in the mean square."""
+    found, eager, truth = (torch.cat([x.double().cpu().flatten() for x in each]) for each in (found, eager, truth))
+    errors = [(x - truth).abs() for x in (found, eager)]
+    most = 2 * (errors[1].max() + torch.finfo(DTYPE).eps * truth.abs().max())
+    assert errors[0].max() <= most, f"error {errors[0].max():.2e} at {errors[0].argmax()}, of {most:.2e} allowed"
+    rms = [x.square().mean().sqrt() for x in errors]
+    assert rms[0] <= 1.1 * rms[1], f"rms error {rms[0]:.3e}, eager has {rms[1]:.3e}"
+
+
+def results(name, transformer, truth, mask, calls, model=None):
+    """Run the accelerated model (or `model` in its place), the original, and what is right, under one mask."""
+    side = FAMILIES[name].side
+    with stattn.accelerate(transformer, mask) as handle:
+        found = [run(model or transformer, call) for call, _ in calls]
+        report = handle.report()
+    # The side of the text, and the tokens of the grid, are those of the call.
+    eager = [run_masked(transformer, call, mask, GRID, side)[0] for call, _ in calls]
+    return found, eager, [run_masked(truth, wide, mask, GRID, side)[0] for _, wide in calls], report
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_equals_a_dense_masked_run_by_the_cuda_kernels(name):
+    transformer, truth = build(name)
+    calls = [inputs(name) for _ in range(2)]
+    plain = [run(transformer, call) for call, _ in calls]
+    for mask in (masks.window(*GRID), MASK):
+        found, eager, want, report = results(name, transformer, truth, mask, calls)
+        check_rule_1(found, eager, want)
+        assert {each.impl for each in report} == {"cuda"}
+        assert all(each.calls >= len(calls) for each in report)
+        (how,) = {each.norm_rope for each in report}
+        assert how == next((text for start, text in NORM_ROPE.items() if name.startswith(start)), "fused")
+    assert all(torch.equal(run(transformer, call), before) for (call, _), before in zip(calls, plain, strict=True))
+    other, wide = inputs(name, (3, 5, 7), 1)
+    with stattn.accelerate(transformer, MASK):
+        again = [run(transformer, calls[0][0]), run(transformer, other)]
+    assert torch.equal(again[0], found[0])
+    shape, side = (3, 5, 7), FAMILIES[name].side
+    check_rule_1(
+        [again[1]], *([run_masked(m, c, MASK, shape, side)[0]] for m, c in ((transformer, other), (truth, wide)))
+    )
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuanvideo", "cogvideox", "ltx"])
+def test_it_compiles_to_one_graph_with_the_cuda_kernels(name):
+    transformer, truth = build(name)
+    calls = [inputs(name) for _ in range(2)]
+    torch._dynamo.reset()
+    compiled = torch.compile(transformer, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found, eager, want, report = results(name, transformer, truth, MASK, calls, compiled)
+    check_rule_1(found, eager, want)
+    assert {each.impl for each in report} == {"cuda"}
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuanvideo", "cogvideox", "ltx", "kandinsky-5"])
+def test_a_model_in_a_cuda_graph_gives_the_same_bits(name):
+    transformer, _ = build(name)
+    static, calls = inputs(name)[0], [inputs(name)[0] for _ in range(3)]
+    with stattn.accelerate(transformer, MASK):
+        want = [run(transformer, call) for call in calls]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                run(transformer, static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run(transformer, static)
+        for call, expected in zip(calls, want, strict=True):
+            for key, value in call.items():
+                if isinstance(value, torch.Tensor):
+                    static[key].copy_(value)
+            graph.replay()
+            assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("how", ["model", "block", "leaf"])
+@pytest.mark.parametrize("name", ["wan", "hunyuanvideo-1.5"])
+def test_weights_are_brought_from_the_cpu_before_they_are_used(name, how):
+    accelerate = pytest.importorskip("accelerate")
+    transformer, truth = build(name)
+    offloaded, calls = copy.deepcopy(transformer).cpu(), [inputs(name)]
+    if how == "model":
+        accelerate.cpu_offload(offloaded, execution_device=torch.device(DEVICE))
+    else:
+        cuda, cpu = torch.device(DEVICE), torch.device("cpu")
+        blocks = {"num_blocks_per_group": 1} if how == "block" else {"use_stream": True}
+        offloaded.enable_group_offload(cuda, cpu, offload_type=f"{how}_level", **blocks)
+    _, eager, want, _ = results(name, transformer, truth, MASK, calls)
+    with stattn.accelerate(offloaded, MASK):
+        found = [run(offloaded, calls[0][0]) for _ in range(2)]
+    check_rule_1(found[:1], eager, want)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("mask", [masks.window(*GRID), MASK], ids=["full", "window"])
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_gradients_are_those_of_a_dense_masked_run(name, mask):
+    transformer, truth = (each.requires_grad_(True) for each in build(name))
+    call, wide = inputs(name)
+
+    def gradients(model, given):
+        first(model(**given)).square().sum().backward()
+        found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        model.zero_grad()
+        return found
+
+    with stattn.accelerate(transformer, mask):
+        found = gradients(transformer, call)
+    with Masked(mask, GRID, FAMILIES[name].side):
+        eager, want = gradients(transformer, call), gradients(truth, wide)
+    assert len(found) == len(eager) == len(want)
+    sizes = [float(each.norm()) for each in want]
+    check_rule_1(*([x / size for x, size in zip(each, sizes, strict=True)] for each in (found, eager, want)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_backend_serves_self_and_cross_attention(compiled, monkeypatch):
+    name = "wan-i2v"
+    transformer, truth = build(name)
+    call, wide = inputs(name, batch=1)
+    eager, want = run(transformer, call), run(truth, wide)
+    diffusers_backend.use(transformer)
+    torch._dynamo.reset()
+    found = run(torch.compile(transformer, fullgraph=True) if compiled else transformer, call)
+    check_rule_1([found], [eager], [want])
