@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stattn import results
+from stattn import bench_runs, results
 from stattn.ops.gate import gate_residual, gate_residual_modulate
 from stattn.ops.modulate import modulate
 from stattn.reference import gate as gate_reference
@@ -127,7 +127,7 @@ def on_a_stream(device: str) -> Any:
 def time_and_record(
     report: results.Report, contenders: dict[str, Callable[[int], Any]], name: str, size: int, copies: int, device: str
 ) -> None:
-    """Time the contenders beside a copy and record each beside it."""
+    """Time the contenders beside a copy; record each beside it, and the bytes a second behind it."""
     operation, rest = name.split("/", 1)
     copy = f"ops/{operation}-copy/{rest}"
     timed = {**contenders, copy: copier(size, copies, device)}
@@ -135,6 +135,7 @@ def time_and_record(
     for each, timing in timings.items():
         baseline = None if each == copy else (copy, timings[copy])
         report.results.append(results.Result.of(each, timing, baseline=baseline, checked=True))
+        bench_runs.add(report, f"{each}/bandwidth", "GB/s", size / timing.median * 1e-6)
 
 
 def bytes_moved(case: Operation, backward: bool, shape: Shape, device: str) -> int:

@@ -265,9 +265,14 @@ def series(rows: Sequence[Row]) -> dict[str, list[tuple[int, Row]]]:
 
 @dataclass(frozen=True)
 class Point:
-    """Hold what a row reaches on the roofline of its run: operations a byte, and TFLOP/s."""
+    """Hold what a row reaches on the roofline of its run: operations a byte, and TFLOP/s.
+
+    problem, contender: what its name says was computed, and by whom.
+    """
 
     row: Row
+    problem: str
+    contender: str
     intensity: float
     tflops: float
 
@@ -301,10 +306,14 @@ def points(rows: Sequence[Row]) -> list[Point]:
         if work is not None and result.unit in MILLISECONDS and not parts[2].endswith(("_bwd", "_bwd_deterministic")):
             grid, heads, dim = SHAPES[parts[3]]
             rate = work / (result.value * MILLISECONDS[result.unit]) * 1e-9
-            found.append(Point(row, work / (4 * grid.tokens * heads * dim * 2), rate))
-        elif parts[0] == "ops" and parts[-1] == "bandwidth" and parts[1] in PER_ELEMENT and result.unit == "GB/s":
-            intensity = PER_ELEMENT[parts[1]] / 2
-            found.append(Point(row, intensity, result.value * 1e-3 * intensity))
+            intensity = work / (4 * grid.tokens * heads * dim * 2)
+            found.append(Point(row, f"{parts[2]} {parts[3]}", parts[1], intensity, rate))
+        elif parts[0] == "ops" and parts[-1] == "bandwidth" and result.unit == "GB/s":
+            operation, _, other = parts[1].partition("-")
+            if operation in PER_ELEMENT and other != "copy":
+                intensity = PER_ELEMENT[operation] / 2
+                problem = " ".join((operation, *parts[2:-1]))
+                found.append(Point(row, problem, other or "stattn", intensity, result.value * 1e-3 * intensity))
     return found
 
 

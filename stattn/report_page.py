@@ -19,6 +19,8 @@ def render(sources: Sequence[Source], others: Sequence[str], command: str) -> st
     stems = report.rows_by_stem(sources)
     links = " · ".join(f'<a href="#{escape(stem)}">{escape(stem)}</a>' for stem in stems)
     sections = "\n".join(_stem(stem, rows, numbers) for stem, rows in stems.items())
+    points = report.points([row for rows in stems.values() for row in rows])
+    roofline = _figure(report_plots.roofline(points), "the roofline, and what results reach below it")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -27,7 +29,7 @@ def render(sources: Sequence[Source], others: Sequence[str], command: str) -> st
         f'<p class="lead">{escape(report.summary(sources))}</p>\n<p>{links}</p>\n</header>\n'
         "<p>Medians of interleaved rounds, with the 20th and 80th percentile. A ratio says how many times better a "
         "result is than its baseline, which was timed in the same rounds. Every output that was timed was compared "
-        f"with a reference first.</p>\n{sections}\n{_runs(sources, others, numbers)}\n"
+        f"with a reference first.</p>\n{roofline}{sections}\n{_runs(sources, others, numbers)}\n"
         f'<p class="facts">This page was made by <code>{escape(command)}</code>.</p>\n</main>\n</body>\n</html>\n'
     )
 
@@ -40,7 +42,6 @@ def _stem(stem: str, rows: Sequence[Row], numbers: dict[int, int]) -> str:
             report_plots.shares(products, copies, numbers),
             f"{stem}: the share of the matrix product's and of the copy's rate that results reach",
         ),
-        _figure(report_plots.roofline(report.points(rows)), f"{stem}: the roofline, and what results reach below it"),
         _figure(report_plots.lengths(report.series(rows)), f"{stem}: time against length"),
         _figure(report_plots.breakdown(report.breakdowns(rows)), f"{stem}: what a step's time goes to"),
         _figure(report_plots.errors(report.errors(rows)), f"{stem}: error against density"),

@@ -123,12 +123,15 @@ def _plain(axes: Any) -> None:
 
 
 def roofline(points: Sequence[Point]) -> Any:
-    """Draw rates against operations a byte, below the copy's slope and the matrix product's flat, of each run."""
+    """Draw rates against operations a byte, below the copy's slope and the matrix product's flat, of each run.
+
+    Colours tell contenders.
+    """
     if not points:
         return None
-    figure, axes = _new(WIDTH, 5)
+    figure, axes = _new(WIDTH, 7)
     runs = {id(point.row.source): point.row.source.report for point in points}
-    low, high = min(point.intensity for point in points) / 3, max(point.intensity for point in points) * 3
+    low, high = min(point.intensity for point in points) / 2, max(point.intensity for point in points) * 2
     for report in runs.values():
         assert report.cublas_tflops is not None
         assert report.copy_tbps is not None
@@ -136,15 +139,24 @@ def roofline(points: Sequence[Point]) -> Any:
         ends = [min(low, knee / 3), knee, max(high, knee * 3)]
         heights = [ends[0] * report.copy_tbps, report.cublas_tflops, report.cublas_tflops]
         axes.plot(ends, heights, color="black", linewidth=0.9)
-    for place, point in enumerate(points):
-        axes.plot(
-            [point.intensity], [point.tflops], "o", markersize=5, label=point.row.result.name, color=f"C{place % 10}"
-        )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for place, who in enumerate(sorted({point.contender for point in points})):
+        mine = [point for point in points if point.contender == who]
+        where = [point.intensity for point in mine], [point.tflops for point in mine]
+        axes.plot(*where, "osD^v"[place // 10 % 5], markersize=5, label=who, color=f"C{place % 10}", alpha=0.8)
+    # Contenders of a problem lie above each other: its name stands below them, aside where another one is as intense.
+    bottom = min(point.tflops for point in points)
+    axes.set_ylim(bottom / 100)
+    behind = 0.0
+    for intensity, problem in sorted({(point.intensity, point.problem) for point in points}):
+        behind = max(intensity, behind * (high / low) ** 0.017)
+        lowest = min(point.tflops for point in points if point.problem == problem)
+        axes.plot([intensity, behind], [lowest, bottom / 1.5], color=SOFT, linewidth=0.4)
+        axes.text(behind, bottom / 1.6, problem, rotation=90, fontsize=6, ha="center", va="top", color="#444444")
     axes.set_xlabel("operations a byte that must be moved", fontsize=8)
     axes.set_ylabel("TFLOP/s", fontsize=8)
-    axes.legend(fontsize=6, ncols=2)
+    axes.legend(fontsize=7, loc="upper left")
     _plain(axes)
     return figure
 

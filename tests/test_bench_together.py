@@ -22,7 +22,8 @@ def test_parts_are_joined_and_rehearsals_leave_no_results(tmp_path):
     found = json.loads((tmp_path / "denoise.json").read_text())
     assert found["command"].startswith("python -m benchmarks.together denoise -k euler-cfg --parts 2")
     steps = {"euler-cfg", "euler-cfg-latents", "euler-cfg-rescale", "euler-cfg-zero_star"}
-    wanted = {f"ops/denoise_step{end}/fwd/{step}" for step in steps for end in ("", "-copy")}
+    rows = [f"ops/denoise_step{end}/fwd/{step}" for step in steps for end in ("", "-copy")]
+    wanted = {f"{row}{end}" for row in rows for end in ("", "/bandwidth")}
     assert {each["name"] for each in found["results"]} == wanted
     assert all(each["checked"] and each["value"] > 0 for each in found["results"])
     assert all(each["value"] != 1 for each in found["results"])  # what a rehearsal gives

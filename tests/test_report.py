@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stattn import cli, masks, report, results
+from stattn import cli, masks, report, report_plots, results
 from stattn.grid import Grid
 from stattn.results import Baseline, Report, Result
 
@@ -95,12 +95,13 @@ def test_the_command_writes_a_page_that_needs_no_other_file(folder, tmp_path, ca
         assert page.count(f"<td><code>{name.replace('<', '&lt;').replace('>', '&gt;')}</code></td>") == 1
     alts = re.findall(r'<img alt="([^"]*)"', page)
     stems = [alt.split(":")[0] for alt in alts]
-    assert stems == ["attention"] * 4 + ["ops", "ops/gate", "ops/modulate", "ops/modulate"]
+    assert stems[0] == "the roofline, and what results reach below it"
+    assert stems[1:] == ["attention"] * 3 + ["ops", "ops/gate", "ops/modulate", "ops/modulate"]
     pictures = [base64.b64decode(each).decode() for each in re.findall(r"base64,([^\"]*)", page)]
     assert all(picture.lstrip().startswith("<?xml") for picture in pictures)
-    assert "1.33× attention/torch-cudnn/dense_fwd" in pictures[0]
-    assert "TFLOP/s" in pictures[1]
-    assert "operations a byte" in pictures[2]
+    assert "operations a byte" in pictures[0]
+    assert "1.33× attention/torch-cudnn/dense_fwd" in pictures[1]
+    assert "TFLOP/s" in pictures[2]
     assert "length squared" in pictures[3]
     assert "90 % of ops/modulate-copy" in pictures[-1]
     assert {path.name for path in out.iterdir()} == {
@@ -213,6 +214,7 @@ def test_points_lie_where_arithmetic_and_bytes_put_them():
         _row("attention/cuda/dense_fwd/wan-1.3b-480p", 9.0),
         _row("attention/cuda/dense_bwd/wan-1.3b-480p", 9.0),
         _row("ops/modulate/fwd/wan/bandwidth", 4000.0, "GB/s"),
+        _row("ops/modulate-copy/fwd/wan/bandwidth", 4000.0, "GB/s"),
         _row("ops/modulate/fwd/wan", 0.1),
     ]
     source = report.Source(Path("a.json"), "a.json", _report(*rows))
@@ -222,6 +224,11 @@ def test_points_lie_where_arithmetic_and_bytes_put_them():
     assert first.intensity == pytest.approx(tokens / 2)
     assert first.tflops == pytest.approx(work / 9.0 * 1e-9)
     assert second.tflops / second.intensity == pytest.approx(4.0)  # TB/s: on the slope of a copy of 4
+    assert (first.contender, first.problem) == ("cuda", "dense_fwd wan-1.3b-480p")
+    assert (second.contender, second.problem) == ("stattn", "modulate fwd wan")
+    drawn = report_plots.roofline([first, second]).axes[0]
+    assert {text.get_text() for text in drawn.texts} == {"dense_fwd wan-1.3b-480p", "modulate fwd wan"}
+    assert {text.get_text() for text in drawn.get_legend().get_texts()} == {"cuda", "stattn"}
     unknown = dataclasses.replace(source, report=_report(*rows, copy=None))
     assert report.points([report.Row(unknown, each) for each in rows]) == []
 
