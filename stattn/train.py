@@ -71,12 +71,24 @@ def evaluate(
 
 
 def evaluate_masks(model: DiT, recipe: Recipe, clips: int) -> dict[str, Any]:
-    """Evaluate a model under each of a recipe's masks, 0 clips for none; returns settings and results by mask."""
+    """Evaluate a model under each of a recipe's masks, 0 clips for none; returns settings, results by mask, and what
+    the same checks say of real clips beside their captions, and beside those of others.
+    """
     found = {
         key: evaluate(model, clips, mask=masks.parse(key), size=_size(recipe), impl="reference")
         for key, _ in (recipe.masks if clips else ())
     }
-    return {"clips": clips, "guidance": GUIDANCE, "shift": SHIFT, "masks": found}
+    settings = {"clips": clips, "guidance": GUIDANCE, "shift": SHIFT, "masks": found}
+    if not clips:
+        return settings
+    real = world.render(clips, *_size(recipe), seed=EVALUATION_SEED, device=next(model.parameters()).device)
+    return {**settings, "real": _asked(real.video, real), "shuffled": _asked(real.video.roll(1, 0), real)}
+
+
+def _asked(video: Tensor, clips: world.Clips) -> dict[str, float]:
+    """Give the shares of a video's clips whose main object is, and sets out, as in other clips."""
+    moved = (checks.classify(video).directions == clips.directions).float().mean().item()
+    return {**checks.agreement(video, clips.colours, clips.shapes), "direction": moved}
 
 
 def _sample(

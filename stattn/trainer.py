@@ -138,9 +138,10 @@ PRESETS: dict[str, Recipe] = {
     "memory": AdapterRecipe(
         _TINY,
         adapts="memory",
-        adapter=(("memory_tokens", 16),),
+        adapter=(("memory_tokens", 16), ("memory_width", 192)),
         batch=64,
-        learning_rate=5e-4,
+        # What comes back, and whether anything does, is decided at the first, noisiest levels.
+        level_mean=2.2,
         caption_dropout=1.0,
         masks=(("full()", 1.0),),
         tasks=(0, 0, 0, 0, 0, 1),

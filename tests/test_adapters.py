@@ -176,7 +176,8 @@ def test_adapters_train_beside_a_base_that_stays(base: Path, tmp_path: Path, ada
     assert set(record["evaluation"]) == {
         "clips",
         "real",
-        *{"camera": ["generated"], "memory": ["with", "without"]}[adapts],
+        "shuffled",
+        *{"camera": ["generated", "reference"], "memory": ["with", "without"]}[adapts],
     }
     whole = adapted.load(tmp_path / f"{adapts}.safetensors")
     for name, value in dit.load(base).state_dict().items():

@@ -62,7 +62,6 @@ def main(args: argparse.Namespace) -> int:
     )
     seconds = time.perf_counter() - began
     fps = (story.video.shape[1] - 1) / (60 * args.minutes)
-    written = files.write_result(args.out, story.video, fps, lossless=args.lossless)
     found = {
         "command": args.command_line,
         "machine": results.machine(device),
@@ -73,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
     }
     beside = Path(args.out).with_suffix(".json")
     beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    for path in [*written, beside]:
+    for path in [beside, *files.write_result(args.out, story.video, fps, lossless=args.lossless)]:
         print(f"wrote {path}")
     print(json.dumps(found, indent=2))
     return 0

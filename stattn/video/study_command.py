@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from stattn import dit, media, results
 from stattn.trainer import PRESETS
 from stattn.video import study_consistency, study_edits, study_length
 from stattn.video.paint import Sampling
+
+Found = tuple[dict[str, Any], Callable[[], None]]  # numbers, and what draws them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     out = args.out if args.out is not None else Path("out") / f"study-{args.study}"
     out.mkdir(parents=True, exist_ok=True)
-    found = args.work(args, device, out)
+    found, draw = args.work(args, device, out)
     record = {
         "command": args.command_line,
         "machine": results.machine(device),
@@ -56,6 +59,7 @@ def main(args: argparse.Namespace) -> int:
     }
     (out / f"{args.study}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in found.items() if key != "recipe"}, indent=2))
+    draw()
     print(f"wrote {out / args.study}.json and .png")
     return 0
 
@@ -64,23 +68,25 @@ def _model(args: argparse.Namespace, device: torch.device) -> Any:
     return dit.load(args.model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device)
 
 
-def _edits(args: argparse.Namespace, device: torch.device, out: Path) -> dict[str, Any]:
+def _edits(args: argparse.Namespace, device: torch.device, out: Path) -> Found:
     found, shown = study_edits.study(_model(args, device), args.clips, Sampling(steps=args.steps))
     names = ["given", "recoloured", "moved", "inpainted", "object removed", "outpainted"]
-    media.contact_sheet(out / "clips.png", shown[: 4 * len(names)], captions=(names * 4)[: len(shown)], scale=2)
-    study_edits.plot(found, out / "edits.png")
-    return found
+
+    def draw() -> None:
+        media.contact_sheet(out / "clips.png", shown[: 4 * len(names)], captions=(names * 4)[: len(shown)], scale=2)
+        study_edits.plot(found, out / "edits.png")
+
+    return found, draw
 
 
-def _length(args: argparse.Namespace, device: torch.device, out: Path) -> dict[str, Any]:
+def _length(args: argparse.Namespace, device: torch.device, out: Path) -> Found:
     found = study_length.study(_model(args, device), args.windows, rounds=args.rounds)
     if len(args.windows) > 2:
         found["exponents"] = study_length.exponents(found)
-    study_length.plot(found, out / "length.png")
-    return found
+    return found, lambda: study_length.plot(found, out / "length.png")
 
 
-def _consistency(args: argparse.Namespace, device: torch.device, out: Path) -> dict[str, Any]:
+def _consistency(args: argparse.Namespace, device: torch.device, out: Path) -> Found:
     recipe = dataclasses.replace(study_consistency.RECIPE)
     options = {"steps": args.steps, "seeds": args.seeds, "clips": args.clips, "sampling_steps": 20}
     if args.smoke:
@@ -89,6 +95,9 @@ def _consistency(args: argparse.Namespace, device: torch.device, out: Path) -> d
         options = {"steps": 2, "seeds": 2, "clips": 4, "sampling_steps": 2}
     found, shown = study_consistency.study(**options, device=device, recipe=recipe)
     names = [f"{kind}" for kind, clips in shown.items() for _ in clips]
-    media.contact_sheet(out / "clips.png", torch.cat(list(shown.values())), captions=names, columns=16)
-    study_consistency.plot(found, out / "consistency.png")
-    return found
+
+    def draw() -> None:
+        media.contact_sheet(out / "clips.png", torch.cat(list(shown.values())), captions=names, columns=16)
+        study_consistency.plot(found, out / "consistency.png")
+
+    return found, draw

@@ -22,7 +22,7 @@ from stattn.run import Kind
 from stattn.trainer import AdapterRecipe, Trainer, attention_bias, flow_loss, materialize_attention
 from stattn.video import adapted
 from stattn.video.adapted import Adapted, AdapterConfig
-from stattn.video.camera import paths, ray_maps
+from stattn.video.camera import maps_of_clip, paths, ray_maps
 from stattn.video.paint import Sampling, paint
 
 PAST_FRAMES, PAST_STRIDE, ABSENT = 8, 2, 4  # frames remembered, their distance, and of the return without object
@@ -169,7 +169,8 @@ def times_of_past(device: torch.device | str) -> Tensor:
 def evaluate_camera(model: nn.Module, recipe: AdapterRecipe, clips: int, *, steps: int = 30) -> dict[str, Any]:
     """Sample clips under free cameras, recover the moves, and compare: R^2 and mean error of pan, zoom and roll.
 
-    The same estimator on real clips of the same scenes says what it could reach.
+    "reference": the maps are recovered from the real clips and steer clips of other captions. The same estimator on
+    the real clips says what it could reach, and on the sampled ones beside other requests what chance gives.
     """
     if not clips:
         return {}
@@ -179,26 +180,32 @@ def evaluate_camera(model: nn.Module, recipe: AdapterRecipe, clips: int, *, step
     only = scene.camera.clone()
     only[..., 3], only[..., 5] = 0, 0  # dolly and track move two layers differently: no affine map says how
     scene = world.with_camera(scene, only)
+    asked, real = _asked(scene), scene.draw()
     words = [caption.split(",")[0] for caption in scene.captions()]
-    maps = ray_maps(scene.camera, recipe.height, recipe.width)
-    shape = (clips, 3, recipe.frames, recipe.height, recipe.width)
-    sampling = Sampling(steps=steps, seed=SEED, impl="reference")
-    made = [
-        paint(
-            cast(Adapted, model).base,
-            torch.zeros(len(part), *shape[1:], device=device),
-            torch.ones(1),
-            words[start : start + 32],
-            sampling,
-            call=cast(Adapted, model).steered(ray_map=part),
-        )
-        for start, part in ((start, maps[start : start + 32]) for start in range(0, clips, 32))
-    ]
-    truth = _moves(scene.draw())
+    whole = cast(Adapted, model)
+
+    def moves(maps: Tensor, captions: list[str]) -> Tensor:
+        made = [
+            paint(
+                whole.base,
+                torch.zeros_like(real[start : start + 32]),
+                torch.ones(1),
+                captions[start : start + 32],
+                Sampling(steps=steps, seed=SEED, impl="reference"),
+                call=whole.steered(ray_map=maps[start : start + 32]),
+            )
+            for start in range(0, clips, 32)
+        ]
+        return _moves(torch.cat(made))
+
+    found = moves(ray_maps(scene.camera, recipe.height, recipe.width), words)
+    maps = torch.cat([maps_of_clip(part, height=recipe.height, width=recipe.width) for part in real.split(32)])
     return {
         "clips": clips,
-        "generated": agreement(_moves(torch.cat(made)), _asked(scene)),
-        "real": agreement(truth, _asked(scene)),
+        "generated": agreement(found, asked),
+        "reference": agreement(moves(maps.to(device), words[1:] + words[:1]), asked),
+        "real": agreement(_moves(real), asked),
+        "shuffled": agreement(found, asked.roll(1, 0)),
     }
 
 
@@ -242,7 +249,10 @@ def agreement(found: Tensor, asked: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate_memory(model: nn.Module, recipe: AdapterRecipe, clips: int, *, steps: int = 30) -> dict[str, Any]:
-    """Let objects come back, with and without memory: the share whose colour, and whose shape, is as it was."""
+    """Let objects come back, with and without memory: the share whose colour, and whose shape, is as it was.
+
+    The same check on the real clips says what could be reached, and beside another clip's object what chance gives.
+    """
     if not clips:
         return {}
     device = next(model.parameters()).device
@@ -270,6 +280,8 @@ def evaluate_memory(model: nn.Module, recipe: AdapterRecipe, clips: int, *, step
         ]
         seen = torch.cat(made)[:, :, -4:]
         found[name] = checks.agreement(seen, scene.colours[:, 0], scene.shapes[:, 0])
+        if name == "with":
+            found["shuffled"] = checks.agreement(seen, scene.colours[:, 0].roll(1), scene.shapes[:, 0].roll(1))
     found["real"] = checks.agreement(real[:, :, -4:], scene.colours[:, 0], scene.shapes[:, 0])
     return found
 
