@@ -209,12 +209,12 @@ def make_plan(
             per_box = config.rows * config.columns / config.rate
             return sum((walk.visited + 2 * math.prod(walk.tiles)) * per_box for walk in lay(config))
 
-        def wasteful(config: Config) -> bool:
+        def waste(config: Config) -> float:
             most = [MOST_VISITS * walk.allowed if walk.windowless else math.inf for walk in lay(config)]
             visited = (walk.visited * config.rows * config.columns for walk in lay(config))
-            return any(pairs > limit for pairs, limit in zip(visited, most, strict=True))
+            return max(max(pairs - limit, 0.0) for pairs, limit in zip(visited, most, strict=True))
 
-        config = min(able, key=lambda config: (wasteful(config), cost(config)))
+        config = min(able, key=lambda config: (waste(config), cost(config)))
         walks, least = lay(config), cost(config)
     table = torch.from_numpy(plan.encode(walks, member)).to(device)
     if device.type == "cuda":

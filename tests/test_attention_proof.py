@@ -84,6 +84,30 @@ def use_first(patch: pytest.MonkeyPatch, dim: int, size: int) -> None:
         use(patch, place, *[c for c in configs(place) if dim in c.widths and c.bytes == size][:1])
 
 
+def take_runs(patch: pytest.MonkeyPatch) -> Counter[str]:
+    """Let the kernels of runs take all that they serve; count the launches that ask for them, and those they serve."""
+    served, choose = Counter[str](), runs.choose
+    for place in PLACES:
+        if place.startswith("runs"):
+            use(patch, place, *(config._replace(rate=1000.0) for config in configs(place)))
+
+    def noted(*given: Any) -> Any:
+        made = choose(*given)
+        served.update(calls=1, served=made is not None)
+        return made
+
+    patch.setattr(runs, "choose", noted)
+    return served
+
+
+def leave_runs(patch: pytest.MonkeyPatch) -> Counter[str]:
+    """Let the general kernels take all calls."""
+    for place in PLACES:
+        if place.startswith("runs"):
+            use(patch, place)
+    return Counter()
+
+
 def video(case: Case) -> int:
     return len(case.rows()) * len(case.columns()) * case.heads
 
@@ -237,6 +261,35 @@ def test_every_constructor_is_seen_as_it_is_on_awkward_grids(name: str, dtype: s
     return covered | {"grids": len(GRIDS + BIG_GRIDS)}
 
 
+@pytest.mark.parametrize("dim, dtype", [(128, "bf16"), (64, "fp16")])
+@pytest.mark.parametrize("name", ["full", "spatial", "frame_causal", "text"])
+def test_runs_are_seen_as_they_are_on_awkward_grids(name: str, dim: int, dtype: str) -> Covered:
+    covered = Counter[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        served = take_runs(patch)
+        for turn, shape in enumerate([*GRIDS, *BIG_GRIDS]):
+            tokens = Grid(*shape).video
+            if shape == (7, 1, 1) and name != "full":
+                continue  # no runs: a frame is a token
+            if name == "text":
+                before, after = ((0, 5), (3, 0), (70, 61))[turn % 3]
+                see = ("all", "globals")[turn % 2]
+                grid, options = Grid(*shape, before, after), {"globals_see": see}
+                examples = [masks.frame_causal(1 + turn % 2), masks.spatial(), masks.full()][turn % 3 :][:1]
+            else:
+                grid, options, examples = Grid(*shape), {}, CONSTRUCTORS[name].examples(shape)
+            examples = examples if tokens <= 60 else examples[turn % len(examples) :][:1]
+            last = (tokens - 1) // dim
+            only = None if tokens <= 2048 else sorted({0, last // 2, last})
+            for mask in examples:
+                case = Case(grid, mask, heads=1, options=options)
+                check(case, impl="triton", device=DEVICE, dtype=DTYPES[dtype], dim=dim, only=only)
+                covered.update(calls=1, pairs=video(case) if only is None else tokens * dim * len(only))
+    assert served["served"] == served["calls"]
+    covered["grids"] = turn + 1 - (name != "full")
+    return covered
+
+
 PLAIN_SHAPES: list[Triple] = [(3, 5, 7), (2, 9, 16), (7, 9, 10)]
 
 
@@ -249,6 +302,14 @@ def telling(dim: int) -> Iterator[Case]:
     yield Case(Grid(2, 5, 4), listed())
 
 
+def of_runs() -> Iterator[Case]:
+    """A few cases for each config of the kernels of runs."""
+    for shape in PLAIN_SHAPES:
+        for mask in (masks.full(), masks.spatial(), masks.frame_causal(2), masks.window(2, None, None)):
+            yield Case(Grid(*shape), mask, heads=1)
+    yield Case(Grid(3, 7, 8, 3, 18), masks.frame_causal(1), options={"globals_see": "globals"})
+
+
 EVERY = [(place, index) for place in PLACES for index in range(len(configs(place)))]
 
 
@@ -257,22 +318,22 @@ def test_every_config_sees_what_masks_allow_and_gives_the_same_bits_50_times(pla
     config, covered = configs(place)[index], Counter[str]()
     dim = config.widths[-1]
     dtype = torch.float32 if config.bytes == 4 else torch.bfloat16
+    by_runs = place.startswith("runs")
     with pytest.MonkeyPatch.context() as patch:
         use_first(patch, dim, config.bytes)
-        for other in PLACES if not place.startswith("runs") else ():
-            if other.startswith("runs"):
-                use(patch, other)  # so that this kernel sees all masks
-        use(patch, place, config)
-        for case in telling(dim):
+        served = take_runs(patch) if by_runs else leave_runs(patch)
+        use(patch, place, config._replace(rate=1000.0) if by_runs else config)
+        for case in of_runs() if by_runs else telling(dim):
             check(case, impl="triton", device=DEVICE, dtype=dtype, dim=dim)
             covered.update(calls=1, pairs=video(case))
-        grid, mask = Grid(6, 7, 8), masks.window(3, 3, 5)
+        grid, mask = Grid(6, 7, 8), masks.frame_causal(2) if by_runs else masks.window(3, 3, 5)
         tensors = draw(2, grid.tokens, 2, dim, dtype=dtype, device=DEVICE)
         dout = torch.randn_like(tensors[0])
         first = gradients(tensors, dout, None, grid, mask)
         for _ in range(50):
             assert same(gradients(tensors, dout, None, grid, mask), first)
             covered.update(reruns=1)
+    assert served["served"] == served["calls"]
     return covered
 
 
@@ -368,27 +429,11 @@ def test_results_and_gradients_are_within_rule_1(part: int, dtype: str) -> Cover
     return {"calls": len(chosen)}
 
 
-def everywhere(patch: pytest.MonkeyPatch) -> None:
-    """Let runs take all that they serve."""
-    for place in PLACES:
-        if place.startswith("runs"):
-            use(patch, place, *(config._replace(rate=1000.0) for config in configs(place)))
-
-
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_runs_are_within_rule_1(dim: int, dtype: str) -> Covered:
-    served = Counter[str]()
-    choose = runs.choose
-
-    def noted(*given: Any) -> Any:
-        made = choose(*given)
-        served.update(calls=1, served=made is not None)
-        return made
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "choose", noted)
-        everywhere(patch)
+        served = take_runs(patch)
         for case, given in RUNS.values():
             check_numbers(case, **(given | {"dim": dim, "dtype": DTYPES[dtype], "device": DEVICE}))
     assert served["served"] == served["calls"] == 3 * len(RUNS)

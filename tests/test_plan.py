@@ -278,6 +278,18 @@ def test_temporal_attention_visits_at_most_eight_times_the_allowed_pairs(frames:
             assert walk.visited * chosen.rows * chosen.columns <= 8 * walk.allowed, (chosen, size)
 
 
+@pytest.mark.parametrize("shape", [(1, 7, 9), (2, 7, 9)])
+def test_temporal_attention_of_a_frame_or_two_visits_as_few_pairs_as_tiles_allow(shape: Triple) -> None:
+    problem = Problem(Grid(*shape), (masks.temporal(),), whole(shape), whole(shape), True, "all", 1.0)
+    for configs, by_key in (
+        (forward.CONFIGS, False),
+        (backward.DQ_CONFIGS, False),
+        (backward.DKDV_CONFIGS, True),
+    ):
+        made = forward.make_plan(problem, 1, 128, 2, False, by_key, configs, torch.device("cpu"))
+        assert (made.config.rows, made.config.columns) == (16, 16)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_allowed_pairs_are_counted_in_parts_of_the_grid_and_both_ways(shape: Triple) -> None:
     parts = [whole(shape), Region((0, shape[1] // 2, 0), (shape[0], shape[1] - shape[1] // 2, (shape[2] + 1) // 2))]
