@@ -99,3 +99,28 @@ def test_consistency_is_studied_by_one_command(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "consistency.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="kind='sideways'"):
         study_consistency.recipe_of("sideways", 0)
+
+
+def test_consistency_is_studied_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def trained(kind: str, seed: int, ruler: study_consistency.Ruler, *rest: object) -> object:
+        calls.append((kind, seed))
+        return {"flicker_ratio": 1.0 + seed}, torch.zeros(4, 3, 16, 32, 32)
+
+    monkeypatch.setattr(study_consistency, "_train", trained)
+    command = ["study", "consistency", "--smoke", "--device", "cpu", "--out", str(tmp_path)]
+    for part in ("1/2", "2/2"):
+        assert cli.main([*command, "--part", part]) == 0
+        assert (tmp_path / "consistency.json").is_file() == (part == "2/2")
+    assert sorted(calls) == sorted((kind, seed) for kind in study_consistency.KINDS for seed in range(2))
+    assert cli.main(command) == 0
+    assert len(calls) == 8
+    found = json.loads((tmp_path / "consistency.json").read_text(encoding="utf-8"))
+    assert found["kinds"]["full"]["flicker_ratio"] == {"mean": 1.5, "spread": 0.5**0.5, "all": [1.0, 2.0]}
+    kept = tmp_path / "trainings" / "per-frame-1.json"
+    kept.write_text(kept.read_text(encoding="utf-8").replace('"steps": 2', '"steps": 3'), encoding="utf-8")
+    assert cli.main(command) == 0
+    assert calls[8:] == [("per frame", 1)]
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--part", "3/2"])

@@ -37,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     child.add_argument("--steps", type=positive, default=800, help="of each training (default: 800)")
     child.add_argument("--seeds", type=positive, default=3, help="trainings of each kind (default: 3)")
     child.add_argument("--clips", type=positive, default=128, help="sampled of each (default: 128)")
+    child.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="I/N",
+        help="make every N-th training from the I-th, for several GPUs; those in --out are not repeated",
+    )
     child.add_argument("--smoke", action="store_true", help="a tiny model, a few steps: only the machinery")
     for child in studies.choices.values():
         child.add_argument("--model", default="tiny", metavar="NAME", help="shipped weights, or a .safetensors file")
@@ -50,7 +57,11 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     out = args.out if args.out is not None else Path("out") / f"study-{args.study}"
     out.mkdir(parents=True, exist_ok=True)
-    found, draw = args.work(args, device, out)
+    done = args.work(args, device, out)
+    if done is None:
+        print(f"this part is done; the command without --part finishes {out} when all parts are there")
+        return 0
+    found, draw = done
     record = {
         "command": args.command_line,
         "machine": results.machine(device),
@@ -86,14 +97,17 @@ def _length(args: argparse.Namespace, device: torch.device, out: Path) -> Found:
     return found, lambda: study_length.plot(found, out / "length.png")
 
 
-def _consistency(args: argparse.Namespace, device: torch.device, out: Path) -> Found:
+def _consistency(args: argparse.Namespace, device: torch.device, out: Path) -> Found | None:
     recipe = dataclasses.replace(study_consistency.RECIPE)
     options = {"steps": args.steps, "seeds": args.seeds, "clips": args.clips, "sampling_steps": 20}
     if args.smoke:
         small = dataclasses.replace(PRESETS["smoke"].model, patch=(1, 8, 8))
         recipe = dataclasses.replace(recipe, model=small, batch=4, warmup=2)
         options = {"steps": 2, "seeds": 2, "clips": 4, "sampling_steps": 2}
-    found, shown = study_consistency.study(**options, device=device, recipe=recipe)
+    studied = study_consistency.study(**options, device=device, recipe=recipe, out=out, part=args.part)
+    if studied is None:
+        return None
+    found, shown = studied
     names = [f"{kind}" for kind, clips in shown.items() for _ in clips]
 
     def draw() -> None:
@@ -101,3 +115,10 @@ def _consistency(args: argparse.Namespace, device: torch.device, out: Path) -> F
         study_consistency.plot(found, out / "consistency.png")
 
     return found, draw
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be I/N, with I in 1..N")
+    return int(number), int(of)

@@ -7,6 +7,7 @@ other, so that nothing but attention between frames can carry anything from one 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, cast
@@ -19,6 +20,7 @@ from stattn.dit import DiT
 from stattn.masks import parse
 from stattn.metrics import extractors
 from stattn.modules import SpaceTimeAttention
+from stattn.run import plain
 from stattn.sampler import sample
 from stattn.trainer import Recipe, Trainer
 
@@ -55,59 +57,122 @@ def study(
     steps: int,
     seeds: int,
     clips: int,
+    out: Path,
     sampling_steps: int = 20,
     device: torch.device | str = "cpu",
     recipe: Recipe = RECIPE,
+    part: tuple[int, int] = (1, 1),
     say: Any = print,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """Train and sample every kind; returns each kind's numbers (mean, spread, and one for each seed), and clips.
 
-    steps: of training. seeds: trainings of a kind. clips: sampled and measured.
+    steps: of training. seeds: trainings of a kind. clips: sampled and measured. out: a folder where what each training
+    gave is kept; one that is there, made with the same settings, is not repeated. part: (i, n) makes every n-th
+    training from the i-th; None is returned while others are missing.
     """
+    if not 1 <= part[0] <= part[1]:
+        raise ValueError(f"part={part} must be (i, n) with i in 1..n")
     where = torch.device(device)
-    scene = world.sample(clips, recipe.frames, recipe.height, recipe.width, seed=SEED, device=where)
-    real = scene.draw()
-    subject, motion = extractors.load("synth-frame"), extractors.load("synth-r3d")
-    wanted = features(real.cpu(), motion)
-    rows: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
-    shown = {"real": real[:4].cpu()}
-    for kind in KINDS:
-        for seed in range(seeds):
-            trainer = Trainer(recipe_of(kind, seed, recipe), where)
-            loss = torch.zeros((), device=where)
-            for step in range(steps):
-                loss = trainer.step(step / steps)
-            model = cast(DiT, trainer.averaged_model())
-            for module in model.modules():
-                if isinstance(module, SpaceTimeAttention):
-                    module.mask = parse(KINDS[kind])
-            ids, valid = scene.tokens(recipe.model.text_len)
-            made = sample(
-                model,
-                real.shape,
-                text=ids,
-                text_valid=valid,
-                steps=sampling_steps,
-                guidance=1.5,
-                seed=SEED,
-                impl="reference",
-            )
-            row = measure(made.cpu(), real.cpu(), wanted, scene, subject, motion) | {"loss": float(loss)}
-            rows[kind].append(row)
-            shown.setdefault(kind, made[:4].cpu())
+    given = (steps, clips, sampling_steps, recipe)
+    settings = {"steps": steps, "clips": clips, "sampling_steps": sampling_steps, "recipe": plain(recipe)}
+    ruler = Ruler(clips, recipe, where)
+    trainings = [(kind, seed) for seed in range(seeds) for kind in KINDS]
+    for kind, seed in trainings[part[0] - 1 :: part[1]]:
+        path = _place(out, kind, seed)
+        if _kept(path, settings) is None:
+            row, made = _train(kind, seed, ruler, *given, where)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            dit.safetensors().save_file({"clips": media.to_uint8(made[:4])}, path.with_suffix(".safetensors"))
+            path.write_text(json.dumps({**settings, "found": row}) + "\n", encoding="utf-8")
             say(f"{kind}, seed {seed}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    found = {
+    found = {(kind, seed): _kept(_place(out, kind, seed), settings) for kind, seed in trainings}
+    rows = {each: row for each, row in found.items() if row is not None}
+    if len(rows) < len(trainings):
+        return None
+    kinds = {
         kind: {
-            name: {
-                "mean": fmean(row[name] for row in of),
-                "spread": stdev([row[name] for row in of]) if len(of) > 1 else 0.0,
-                "all": [row[name] for row in of],
-            }
-            for name in of[0]
+            name: {"mean": fmean(values), "spread": stdev(values) if len(values) > 1 else 0.0, "all": values}
+            for name in rows[kind, 0]
+            for values in ([rows[kind, seed][name] for seed in range(seeds)],)
         }
-        for kind, of in rows.items()
+        for kind in KINDS
     }
-    return {"steps": steps, "seeds": seeds, "clips": clips, "recipe": dataclasses.asdict(recipe), "kinds": found}, shown
+    shown = {"real": ruler.real[:4].cpu()}
+    for kind in KINDS:
+        saved = dit.safetensors().load_file(_place(out, kind, 0).with_suffix(".safetensors"))["clips"]
+        shown[kind] = saved.float() / 127.5 - 1
+    others = world.render(clips, recipe.frames, recipe.height, recipe.width, seed=SEED + 1, device=where)
+    return {"seeds": seeds, **settings, "kinds": kinds, "other real clips": ruler.measure(others.video)}, shown
+
+
+def _place(out: Path, kind: str, seed: int) -> Path:
+    return out / "trainings" / f"{kind.replace(' ', '-')}-{seed}.json"
+
+
+def _kept(path: Path, settings: dict[str, Any]) -> dict[str, float] | None:
+    """Give what a training with these settings found, if it is there."""
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, float] = record.pop("found")
+    return found if record == settings else None
+
+
+def _train(
+    kind: str,
+    seed: int,
+    ruler: Ruler,
+    steps: int,
+    clips: int,
+    sampling_steps: int,
+    recipe: Recipe,
+    device: torch.device,
+) -> tuple[dict[str, float], Tensor]:
+    """Train and sample once; returns the numbers and the clips."""
+    trainer = Trainer(recipe_of(kind, seed, recipe), device)
+    last = max(1, steps // 10)
+    loss = torch.zeros((), device=device)
+    for step in range(steps):
+        here = trainer.step(step / steps)
+        loss += here / last if step >= steps - last else 0
+    model = cast(DiT, trainer.averaged_model())
+    for module in model.modules():
+        if isinstance(module, SpaceTimeAttention):
+            module.mask = parse(KINDS[kind])
+    ids, valid = ruler.scene.tokens(recipe.model.text_len)
+    made = sample(
+        model,
+        ruler.real.shape,
+        text=ids,
+        text_valid=valid,
+        steps=sampling_steps,
+        guidance=1.5,
+        seed=SEED,
+        impl="reference",
+    )
+    return ruler.measure(made) | {"loss": float(loss)}, made.cpu()
+
+
+class Ruler:
+    """Real clips, and what sampled clips of the same captions are measured by."""
+
+    def __init__(self, clips: int, recipe: Recipe, device: torch.device):
+        self.scene = world.sample(clips, recipe.frames, recipe.height, recipe.width, seed=SEED, device=device)
+        self.real = self.scene.draw()
+        self.subject, self.motion = extractors.load("synth-frame"), extractors.load("synth-r3d")
+        self.wanted = features(self.real.cpu(), self.motion)
+
+    def measure(self, made: Tensor) -> dict[str, float]:
+        """Measure clips [B, 3, T, H, W]."""
+        made, real = made.cpu(), self.real.cpu()
+        consistent = [metrics.cos_consistency(self.subject(extractors.fit(clip, self.subject))[0]) for clip in made]
+        colours, shapes = (ids[:, 0].cpu() for ids in (self.scene.colours, self.scene.shapes))
+        return {
+            "flicker_ratio": checks.flicker_ratio(made, real),
+            f"subject_consistency({self.subject.name})": fmean(consistent),
+            f"FVD({self.motion.name})": metrics.frechet_distance(features(made, self.motion), self.wanted),
+            "colour": checks.agreement(made, colours, shapes)["colour"],
+        }
 
 
 def features(clips: Tensor, extractor: extractors.FeatureExtractor) -> Tensor:
@@ -115,37 +180,21 @@ def features(clips: Tensor, extractor: extractors.FeatureExtractor) -> Tensor:
     return extractor(torch.cat([extractors.fit(clip, extractor) for clip in clips]))
 
 
-def measure(
-    made: Tensor,
-    real: Tensor,
-    wanted: Tensor,
-    scene: world.Scene,
-    subject: extractors.FeatureExtractor,
-    motion: extractors.FeatureExtractor,
-) -> dict[str, float]:
-    """Measure sampled clips [B, 3, T, H, W] beside real ones of the same captions, whose features are ``wanted``."""
-    consistent = [metrics.cos_consistency(subject(extractors.fit(clip, subject))[0]) for clip in made]
-    return {
-        "flicker_ratio": checks.flicker_ratio(made, real),
-        f"subject_consistency({subject.name})": fmean(consistent),
-        f"FVD({motion.name})": metrics.frechet_distance(features(made, motion), wanted),
-        "colour": checks.agreement(made, scene.colours[:, 0].cpu(), scene.shapes[:, 0].cpu())["colour"],
-    }
-
-
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Draw a bar with its error for each kind and number."""
+    """Draw a bar with its error for each kind and number, and a line where other real clips lie."""
     kinds = found["kinds"]
     names = [name for name in next(iter(kinds.values())) if name != "loss"]
     shape = (1, len(names))
     figure, axes = media.extra("matplotlib.pyplot", "matplotlib").subplots(
-        *shape, figsize=(12, 3), layout="constrained"
+        *shape, figsize=(12, 3), layout="constrained", squeeze=False
     )
-    for axis, name in zip(axes, names, strict=True):
+    for axis, name in zip(axes[0], names, strict=True):
         values = [kinds[kind][name] for kind in kinds]
         axis.bar(
             range(len(kinds)), [each["mean"] for each in values], yerr=[each["spread"] for each in values], capsize=4
         )
+        real = found["other real clips"][name]
+        axis.axhline(real, color="black", linewidth=0.8, linestyle="--")
         axis.set_xticks(range(len(kinds)), list(kinds), rotation=20)
         axis.set_title(name, fontsize=9)
     figure.savefig(path, dpi=120)
