@@ -1,6 +1,7 @@
 """`accelerate` changes masks and implementations, never parameters, and puts everything back."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -172,7 +173,10 @@ def test_any_model_of_our_modules_is_served(model):
         (ValueError, "twice", {"layers": [1, 1]}),
         (TypeError, "'blocks.0'", {"layers": ["blocks.0"]}),
         (TypeError, "True", {"layers": [True]}),
-        (TypeError, "mask='full'", {"mask": "full"}),
+        (TypeError, "layers=1 must list", {"layers": 1}),
+        (TypeError, "layers='all' must list", {"layers": "all"}),
+        (TypeError, "dense_layers=0 must list", {"dense_layers": 0}),
+        (TypeError, "mask='full' must be .* masks.parse", {"mask": "full"}),
         (ValueError, "3 masks for 2 heads", {"mask": [masks.full()] * 3}),
         (ValueError, "'fastest'", {"impl": "fastest"}),
         (ValueError, "'attn'", {"impl": {"attn": "auto"}}),
@@ -198,3 +202,5 @@ def test_models_without_our_attention_are_refused_by_name():
         accelerate(nn.Sequential(Patchify3D(3, 8, (1, 2, 2))), mask=masks.spatial())
     with pytest.raises(TypeError, match="str"):
         accelerate("tiny")
+    with pytest.raises(TypeError, match="SimpleNamespace .* give its transformer"):
+        accelerate(types.SimpleNamespace(transformer=nn.Linear(1, 1)))

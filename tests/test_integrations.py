@@ -158,6 +158,10 @@ def test_the_report_says_what_ran_and_why(tiny):
     text = str(handle.report())
     assert f"{MASK.density(GRID):.2%}" in text
     assert "serves dense attention only, the call has mask window(1, 2, 3)" in text
+    assert repr(handle) == "<accelerated WanTransformer3DModel: 2 layers, full(), window(1, 2, 3)>"
+    assert "undone" not in text
+    handle.undo()
+    assert "undone: the transformer runs its own attention" in str(handle.report())
 
 
 def test_verify_refuses_what_is_not_dense_attention(tiny, monkeypatch):
@@ -457,6 +461,7 @@ def test_models_and_processors_that_are_not_served_are_refused_by_name(tiny):
         (ValueError, "dense_steps=-1", {"dense_steps": -1}),
         (TypeError, "verify=1", {"verify": 1}),
         (ValueError, "'fastest'", {"impl": "fastest"}),
+        (ValueError, r"impl='cuda': qk_norm_rope is one of .*impl=\{'attention': 'cuda'\}", {"impl": "cuda"}),
     ],
 )
 def test_wrong_arguments_are_named_and_change_nothing(tiny, error, message, keywords):

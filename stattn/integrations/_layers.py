@@ -46,13 +46,16 @@ class HostReport(Report):
     """The accelerated layers of a transformer; prints as a table, with the reasons for each implementation below.
 
     reasons: one text of ``stattn.explain`` per kind of call. verified: a line per grid that ``verify`` compared.
+    undone: whether the model runs its own attention again, and the rows say what was.
     """
 
     reasons: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
+    undone = False
 
     def __str__(self) -> str:
-        return "\n\n".join([super().__str__(), *self.reasons, *self.verified])
+        now = ["undone: the transformer runs its own attention"] if self.undone else []
+        return "\n\n".join([super().__str__(), *self.reasons, *self.verified, *now])
 
 
 @dataclass(frozen=True)
@@ -344,7 +347,14 @@ class HostAcceleration:
 
     def report(self) -> HostReport:
         """List the accelerated layers: masks, densities on the grid seen, implementations taken and why, calls."""
-        return self._host.report()
+        report = self._host.report()
+        report.undone = self._hook is None
+        return report
+
+    def __repr__(self) -> str:
+        what = ", ".join(dict.fromkeys(describe_mask(each.mask) for each in self._host.layers))
+        undone = ", undone" if self._hook is None else ""
+        return f"<accelerated {type(self._host.model).__name__}: {len(self._host.layers)} layers, {what}{undone}>"
 
     def __enter__(self) -> HostAcceleration:
         return self

@@ -20,6 +20,9 @@ from stattn.integrations import _processors as processors
 from stattn.integrations._layers import Host, HostAcceleration, Layer
 from stattn.masks import Mask
 from stattn.modules import Impl, Masks, check_impl, check_mask
+from stattn.ops._dispatch import impl_for
+from stattn.ops.attention import OPERATION as ATTENTION
+from stattn.ops.qk_norm_rope import QK_NORM_ROPE
 
 Call = Mapping[str, Any]
 
@@ -159,7 +162,7 @@ def accelerate(
         why = REFUSED.get(kind, "no adapter knows where its tokens lie")
         raise TypeError(f"model is a {kind}, which is not served: {why}; served are {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
-    impl = "auto" if impl is None else check_impl(impl)
+    impl = "auto" if impl is None else _check_impl(impl)
     if not is_int(dense_steps) or dense_steps < 0:
         raise ValueError(f"dense_steps={dense_steps!r} must be a non-negative integer")
     if not isinstance(verify, bool):
@@ -186,6 +189,19 @@ def accelerate(
         width = module.inner_dim if hasattr(module, "inner_dim") else module.to_query.out_features
         host.layers.append(Layer(host, index, name, module, heads, width, _both(given, own), own))
     return HostAcceleration(host)
+
+
+def _check_impl(impl: Impl) -> Impl:
+    """Return ``impl``. Raises ValueError where an operation of the layers has no implementation of the name."""
+    check_impl(impl)
+    for operation in (ATTENTION, QK_NORM_ROPE):
+        name, have = impl_for(impl, operation.name), [each.name for each in operation.implementations]
+        if name not in ("auto", *have):
+            raise ValueError(
+                f"impl={impl!r}: {operation.name} is one of {', '.join(have)}; impl={{'attention': {name!r}}} asks it of "
+                "attention alone"
+            )
+    return impl
 
 
 def adopt(processor: Any, layer: Layer) -> Any:
