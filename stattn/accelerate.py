@@ -150,8 +150,9 @@ def accelerate(
     that is not served and for arguments of the wrong type, ValueError for unknown layers, stems and implementations,
     for a sequence of masks that does not match a layer's heads, and for layers that are accelerated already.
     """
-    if not isinstance(model, nn.Module):
-        hint = "; of a pipeline, give its transformer" if hasattr(model, "transformer") else ""
+    given: object = model
+    if not isinstance(given, nn.Module):
+        hint = "; of a pipeline, give its transformer" if hasattr(given, "transformer") else ""
         raise TypeError(f"model of type {type(model).__name__} must be a torch.nn.Module{hint}")
     found = _attention_layers(model)
     if not found:
@@ -195,7 +196,8 @@ def _attention_layers(model: nn.Module) -> list[tuple[str, SpaceTimeAttention]]:
 
 def check_layers(layers: Iterable[int], count: int, argument: str = "layers") -> list[int]:
     """Return layer numbers as a list. Raises TypeError or ValueError naming the one that is none, or is there twice."""
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
+    given: object = layers
+    if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(f"{argument}={layers!r} must list numbers of layers")
     numbers = list(layers)
     for each in numbers:

@@ -68,7 +68,8 @@ def check_mask(mask: Masks, heads: int) -> Masks:
     if isinstance(mask, Mask):
         return mask
     if not isinstance(mask, Sequence) or not all(isinstance(each, Mask) for each in mask):
-        hint = "; masks.parse makes one of text" if isinstance(mask, str) else ""
+        given: object = mask
+        hint = "; masks.parse makes one of text" if isinstance(given, str) else ""
         raise TypeError(f"mask={reprlib.repr(mask)} must be a Mask or a sequence of Masks, one per head{hint}")
     if len(mask) != heads:
         raise ValueError(f"mask is a sequence of {len(mask)} masks for {heads} heads; give one per head")

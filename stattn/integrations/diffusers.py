@@ -198,8 +198,8 @@ def _check_impl(impl: Impl) -> Impl:
         name, have = impl_for(impl, operation.name), [each.name for each in operation.implementations]
         if name not in ("auto", *have):
             raise ValueError(
-                f"impl={impl!r}: {operation.name} is one of {', '.join(have)}; impl={{'attention': {name!r}}} asks it of "
-                "attention alone"
+                f"impl={impl!r}: {operation.name} is one of {', '.join(have)}; "
+                f"impl={{'attention': {name!r}}} asks it of attention alone"
             )
     return impl
 
