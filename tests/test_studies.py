@@ -14,7 +14,7 @@ from stattn.dit import DiT
 from stattn.grid import Grid
 from stattn.masks import parse
 from stattn.trainer import PRESETS, Trainer, allowed_pairs
-from stattn.video import study_consistency, study_edits, study_length
+from stattn.video import study_consistency, study_edits, study_length, study_story
 from stattn.video.paint import Sampling
 
 
@@ -25,6 +25,8 @@ def test_the_checks_of_edits_know_real_edits_from_none() -> None:
     assert found["recolour_hue_unedited"] < 0.01
     assert found["brush_end_within_3px_real"] == 1
     assert found["brush_end_within_3px_unedited"] == 0
+    assert found["brush_others_within_2px_real"] == 1
+    assert found["brush_others_within_2px_shifted"] == 0
     for name in ("recolour_exact_outside", "brush_exact_outside", "inpaint_exact_outside", "outpaint_exact_inside"):
         assert found[name] == 1
     assert found["recolour_hue"] < 0.5
@@ -38,6 +40,21 @@ def test_a_stale_cache_costs_less_and_errs_more() -> None:
     assert rows[0]["tokens"] == 1
     assert rows[0]["tokens"] > rows[1]["tokens"] > rows[2]["tokens"]
     assert 0 < rows[1]["rms_error"] < rows[2]["rms_error"] < 0.2
+
+
+def test_the_checks_of_stories_know_real_ones_from_others() -> None:
+    model = dit.load("tiny")
+    found, videos = study_story.study(model, 4, 2, Sampling(steps=1), minutes=0.2)
+    assert found["interpolation"]["real"] == 1
+    assert found["interpolation"]["shuffled"] < 0.5
+    real, others = found["stories_real"], found["stories_of_other_requests"]
+    assert real["identity_kept"] == 1
+    assert real["path_error_max"] < 0.5 < 5 < others["path_error_mean"]
+    assert others["identity_kept"] == 0
+    assert real[study_story.JOINTS] < 1.2 < 5 < found["stories_cut_together"][study_story.JOINTS]
+    assert [tuple(video.shape) for video in videos] == [(3, 31, 64, 64)] * 2
+    with pytest.raises(ValueError, match="stories=1"):
+        study_story.study(model, 4, 1, Sampling())
 
 
 def test_one_piece_costs_more_than_windows(tmp_path: Path) -> None:

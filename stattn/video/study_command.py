@@ -13,7 +13,7 @@ import torch
 
 from stattn import dit, media, results
 from stattn.trainer import PRESETS
-from stattn.video import study_consistency, study_edits, study_length
+from stattn.video import study_consistency, study_edits, study_length, study_story
 from stattn.video.paint import Sampling
 
 Found = tuple[dict[str, Any], Callable[[], None]]  # numbers, and what draws them
@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     child = studies.add_parser("edits", help="check edits by what they ask for, and a stale cache by its error")
     child.set_defaults(work=_edits)
     child.add_argument("--clips", type=positive, default=16, help="default: 16")
+    child.add_argument("--steps", type=positive, default=16, help="of sampling (default: 16)")
+    child = studies.add_parser("story", help="check interpolation, and long videos by their script")
+    child.set_defaults(work=_story)
+    child.add_argument("--clips", type=positive, default=128, help="to interpolate (default: 128)")
+    child.add_argument("--stories", type=positive, default=6, help="default: 6")
+    child.add_argument("--minutes", type=float, default=1.0, help="of each story (default: 1)")
     child.add_argument("--steps", type=positive, default=16, help="of sampling (default: 16)")
     child = studies.add_parser("length", help="time longer videos, in windows and in one piece")
     child.set_defaults(work=_length)
@@ -88,6 +94,12 @@ def _edits(args: argparse.Namespace, device: torch.device, out: Path) -> Found:
         study_edits.plot(found, out / "edits.png")
 
     return found, draw
+
+
+def _story(args: argparse.Namespace, device: torch.device, out: Path) -> Found:
+    model, sampling = _model(args, device), Sampling(steps=args.steps)
+    found, videos = study_story.study(model, args.clips, args.stories, sampling, minutes=args.minutes)
+    return found, lambda: study_story.plot(videos, out / "story.png")
 
 
 def _length(args: argparse.Namespace, device: torch.device, out: Path) -> Found:

@@ -75,6 +75,9 @@ def _clip(model: DiT, seed: int, sampling: Sampling) -> tuple[dict[str, float], 
     row["brush_end_within_3px_real"] = _near(real, asked)
     row["brush_end_within_3px_unedited"] = _near(video, asked)
     row["brush_exact_outside"] = _exact(moved, video)
+    row["brush_others_within_2px"], row["brush_others_within_2px_real"], row["brush_others_within_2px_shifted"] = (
+        _others(model, seed, sampling)
+    )
 
     for strength in (0.2, 0.4):
         styled = edit.restyle(model, video, strength, caption, sampling)
@@ -111,6 +114,36 @@ def _hue_share(video: Tensor, inside: Tensor, colour: str) -> float:
 def _near(video: Tensor, asked: Tensor) -> float:
     scale = min(video.shape[2:]) / 64
     return float((checks.classify(_batch(video)).centres[0, -1] - asked[-1]).norm() <= 3 * scale)
+
+
+def _others(model: DiT, seed: int, sampling: Sampling) -> tuple[float, float, float]:
+    """Move the first of two objects: is the second where it is when the world moves the first one only?
+
+    Also of the world's own clip, and of one that lies three pixels off.
+    """
+    frames, height, width = sampling.size
+    clips = world.render(1, frames, height, width, seed=seed + 500_000, objects=(2, 2), cameras=("static",))
+    scene, video = clips.scene, media.to_uint8(clips.video[0])
+    first, second = (world.COLOURS[int(scene.colours[0, index])] for index in (0, 1))
+    way = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    room = torch.stack([_room(scene, each) for each in way])
+    path = edit.as_path(torch.stack((torch.zeros(2), way[room.argmax()] * min(OFFSET, float(room.max())))), frames)
+    moved = edit.motion_brush(model, video, objects.object_mask(video, first), path, clips.captions[0], sampling)
+    offset = torch.zeros_like(scene.centres)
+    offset[0, :, 0] = path
+    real = media.to_uint8(dataclasses.replace(scene, centres=scene.centres + offset).draw()[0])
+
+    def near(other: Tensor) -> float:
+        try:
+            ours, theirs = (objects.object_mask(each, second)[:, -1:] for each in (real, other))
+        except ValueError:  # one of the two hides it in every frame
+            return float(other is real)
+        if not theirs.any() or not ours.any():
+            return float(bool(theirs.any()) == bool(ours.any()))
+        apart = (objects.centroid(ours) - objects.centroid(theirs))[0].norm()
+        return float(apart <= 2 * min(height, width) / 64)
+
+    return near(moved.video), near(real), near(torch.roll(real, 3, -1))
 
 
 def _room(scene: world.Scene, way: Tensor) -> Tensor:
