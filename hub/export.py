@@ -2,7 +2,7 @@
 
 A kernel of the Hub is loaded under a name of its own, beside other versions of itself, so that its modules import one
 another relatively and its operations live in a namespace that the builder gives (``_ops.py``, which it writes). Both
-are rewritten here; the sources know nothing of it.
+are rewritten here; the sources know nothing of it. ``layers.py`` beside this file joins the package.
 
     FOLDER/build.toml  CARD.md  torch-ext/stattn/...  tests/  benchmarks/
 """
@@ -62,6 +62,10 @@ def export(folder: Path) -> Path:
             target = package / place
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(rewrite(path.read_text(encoding="utf-8"), len(place.parts) - 1), encoding="utf-8")
+    layers = (ROOT / "hub" / "layers.py").read_text(encoding="utf-8")
+    (package / "layers.py").write_text(rewrite(layers, 0), encoding="utf-8")
+    with (package / "__init__.py").open("a", encoding="utf-8") as init:
+        init.write('\nfrom . import layers\n\n__all__ += ["layers"]\n')
     for name in ("build.toml", "CARD.md"):
         shutil.copy(ROOT / "hub" / name, folder / name)
     shutil.copy(ROOT / "LICENSE", folder)

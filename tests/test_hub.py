@@ -23,7 +23,7 @@ def add_op_namespace_prefix(name):
 """
 
 RUN = """
-import importlib, pathlib, sys, torch
+import importlib, inspect, pathlib, sys, types, torch
 
 class Without:
     def find_spec(name, path=None, target=None):
@@ -49,6 +49,36 @@ torch.testing.assert_close(out, want.transpose(1, 2))
 out.sum().backward()
 assert hasattr(torch.ops.stattn_0123abcd, "attention") and hasattr(torch.ops.stattn_0123abcd, "patchify3d")
 kernel.modulate(torch.randn(1, 4, 8), torch.randn(1, 8), torch.randn(1, 8))
+
+# As ``kernelize`` does: a layer of a model gets the forward of ours, and nothing else.
+def kernelized(layer, name):
+    ours = getattr(kernel.layers, name)
+    layer.forward = types.MethodType(ours.forward, layer)
+    return layer
+
+layer = torch.nn.Module()
+layer.mask = mask.key
+attend = kernelized(layer, "SpaceTimeAttention")
+assert torch.equal(attend(q, k, v, (3, 4, 5)), out)
+torch.testing.assert_close(torch.compile(attend, backend="eager", fullgraph=True)(q, k, v, (3, 4, 5)), out)
+x, y, scale = torch.randn(2, 6, 8), torch.randn(2, 6, 8), torch.randn(2, 8)
+norm = kernelized(torch.nn.LayerNorm(8, eps=1e-3, elementwise_affine=False), "ModulatedLayerNorm")
+want = torch.nn.functional.layer_norm(x, (8,), eps=1e-3) * (1 + scale[:, None]) + y
+torch.testing.assert_close(norm(x, scale, y), want)
+torch.testing.assert_close(kernelized(torch.nn.Module(), "GatedResidual")(x, y, scale), x + scale[:, None] * y)
+convolution, video = torch.nn.Conv3d(3, 8, (1, 2, 2), stride=(1, 2, 2)), torch.randn(1, 3, 2, 4, 6)
+want = convolution(video).flatten(2).transpose(1, 2)
+torch.testing.assert_close(kernelized(convolution, "Patchify3D")(video), want)
+
+# Its rules: no state, no constructor, no members but these two.
+plain = {name for name, _ in inspect.getmembers(torch.nn.Module)}
+named = vars(kernel.layers).values()
+layers = [each for each in named if isinstance(each, type) and each.__module__ == kernel.layers.__name__]
+assert len(layers) == 4
+for each in layers:
+    assert issubclass(each, torch.nn.Module) and each.__init__ is torch.nn.Module.__init__, each
+    members = {name for name, _ in inspect.getmembers(each)} - plain
+    assert members == {"can_torch_compile", "has_backward"}, (each, members)
 """
 
 
@@ -80,4 +110,6 @@ def test_the_builder_is_told_what_the_project_says(package):
     found = tomllib.loads((package.parent.parent / "build.toml").read_text())
     assert found["general"]["name"] == package.name == "stattn"
     assert "torch-noarch" in found
-    assert (package.parent.parent / "CARD.md").exists()
+    card = (package.parent.parent / "CARD.md").read_text()
+    layers = re.findall(r"^class (\w+)", (package / "layers.py").read_text(), re.MULTILINE)
+    assert f"names = {tuple(layers)}".replace("'", '"') in card
