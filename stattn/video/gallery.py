@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from html import escape
@@ -196,21 +197,30 @@ def camera(gallery: Gallery, weights: str) -> Section:
     frames, height, width = gallery.sampling.size
     caption = ["a yellow square moves up"]
     moves = {
-        "pan right": Move(pan_x=1.5),
-        "zoom in": Move(zoom=0.4),
-        "dolly in": Move(dolly=0.9),
-        "roll": Move(roll=0.04),
+        "pan right by 1.50 px a frame": Move(pan_x=1.5),
+        "zoom in to 1.49 times": Move(zoom=0.4),
+        "dolly in by 0.9": Move(dolly=0.9),
+        "roll by 0.60 rad": Move(roll=0.04),
     }
     maps = {name: ray_maps(move.path(frames, height, width), height, width) for name, move in moves.items()}
     reference = world.render(1, frames, height, width, seed=SEED + 2, cameras=("rolls left",))
-    gallery.show(section, "reference", reference.video[0], "a reference clip", reference.captions[0])
+    said = f"{reference.captions[0]}; {_move_seen(reference.video)}"
+    gallery.show(section, "reference", reference.video[0], "a reference clip", said)
     maps["move of the reference clip"] = maps_of_clip(reference.video, height=height, width=width)
     for title, ray_map in maps.items():
         call = steered.steered(ray_map=ray_map.to(gallery.device))
         nothing = torch.zeros(1, 3, frames, height, width)
         made = paint(steered.base, nothing, torch.ones(1), caption, gallery.sampling, call=call).cpu()
-        gallery.show(section, "camera-" + title.replace(" ", "-"), made[0], title, caption[0])
+        gallery.numbers[f"camera {title}"] = _move_seen(made)
+        gallery.show(section, "camera-" + "-".join(title.split()[:2]), made[0], title, _move_seen(made))
     return section
+
+
+def _move_seen(video: Tensor) -> str:
+    right, down, zoom, roll = train_adapters.moves_seen(video.float())[0].tolist()
+    return (
+        f"seen: pan ({right:.2f}, {down:.2f}) px a frame, magnified {math.exp(zoom):.2f} times, rolled {roll:.2f} rad"
+    )
 
 
 def memory(gallery: Gallery, weights: str) -> Section:

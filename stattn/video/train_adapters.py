@@ -196,7 +196,7 @@ def evaluate_camera(model: nn.Module, recipe: AdapterRecipe, clips: int, *, step
             )
             for start in range(0, clips, 32)
         ]
-        return _moves(torch.cat(made))
+        return moves_seen(torch.cat(made))
 
     found = moves(ray_maps(scene.camera, recipe.height, recipe.width), words)
     maps = torch.cat([maps_of_clip(part, height=recipe.height, width=recipe.width) for part in real.split(32)])
@@ -204,7 +204,7 @@ def evaluate_camera(model: nn.Module, recipe: AdapterRecipe, clips: int, *, step
         "clips": clips,
         "generated": agreement(found, asked),
         "reference": agreement(moves(maps.to(device), words[1:] + words[:1]), asked),
-        "real": agreement(_moves(real), asked),
+        "real": agreement(moves_seen(real), asked),
         "shuffled": agreement(found, asked.roll(1, 0)),
     }
 
@@ -217,8 +217,11 @@ def _asked(scene: world.Scene) -> Tensor:
     return torch.cat((pan, zoom[:, None], camera[:, -1, 4:5]), 1).double()
 
 
-def _moves(video: Tensor) -> Tensor:
-    """Recover the moves of clips as ``_asked`` gives them, on the host."""
+def moves_seen(video: Tensor) -> Tensor:
+    """Recover the moves of clips [B, 3, T, H, W] from their pixels: [B, 4], on the host.
+
+    Pan (x, y) in pixels a frame; from the first frame to the last, the logarithm of the zoom, and the roll in radians.
+    """
     # With X = A p + b the map from frame 0 to t is A_t^-1 A_0 p + A_t^-1 (b_0 - b_t), A = R / zoom and b = pan.
     track = camera_track(video)[:, -1].cpu()
     zoom = torch.linalg.det(track[:, :, :2]).clamp(min=1e-6).sqrt()
