@@ -230,7 +230,7 @@ def test_recovered_moves_are_the_requested_ones_on_real_clips() -> None:
     only = scene.camera.clone()
     only[..., 3], only[..., 5] = 0, 0
     scene = world.with_camera(scene, only)
-    found, asked = train_adapters._moves(scene.draw()), train_adapters._asked(scene)
+    found, asked = train_adapters.moves_seen(scene.draw()), train_adapters._asked(scene)
     scores = train_adapters.agreement(found, asked)
     assert min(scores["pan_r2"], scores["zoom_r2"], scores["roll_r2"]) > 0.99
     assert train_adapters.agreement(found.roll(1, 0), asked)["pan_r2"] < 0.6
