@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stattn.grid import Grid, Region, is_int
+from stattn.grid import Grid, Region, check_positive, is_int
 from stattn.masks import Mask, frame_causal
 from stattn.rope import RopeTables
 
@@ -51,6 +51,13 @@ class LayerCache:
         raise TypeError(f"mask={mask!r} must be a Mask or one per head: a cache takes no block lists")
 
 
+def check_size(size: object) -> tuple[int, int]:
+    """Return the size of a frame, (h, w). Raises TypeError or ValueError naming what does not fit."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise TypeError(f"size={size!r} must be two integers (h, w)")
+    return check_positive("size h", size[0]), check_positive("size w", size[1])
+
+
 class RollingKVCache:
     """Hold the keys and values of the frames that the next chunk may see, in every layer.
 
@@ -59,7 +66,7 @@ class RollingKVCache:
     ring has window + sinks slots. after: global tokens behind the video (text), held with the chunk that is open.
     rebase: count positions, for the rotary embedding, from the first sink on without the gap that the frames between
     the sinks and the window leave; so they stay below window + sinks however long the video is.
-    device, dtype: of keys and values. Raises ValueError naming the argument that does not fit.
+    device, dtype: of keys and values. Raises TypeError or ValueError naming the argument that does not fit.
     """
 
     def __init__(
@@ -79,8 +86,15 @@ class RollingKVCache:
         dtype: torch.dtype = torch.float32,
     ):
         for name, value in (("layers", layers), ("batch", batch), ("heads", heads), ("head_dim", head_dim)):
-            if not is_int(value) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer")
+            check_positive(name, value)
+        check_positive("window", window)
+        check_positive("sinks", sinks, least=0)
+        check_positive("after", after, least=0)
+        if not isinstance(rebase, bool):
+            raise TypeError(f"rebase={rebase!r} must be True or False")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype={dtype!r} must be a floating-point dtype")
+        size = check_size(size)
         self.causal = frame_causal(chunk, window, sink_frames=sinks)
         if window % chunk:
             raise ValueError(f"window={window!r} must be a multiple of chunk={chunk}")

@@ -28,12 +28,13 @@ from torch import Tensor, nn
 
 from stattn import ranges
 from stattn.blocks import BlockList
-from stattn.cache import RollingKVCache
+from stattn.cache import RollingKVCache, check_size
 from stattn.dit_blocks import CrossBlock, JointBlock, Layout, modulation
 from stattn.dit_config import CONFIGS, DiTConfig, resolve
-from stattn.grid import Grid, Triple, as_grid
+from stattn.grid import Grid, Triple, as_grid, check_positive
 from stattn.masks import full
 from stattn.modules import Impl, Masks, ModulatedNorm, Patchify3D, SpaceTimeAttention, check_mask, density
+from stattn.ops import _validate
 from stattn.ops._dispatch import impl_for
 from stattn.ops.patchify import unpatchify3d
 from stattn.rope import RopeTables, rope_tables
@@ -170,7 +171,7 @@ class DiT(nn.Module):
             dense_layers=dense_layers,
             cache=cache,
         )
-        if tokens:
+        if _validate.flag("tokens", tokens):
             return predicted
         impl = impl_for(self.patchify.impl, "patchify")
         return unpatchify3d(predicted, grid.shape, self.config.patch, self.config.out_channels, impl=impl)
@@ -189,6 +190,7 @@ class DiT(nn.Module):
         cache: RollingKVCache | None = None,
     ) -> tuple[Tensor, Grid]:
         """Predict as ``forward`` does; returns the patches, tokens [B, N, pt*ph*pw*out_channels], and their grid."""
+        check_positive("dense_layers", dense_layers, least=0)
         inputs = self.embed(x, timestep, text, text_valid, known=known, known_mask=known_mask, mask=mask, cache=cache)
         return self.transform(inputs, timestep, dense_layers=dense_layers, cache=cache), inputs.at.grid
 
@@ -210,6 +212,8 @@ class DiT(nn.Module):
         text, text_valid, keys = self._text(text, text_valid, x.shape[0])
         grid = self.patchify.grid(x, after=text.shape[1] if self.config.kind == "joint" else 0)
         frames = self._check_timestep(timestep, x.shape[0], grid)
+        if cache is not None and not isinstance(cache, RollingKVCache):
+            raise TypeError(f"cache of type {type(cache).__name__} must be a RollingKVCache")
         rope = self.rope(grid, x.device) if cache is None else self._chunk_rope(cache, grid)
         at = Layout(grid, rope, frames, text_valid if text.shape[1] else None, mask)
         return Embedded(tokens, text, keys, at)
@@ -257,7 +261,7 @@ class DiT(nn.Module):
 
     def encode_text(self, text: Tensor, text_valid: Tensor | None = None) -> EncodedText:
         """Do once what all calls with one text share: embed it, and project it to the keys of cross-attention."""
-        tokens = self.embed_text(text, text_valid, len(text))
+        tokens = self.embed_text(text, text_valid, len(_is_tensor("text", text)))
         blocks = [block for block in self.blocks if isinstance(block, CrossBlock)]
         return EncodedText(tokens, text_valid, tuple(block.attn2.keys_and_values(tokens) for block in blocks))
 
@@ -277,7 +281,7 @@ class DiT(nn.Module):
         text_len: the text tokens of every call.
         """
         weight, config = self.proj_out.weight, self.config
-        height, width = (-(-n // p) for n, p in zip(size, config.patch[1:], strict=True))
+        height, width = (-(-n // p) for n, p in zip(check_size(size), config.patch[1:], strict=True))
         return RollingKVCache(
             config.layers,
             batch,
@@ -287,7 +291,7 @@ class DiT(nn.Module):
             chunk=chunk,
             window=window,
             sinks=sinks,
-            after=text_len if config.kind == "joint" else 0,
+            after=check_positive("text_len", text_len, least=0) if config.kind == "joint" else 0,
             rebase=rebase,
             device=weight.device,
             dtype=weight.dtype,
@@ -320,6 +324,7 @@ class DiT(nn.Module):
     def model_input(self, x: Tensor, known: Tensor | None, known_mask: Tensor | None) -> Tensor:
         """Check x and join it on channels with what is known: [x | known * mask | mask]."""
         config, dtype = self.config, self.proj_out.weight.dtype
+        _is_tensor("x", x)
         if x.ndim != 5 or x.shape[1] != config.in_channels:
             raise ValueError(f"x of shape {tuple(x.shape)} must be [B, {config.in_channels}, T, H, W]")
         x = x.to(dtype)
@@ -331,6 +336,8 @@ class DiT(nn.Module):
             raise ValueError("known and known_mask go together: give both or neither")
         if known is None or known_mask is None:
             return torch.cat((x, torch.zeros_like(x), torch.zeros_like(x[:, :1])), dim=1)
+        _is_tensor("known", known)
+        _is_tensor("known_mask", known_mask)
         if known.shape != x.shape:
             raise ValueError(f"known of shape {tuple(known.shape)} must have the shape of x, {tuple(x.shape)}")
         if known_mask.shape != x[:, :1].shape:
@@ -347,6 +354,9 @@ class DiT(nn.Module):
             if text_valid is not None:
                 raise ValueError("text_valid is given without text")
             return weight.new_zeros(batch, 0, config.dim)
+        _is_tensor("text", text)
+        if text_valid is not None:
+            _check_valid(text_valid, batch, text)
         if not config.text_dim:
             raise ValueError(f"text of shape {tuple(text.shape)} is given to a model with text_dim=0")
         if not config.vocab:
@@ -388,7 +398,7 @@ class DiT(nn.Module):
         grid: the video's tokens. mask: in place of every layer's own; attention counts the pairs that it allows.
         text_len: text tokens, the config's by default.
         """
-        config, dim = self.config, self.config.dim
+        config, dim, batch = self.config, self.config.dim, check_positive("batch", batch)
         length = (config.text_len if text_len is None else text_len) if config.text_dim else 0
         joint = config.kind == "joint"
         video = as_grid(grid).video
@@ -406,6 +416,7 @@ class DiT(nn.Module):
         return batch * total
 
     def _check_timestep(self, timestep: Tensor, batch: int, grid: Grid) -> int | None:
+        _is_tensor("timestep", timestep)
         shapes = [(batch,), (batch, grid.t), (batch, grid.video)]
         if tuple(timestep.shape) not in shapes:
             raise ValueError(f"timestep of shape {tuple(timestep.shape)} must be one of {', '.join(map(str, shapes))}")
@@ -441,13 +452,32 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.
     path = _weights_path(name) if str(name).endswith(".safetensors") else WEIGHTS / f"{name}.safetensors"
     if not path.is_file():
         shipped = ", ".join(sorted(each.stem for each in WEIGHTS.glob("*.safetensors"))) or "none"
-        raise ValueError(f"no weights at {path}; weights that ship with stattn: {shipped}")
+        raise ValueError(f"name={str(name)!r}: no weights at {path}; weights that ship with stattn: {shipped}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype={dtype!r} must be a floating-point dtype")
+    device = _validate.device("device", device)
     config = DiTConfig(**json.loads(path.with_suffix(".json").read_text())["config"])
     with torch.device("meta"):
         model = DiT(config)
     tensors: Mapping[str, Tensor] = safetensors().load_file(path, device=str(device))
     model.load_state_dict({name: each.to(dtype) for name, each in tensors.items()}, strict=True, assign=True)
     return model.eval()
+
+
+def _is_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} of type {type(value).__name__} must be a tensor")
+    return value
+
+
+def _check_valid(text_valid: Tensor, batch: int, text: Tensor) -> None:
+    valid = _is_tensor("text_valid", text_valid)
+    booleans = valid.dtype == torch.bool and valid.shape == text.shape[:2]
+    if not booleans and not (valid.dtype in (torch.int32, torch.int64) and valid.shape == (batch,)):
+        raise ValueError(
+            f"text_valid of shape {tuple(valid.shape)} and {valid.dtype} must be integer counts [{batch}] or booleans "
+            f"{tuple(text.shape[:2])}"
+        )
 
 
 def _weights_path(path: str | Path) -> Path:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from stattn.grid import Triple
+from stattn.grid import Triple, check_positive, check_triple
+from stattn.ops import _validate
+from stattn.rope import check_split
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class DiTConfig:
     model without text. text_len: text tokens of a caption. vocab: when positive, text comes as token ids below it, and
     the model embeds the ids and their up to text_len places. qk_norm: "across_heads", "per_head" or None. rope_split:
     features of a head rotated by t, h and w; by default h and w take 2 * (head_dim // 6) each and t the rest, as Wan.
-    Raises ValueError naming the field that does not fit.
+    Raises TypeError or ValueError naming the field that does not fit.
     """
 
     kind: str
@@ -41,25 +43,28 @@ class DiTConfig:
         if self.kind not in ("cross", "joint"):
             raise ValueError(f"kind={self.kind!r} must be 'cross' or 'joint'")
         for name in ("layers", "heads", "head_dim", "ffn_dim", "in_channels", "out_channels", "freq_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+            check_positive(name, getattr(self, name))
         for name in ("text_dim", "text_len", "vocab"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+            check_positive(name, getattr(self, name), least=0)
         if self.kind == "cross" and not self.text_dim:
             raise ValueError("text_dim=0 leaves a model of kind 'cross' nothing to attend across to; use kind='joint'")
-        if self.freq_dim % 2:
-            raise ValueError(f"freq_dim={self.freq_dim} must be even")
+        for name in ("freq_dim", "head_dim"):
+            if getattr(self, name) % 2:
+                raise ValueError(f"{name}={getattr(self, name)} must be even")
+        if self.qk_norm not in ("across_heads", "per_head", None):
+            raise ValueError(f"qk_norm={self.qk_norm!r} must be 'across_heads', 'per_head' or None")
+        _validate.flag("masked_input", self.masked_input)
+        _validate.epsilon(self.eps)
+        if _validate.number("rope_theta", self.rope_theta) <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta!r} must be positive")
         if self.vocab and not (self.text_dim and self.text_len):
             raise ValueError(
                 f"vocab={self.vocab} needs text_dim={self.text_dim} and text_len={self.text_len} to be positive"
             )
         # Lists come from JSON; tuples keep a frozen config hashable.
-        object.__setattr__(self, "patch", tuple(self.patch))
+        object.__setattr__(self, "patch", check_triple("patch", self.patch))
         if self.rope_split is not None:
-            object.__setattr__(self, "rope_split", tuple(self.rope_split))
-            if sum(self.rope_split) != self.head_dim:
-                raise ValueError(f"rope_split={self.rope_split} must sum to head_dim={self.head_dim}")
+            object.__setattr__(self, "rope_split", check_split("rope_split", self.rope_split, self.head_dim))
 
     @property
     def dim(self) -> int:

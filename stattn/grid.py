@@ -179,12 +179,12 @@ def _is_triple(value: object) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 3 and all(is_int(each) for each in value)
 
 
-def check_positive(name: str, value: object) -> int:
-    """Return a positive integer. Raises TypeError or ValueError naming it otherwise."""
+def check_positive(name: str, value: object, least: int = 1) -> int:
+    """Return an integer of at least ``least``. Raises TypeError or ValueError naming it otherwise."""
     if not is_int(value):
         raise TypeError(f"{name}={value!r} must be an integer")
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}")
     return int(value)
 
 

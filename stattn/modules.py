@@ -32,8 +32,9 @@ from torch import Tensor, nn
 
 from stattn.blocks import BlockList
 from stattn.cache import LayerCache
-from stattn.grid import Grid, Triple, as_grid
+from stattn.grid import Grid, Triple, as_grid, check_positive
 from stattn.masks import Mask, full
+from stattn.ops import _validate
 from stattn.ops._dispatch import NAMES, impl_for
 from stattn.ops.attention import attention
 from stattn.ops.denoise import denoise_step
@@ -105,12 +106,11 @@ class Patchify3D(nn.Module):
         self, in_channels: int, dim: int, patch: Triple, *, bias: bool = True, pad: bool = False, impl: Impl = "auto"
     ):
         super().__init__()
-        if len(patch) != 3 or any(not isinstance(each, int) or each < 1 for each in patch):
-            raise ValueError(f"patch={patch!r} must be three positive integers")
-        self.in_channels, self.dim, self.patch, self.pad = in_channels, dim, tuple(patch), pad
+        self.in_channels, self.dim = check_positive("in_channels", in_channels), check_positive("dim", dim)
+        self.patch, self.pad = _validate.triple("patch", patch), _validate.flag("pad", pad)
         self.impl = check_impl(impl)
-        self.weight = nn.Parameter(torch.empty(dim, in_channels, *patch))
-        self.bias = nn.Parameter(torch.empty(dim)) if bias else None
+        self.weight = nn.Parameter(torch.empty(dim, in_channels, *self.patch))
+        self.bias = nn.Parameter(torch.empty(dim)) if _validate.flag("bias", bias) else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -147,9 +147,9 @@ class ModulatedNorm(nn.Module):
         super().__init__()
         if norm not in ("layer", "rms"):
             raise ValueError(f"norm={norm!r} must be 'layer' or 'rms'")
-        self.dim, self.norm, self.eps = dim, norm, eps
+        self.dim, self.norm, self.eps = check_positive("dim", dim), norm, _validate.epsilon(eps)
         self.impl = check_impl(impl)
-        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.weight = nn.Parameter(torch.ones(dim)) if _validate.flag("affine", affine) else None
         self.bias = nn.Parameter(torch.zeros(dim)) if affine and norm == "layer" else None
 
     def forward(
@@ -247,9 +247,21 @@ def _qk_norm_width(qk_norm: str | None, heads: int, head_dim: int) -> int | None
 
 
 def _head_dim(dim: int, heads: int, head_dim: int | None) -> int:
-    if head_dim is None and dim % heads:
+    check_positive("dim", dim)
+    check_positive("heads", heads)
+    if head_dim is not None:
+        return check_positive("head_dim", head_dim)
+    if dim % heads:
         raise ValueError(f"dim={dim} is not a multiple of heads={heads}; give head_dim")
-    return head_dim or dim // heads
+    return dim // heads
+
+
+def _kv_heads(heads: int, kv_heads: int | None) -> int:
+    if kv_heads is None:
+        return heads
+    if heads % check_positive("kv_heads", kv_heads):
+        raise ValueError(f"heads={heads} is not a multiple of kv_heads={kv_heads}")
+    return kv_heads
 
 
 def _rms_norm(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
@@ -281,8 +293,9 @@ class QKNormRope(nn.Module):
         impl: Impl = "auto",
     ):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, head_dim
-        self.qk_norm, self.eps, self.interleaved = qk_norm, eps, interleaved
+        self.heads, self.head_dim = check_positive("heads", heads), check_positive("head_dim", head_dim)
+        self.kv_heads = _kv_heads(heads, kv_heads)
+        self.qk_norm, self.eps, self.interleaved = qk_norm, _validate.epsilon(eps), interleaved
         self.impl = check_impl(impl)
         self.norm_q = _qk_norm(qk_norm, heads, head_dim, eps)
         self.norm_k = _qk_norm(qk_norm, self.kv_heads, head_dim, eps)
@@ -343,12 +356,11 @@ class SpaceTimeAttention(nn.Module):
         impl: Impl = "auto",
     ):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, _head_dim(dim, heads, head_dim)
-        if heads % self.kv_heads:
-            raise ValueError(f"heads={heads} is not a multiple of kv_heads={kv_heads}")
+        self.heads, self.head_dim = heads, _head_dim(dim, heads, head_dim)
+        self.kv_heads = _kv_heads(heads, kv_heads)
         if globals_see not in ("all", "globals"):
             raise ValueError(f"globals_see={globals_see!r} must be 'all' or 'globals'")
-        self.dim, self.qk_norm, self.eps, self.interleaved = dim, qk_norm, eps, interleaved
+        self.dim, self.qk_norm, self.eps, self.interleaved = dim, qk_norm, _validate.epsilon(eps), interleaved
         self.globals_see = globals_see
         self.mask: Masks = check_mask(full() if mask is None else mask, heads)
         self.impl = check_impl(impl)
@@ -450,7 +462,7 @@ class CrossAttention(nn.Module):
     ):
         super().__init__()
         self.dim, self.heads, self.head_dim = dim, heads, _head_dim(dim, heads, head_dim)
-        self.qk_norm, self.eps = qk_norm, eps
+        self.qk_norm, self.eps = qk_norm, _validate.epsilon(eps)
         self.impl = check_impl(impl)
         inner = heads * self.head_dim
         self.to_q = nn.Linear(dim, inner, bias=bias)
@@ -508,6 +520,8 @@ class FeedForward(nn.Sequential):
     """
 
     def __init__(self, dim: int, ffn_dim: int):
+        check_positive("dim", dim)
+        check_positive("ffn_dim", ffn_dim)
         super().__init__(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stattn.dit import DiT, EncodedText
 from stattn.grid import is_int
-from stattn.sampler import Inputs, check_shape, draw_noise, prepare
+from stattn.sampler import Inputs, check_callback, check_shape, make_noise, prepare
 
 # Of `sample`'s keywords those that are of one clip as a whole, or set here.
 _NOT_TAKEN = ("known", "generated", "masked_input", "batched", "patch", "callback", "noise", "seed", "generator")
@@ -63,9 +63,8 @@ def rollout(
         raise ValueError(f"chunk={chunk!r} must be a positive integer")
     window = -(-frames // chunk) * chunk if window is None else window
     given = _given_frames(context, size, step, chunk)
-    noise = draw_noise(size, seed=seed, generator=generator) if noise is None else noise
-    if tuple(noise.shape) != size:
-        raise ValueError(f"noise of shape {tuple(noise.shape)} must be {size}")
+    noise = make_noise(size, noise, seed, generator)
+    check_callback(callback)
 
     video: list[Tensor] = []
     cache, encoded = None, None
@@ -104,6 +103,8 @@ def _given_frames(context: Tensor | None, size: tuple[int, ...], step: int, chun
     """Return how many frames of tokens are given."""
     if context is None:
         return 0
+    if not isinstance(context, Tensor):
+        raise TypeError(f"context of type {type(context).__name__} must be a tensor")
     shape = tuple(context.shape)
     if len(shape) != 5 or shape[:2] != size[:2] or shape[3:] != size[3:]:
         raise ValueError(f"context of shape {shape} must be [{size[0]}, {size[1]}, frames, {size[3]}, {size[4]}]")

@@ -15,7 +15,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from stattn.grid import Grid, as_grid, is_int
+from stattn.grid import Grid, Triple, as_grid, is_int
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +95,7 @@ def rope_tables(
     if split is None:
         side = 2 * (head_dim // 6)
         split = (head_dim - 2 * side, side, side)
-    if len(split) != 3 or any(not is_int(each) or each < 0 or each % 2 for each in split) or sum(split) != head_dim:
-        raise ValueError(f"split={split!r} must be three even integers (dt, dh, dw) of sum head_dim={head_dim}")
+    split = check_split("split", split, head_dim)
     thetas = _three("theta", (theta,) * 3 if isinstance(theta, Real) else theta)
     if min(thetas) <= 0:
         raise ValueError(f"theta={theta!r} must be positive")
@@ -105,6 +104,8 @@ def rope_tables(
         device = t_positions.device
     indices = [torch.arange(extent, dtype=torch.float64, device=device) for extent in grid.shape]
     if t_positions is not None:
+        if not isinstance(t_positions, Tensor) and not all(isinstance(each, Real) for each in t_positions):
+            raise TypeError(f"t_positions={t_positions!r} must be a tensor or a sequence of numbers")
         given = torch.as_tensor(t_positions, device=device)
         if given.shape != (grid.t,):
             raise ValueError(f"t_positions of shape {tuple(given.shape)} must hold one position per frame, ({grid.t},)")
@@ -114,6 +115,14 @@ def rope_tables(
         for index, first, unit, dim, base in zip(indices, origins, scales, split, thetas, strict=True)
     )
     return RopeTables(t, h, w, grid.before, grid.after)
+
+
+def check_split(name: str, split: object, head_dim: int) -> Triple:
+    """Return the features that turn with each axis. Raises ValueError when they are not even or of another sum."""
+    found = tuple(split) if isinstance(split, (tuple, list)) else ()
+    if len(found) != 3 or any(not is_int(each) or each < 0 or each % 2 for each in found) or sum(found) != head_dim:
+        raise ValueError(f"{name}={split!r} must be three even integers (dt, dh, dw) of sum head_dim={head_dim}")
+    return found
 
 
 def _axis_angles(positions: Tensor, dim: int, theta: float) -> Tensor:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from stattn import masks, ranges
 from stattn.dit import DiT
-from stattn.grid import is_int
+from stattn.grid import check_positive, is_int
+from stattn.modules import check_impl
+from stattn.ops import _validate
 from stattn.ops._dispatch import impl_for
 from stattn.ops.denoise import denoise_step
 from stattn.schedules import Diffusion, FlowMatching, Level, Schedule, step_weights
@@ -209,6 +211,7 @@ def sample(
     callback: called after each step with the steps done, their number, and the predicted clean video.
     Raises ValueError or TypeError for arguments that do not fit, each named; what the model raises is passed on.
     """
+    check_callback(callback)
     walk, inputs = prepare(
         model,
         shape,
@@ -279,18 +282,24 @@ def prepare(
     _choice("order", order, (1, 2))
     if not isinstance(corrector, bool) or (corrector and order == 1):
         raise ValueError(f"corrector={corrector!r} must be a boolean, and goes with order=2")
-    if not 0 <= rescale <= 1:
+    guidance = _validate.number("guidance", guidance)
+    if not 0 <= _validate.number("rescale", rescale) <= 1:
         raise ValueError(f"rescale={rescale!r} must lie in [0, 1]")
-    if not is_int(dense_layers) or dense_layers < 0:
-        raise ValueError(f"dense_layers={dense_layers!r} must be a non-negative integer")
+    if (_validate.flag("zero_star", zero_star) or rescale) and guidance == 1:
+        raise ValueError(f"rescale={rescale}, zero_star={zero_star} need a guidance other than 1")
+    check_positive("dense_layers", dense_layers, least=0)
+    if masked_input is not None:
+        _validate.flag("masked_input", masked_input)
+    check_impl(impl)
     size = check_shape(shape)
     device, dtype = place(model, device, dtype)
     state = torch.float64 if dtype == torch.float64 else torch.float32
     levels = schedule.levels()
     kind = {"x": "sample", "noise": "noise", "v": schedule.velocity}[prediction]
     mask_at = _mask_schedule(mask, dense_steps, len(levels) - 1)
+    batched = _validate.flag("batched", batched)
     passes = _passes(size[0], text, text_valid, negative, negative_valid, guidance != 1, batched, device)
-    noise = _noise(size, noise, seed, generator).to(device, state)
+    noise = make_noise(size, noise, seed, generator).to(device, state)
     if known is not None or generated is not None or masked_input:
         known, generated = _known(size, known, generated, state, device)
     keywords: dict[str, Any] = {"dense_layers": dense_layers} if dense_layers else {}
@@ -322,7 +331,7 @@ def draw_noise(
         raise ValueError(f"seed={seed!r} and generator exclude each other")
     sources: list[torch.Generator | None]
     if seed is not None:
-        seeds: list[Any] = [seed + i for i in range(size[0])] if isinstance(seed, int) else list(_sequence(seed))
+        seeds: list[Any] = [seed + i for i in range(size[0])] if is_int(seed) else list(_sequence(seed))
         if len(seeds) != size[0] or not all(is_int(each) and each >= 0 for each in seeds):
             raise ValueError(f"seed={seed!r} must be a non-negative integer, or one for each of {size[0]} samples")
         sources = [torch.Generator().manual_seed(each) for each in seeds]
@@ -348,6 +357,10 @@ def _passes(
     device: torch.device,
 ) -> tuple[Pass, ...]:
     """List the model's calls of a step: how many copies of the batch, their text, and what of it is valid."""
+    given = {"text": text, "text_valid": text_valid, "negative": negative, "negative_valid": negative_valid}
+    for name, each in given.items():
+        if each is not None and not isinstance(each, Tensor):
+            raise TypeError(f"{name} of type {type(each).__name__} must be a tensor")
     for name, each in (("text", text), ("negative", negative)):
         if each is not None and (each.ndim < 2 or len(each) != batch):
             raise ValueError(f"{name} of shape {tuple(each.shape)} must be [B, L, ...] with B = {batch}")
@@ -421,16 +434,19 @@ def _known(
     return torch.where(generated == 1, 0, known.to(device, state)), generated
 
 
-def _noise(
+def make_noise(
     size: tuple[int, ...],
     noise: Tensor | None,
     seed: int | Sequence[int] | None,
     generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Tensor:
+    """Return the noise that is given, or draw it. Raises TypeError or ValueError for what is not a sample's."""
     if noise is None:
         return draw_noise(size, seed=seed, generator=generator)
     if seed is not None or generator is not None:
         raise ValueError("noise and seed or generator exclude each other")
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"noise of type {type(noise).__name__} must be a tensor")
     if tuple(noise.shape) != size or not noise.is_floating_point():
         raise ValueError(f"noise of shape {tuple(noise.shape)} and dtype {noise.dtype} must be floating point {size}")
     return noise
@@ -450,7 +466,7 @@ def place(
         raise TypeError(f"dtype={dtype!r} must be a floating-point dtype")
     if device is None:
         device = "cpu" if weight is None else weight.device
-    return torch.device(device), dtype
+    return _validate.device("device", device), dtype
 
 
 def _sequence(value: Any) -> Sequence[Any]:
@@ -458,9 +474,16 @@ def _sequence(value: Any) -> Sequence[Any]:
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if len(shape) != 5 or not all(is_int(n) and n > 0 for n in shape):
-        raise ValueError(f"shape={tuple(shape)} must be five positive integers (B, C, T, H, W)")
+    """Return a video's shape. Raises ValueError when it is none."""
+    if not isinstance(shape, (tuple, list)) or len(shape) != 5 or not all(is_int(n) and n > 0 for n in shape):
+        raise ValueError(f"shape={shape!r} must be five positive integers (B, C, T, H, W)")
     return tuple(int(n) for n in shape)
+
+
+def check_callback(callback: object) -> None:
+    """Raise TypeError when what is to be called cannot be."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback={callback!r} must be a function")
 
 
 def _choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stattn.grid import is_int
+from stattn.ops._validate import flag, number
 
 
 class Level(NamedTuple):
@@ -44,7 +45,7 @@ class FlowMatching:
 
     def __post_init__(self) -> None:
         _positive_int("steps", self.steps)
-        if not (math.isfinite(self.shift) and self.shift > 0):
+        if number("shift", self.shift) <= 0:
             raise ValueError(f"shift={self.shift!r} must be a positive number")
 
     def levels(self) -> list[Level]:
@@ -78,7 +79,8 @@ class Diffusion:
             raise ValueError(f"steps={self.steps} must be at most train_steps={self.train_steps}")
         if self.betas not in ("scaled_linear", "cosine"):
             raise ValueError(f"betas={self.betas!r} must be 'scaled_linear' or 'cosine'")
-        if not (math.isfinite(self.snr_shift) and self.snr_shift > 0):
+        flag("zero_snr", self.zero_snr)
+        if number("snr_shift", self.snr_shift) <= 0:
             raise ValueError(f"snr_shift={self.snr_shift!r} must be a positive number")
 
     def levels(self) -> list[Level]:

@@ -36,6 +36,7 @@ BAD = {
         "k has dtype torch.float64, q torch.float32",
         {"k": torch.zeros(2, 24, 2, 8).double()},
     ),
+    "an impl that is no name": (TypeError, r"impl=\['cuda'\] must be 'auto' or one of", {"impl": ["cuda"]}),
     "an integer q": (TypeError, "q has dtype torch.int64", {"q": torch.zeros(2, 24, 2, 8, dtype=torch.long)}),
     "k on another device": (ValueError, "k is on meta, q on cpu", {"k": torch.zeros(2, 24, 2, 8, device="meta")}),
     "another batch": (ValueError, "v has a batch of 1, q of 2", {"v": torch.zeros(1, 24, 2, 8)}),
@@ -119,6 +120,13 @@ def test_the_scale_may_be_any_real_number(scale: Any) -> None:
     tensors = torch.randn(3, 2, 24, 2, 8).unbind()
     want = stattn.attention(*tensors, GRID, scale=float(scale))
     assert torch.equal(stattn.attention(*tensors, GRID, scale=scale), want)
+
+
+def test_explain_refuses_what_is_no_device() -> None:
+    tensors = torch.zeros(3, 1, 24, 2, 8).unbind()
+    assert "on cuda" in stattn.explain(*tensors, GRID, device="cuda")
+    with pytest.raises(ValueError, match="device='tpu' is no device"):
+        stattn.explain(*tensors, GRID, device="tpu")
 
 
 def test_a_mask_that_does_not_fit_is_refused_where_nothing_is_computed() -> None:

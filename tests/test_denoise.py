@@ -392,3 +392,7 @@ def test_philox_normal_refuses_wrong_seeds():
         philox_normal((3, 3), torch.tensor([4, 5]))
     with pytest.raises(ValueError, match=r"shape=\(\) must be"):
         philox_normal((), 4)
+    with pytest.raises(ValueError, match=r"shape=\(-1, 2\) must be"):
+        philox_normal((-1, 2), 4)
+    with pytest.raises(ValueError, match="device='tpu' is no device"):
+        philox_normal((2, 3), 4, device="tpu")

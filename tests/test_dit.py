@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -468,12 +469,41 @@ def test_weights_that_do_not_exist_are_named(tmp_path):
         ("vocab=10 needs text_dim=0", {"text_dim": 0}),
         ("text_dim=0", {"kind": "cross", "text_dim": 0, "vocab": 0}),
         (r"rope_split=\(2, 2, 2\)", {"rope_split": (2, 2, 2)}),
+        ("layers=2.0", {"layers": 2.0}),
+        ("heads=True", {"heads": True}),
+        ("head_dim=7", {"head_dim": 7}),
+        (r"patch=\(1, 2\)", {"patch": (1, 2)}),
+        ("patch=-2", {"patch": (1, -2, 2)}),
+        ("qk_norm='layer'", {"qk_norm": "layer"}),
+        ("masked_input='yes'", {"masked_input": "yes"}),
+        ("eps=-1.0", {"eps": -1.0}),
+        ("rope_theta=0", {"rope_theta": 0}),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_by_field(message, change):
     dataclasses.replace(JOINT)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         dataclasses.replace(JOINT, **change)
+
+
+@pytest.mark.parametrize(
+    "message, call",
+    [
+        ("size=4", lambda model: model.kv_cache(1, 4, chunk=1, window=2)),
+        ("size h=-4", lambda model: model.kv_cache(1, (-4, 4), chunk=1, window=2)),
+        ("sinks=-1", lambda model: model.kv_cache(1, (4, 4), chunk=1, window=2, sinks=-1)),
+        ("window=None", lambda model: model.kv_cache(1, (4, 4), chunk=1, window=None)),
+        ("text_len=-1", lambda model: model.kv_cache(1, (4, 4), chunk=1, window=2, text_len=-1)),
+        ("rebase='no'", lambda model: model.kv_cache(1, (4, 4), chunk=1, window=2, rebase="no")),
+        ("batch=0", lambda model: model.flops((2, 4, 4), batch=0)),
+        ("text of type NoneType", lambda model: model.encode_text(None)),
+        ("dtype=torch.int64", lambda model: dit.load("tiny", dtype=torch.int64)),
+        ("device='tpu'", lambda model: dit.load("tiny", device="tpu")),
+    ],
+)
+def test_wrong_arguments_of_methods_and_of_load_are_named(message, call):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(make(JOINT))
 
 
 def test_unknown_names_and_types_of_configs_are_refused():
@@ -508,6 +538,14 @@ def test_unknown_names_and_types_of_configs_are_refused():
             {"known": torch.zeros(2, 3, 6, 16, 20), "known_mask": torch.zeros(2, 3, 6, 16, 20)},
         ),
         (TypeError, "mask='spatial'", {"mask": "spatial"}),
+        (TypeError, "x of type ndarray must be a tensor", {"x": np.zeros((2, 3, 6, 16, 20))}),
+        (TypeError, "timestep of type float must be a tensor", {"timestep": 500.0}),
+        (TypeError, "text of type str must be a tensor", {"text": "a red disc"}),
+        (ValueError, r"text_valid of shape \(2,\) and torch.float32", {"text_valid": torch.ones(2)}),
+        (ValueError, "dense_layers=-1", {"dense_layers": -1}),
+        (TypeError, "dense_layers=1.5", {"dense_layers": 1.5}),
+        (TypeError, "cache of type str must be a RollingKVCache", {"cache": "rolling"}),
+        (TypeError, "tokens=1 must be True or False", {"tokens": 1}),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(error, message, change):

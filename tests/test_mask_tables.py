@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import statistics
 import time
 
@@ -76,8 +77,13 @@ def test_packed_tables_are_equal_by_value_across_masks() -> None:
 )
 def test_a_key_that_builds_no_mask_is_refused(key: str) -> None:
     assert masks.parse("(full() & window(3, 3, 3, stride=2))").allowed(RAGGED).any()
-    with pytest.raises(ValueError):  # noqa: PT011  some come from the parser of literals
+    with pytest.raises(ValueError, match=re.escape(f"mask {key!r}")):
         masks.parse(key)
+
+
+def test_a_key_that_is_no_string_is_refused() -> None:
+    with pytest.raises(TypeError, match="key=None must be a string"):
+        masks.parse(None)  # type: ignore[arg-type]
 
 
 # --- tables, tiles, density ------------------------------------------------------------------------------------------
@@ -260,6 +266,7 @@ REFUSED: dict[str, tuple[Options, list[tuple[Options, type[Exception], str]]]] =
         [
             ({"bands": ()}, ValueError, r"bands=\(\)"),
             ({"bands": ((0, 3),)}, ValueError, "bands="),
+            ({"bands": (1, 2, 3)}, ValueError, r"bands=\(1, 2, 3\)"),
             ({"bands": ((-1, 3, 3),)}, ValueError, "distance -1"),
             ({"bands": ((0, 3, 0),)}, ValueError, "window w=0"),
             ({"bands": ((0, 2.0, 3),)}, TypeError, "window h=2.0"),
@@ -303,6 +310,8 @@ def test_a_wrong_argument_of_a_constructor_is_named(
     "options, message",
     [
         ({"q": [-1]}, "q has tokens from -1"),
+        ({"q": [0.5]}, "q of torch.float32 must hold token indices"),
+        ({"k": [True]}, "k of torch.bool must hold token indices"),
         ({"k": [0, 29]}, "k has tokens from 0 to 29, the grid 0 to 28"),
         ({"globals_see": "video"}, "globals_see='video'"),
     ],
@@ -310,7 +319,7 @@ def test_a_wrong_argument_of_a_constructor_is_named(
 def test_allowed_refuses_what_the_grid_has_not(options: Options, message: str) -> None:
     grid = Grid(2, 3, 4, 2, 3)
     assert masks.full().allowed(grid, [0, 28], [28], globals_see="globals").shape == (2, 1)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         masks.full().allowed(grid, **options)  # type: ignore[arg-type]
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import stattn
 from stattn import Region, masks
+
+OUT, LSE = torch.zeros(1, 3, 2, 4), torch.zeros(1, 2, 3)
 
 
 def parts_of(
@@ -73,6 +77,24 @@ def test_huge_scores_merge_without_overflow() -> None:
     out, lse = stattn.merge(outs, [torch.full((1, 1, 1), -1e5), torch.full((1, 1, 1), 1e5)])
     assert out.flatten().tolist() == [3.0, 3.0]
     assert lse.item() == 1e5
+
+
+@pytest.mark.parametrize(
+    "outs, lses, message",
+    [
+        (OUT, LSE, "outs of type Tensor must be a sequence of tensors"),
+        ([OUT], None, "lses of type NoneType must be a sequence of tensors"),
+        ([OUT.long()], [LSE], r"outs\[0\] of torch.int64"),
+        ([OUT], [LSE.long()], r"lses\[0\] of torch.int64"),
+        ([OUT, OUT.double()], [LSE, LSE], r"outs\[1\] has dtype torch.float64, outs\[0\] torch.float32"),
+        ([OUT, OUT.to("meta")], [LSE, LSE], r"outs\[1\] is on meta, outs\[0\] on cpu"),
+        ([OUT], [LSE.to("meta")], r"lses\[0\] is on meta, outs\[0\] on cpu"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_parts_of_other_kinds_are_refused(outs: Any, lses: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        stattn.merge(outs, lses)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -346,7 +346,8 @@ def radial(bands: Sequence[tuple[int | None, int | None, int | None]]) -> Mask:
     The idea is that of Radial Attention (Li et al., arXiv:2506.19852); the 2-D windows are ours, in place of its 1-D
     bands.
     """
-    if not bands or any(len(band) != 3 for band in bands):
+    triples = isinstance(bands, Sequence) and all(isinstance(band, Sequence) and len(band) == 3 for band in bands)
+    if not triples or not bands:
         raise ValueError(f"bands={bands!r} must be (frames, h, w) triples, at least one")
     for distance, h, w in bands:
         if distance is not None and (not is_int(distance) or distance < 0):
@@ -429,19 +430,28 @@ def parse(key: str) -> Mask:
             return combined
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CONSTRUCTORS:
             try:
-                options = {str(each.arg): ast.literal_eval(each.value) for each in node.keywords}
-                return CONSTRUCTORS[node.func.id].make(*map(ast.literal_eval, node.args), **options)
-            except TypeError as error:
+                options = {str(each.arg): _literal(each.value) for each in node.keywords}
+                return CONSTRUCTORS[node.func.id].make(*map(_literal, node.args), **options)
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"mask {key!r}: {error}") from error
         raise ValueError(
             f"mask {key!r}: expected {', '.join(CONSTRUCTORS)} joined by & and |, got {ast.unparse(node)!r}"
         )
 
+    if not isinstance(key, str):
+        raise TypeError(f"key={key!r} must be a string")
     try:
         tree = ast.parse(key, mode="eval")
     except SyntaxError as error:
         raise ValueError(f"mask {key!r} is not an expression: {error.msg}") from error
     return evaluate(tree.body)
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:  # whose words hold the node's address
+        raise ValueError(f"{ast.unparse(node)!r} is not a literal") from None
 
 
 def _neighbourhood(axis: str, length: int, size: int | None, stride: int, dilation: int, causal: bool) -> Rule:
@@ -486,7 +496,10 @@ def _tokens(name: str, given: torch.Tensor | Sequence[int] | None, grid: Grid) -
     """Give token indices as a tensor, all of the grid's when None."""
     if given is None:
         return torch.arange(grid.tokens)
-    tokens = torch.as_tensor(given).cpu().long()
+    tokens = torch.as_tensor(given).cpu()
+    if tokens.numel() and (tokens.is_floating_point() or tokens.dtype == torch.bool):
+        raise TypeError(f"{name} of {tokens.dtype} must hold token indices, integers")
+    tokens = tokens.long()
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < grid.tokens:
         raise ValueError(
             f"{name} has tokens from {int(tokens.min())} to {int(tokens.max())}, the grid 0 to {grid.tokens - 1}"

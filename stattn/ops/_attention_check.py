@@ -36,8 +36,6 @@ def check(
         raise ValueError(f"globals_see={globals_see!r} must be 'all' or 'globals'")
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
-    elif isinstance(scale, bool):
-        raise TypeError(f"scale={scale!r} must be a number")
     else:
         scale = _validate.number("scale", scale)
     q_box = _box("q_region", q_region, grid)

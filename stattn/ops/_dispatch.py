@@ -53,9 +53,11 @@ class Operation:
     def choose(self, impl: str, call: Hashable) -> Implementation:
         """Pick the implementation for a call.
 
-        Raises ValueError when ``impl`` is unknown, when the requested one refuses the call, or
-        when ``auto`` finds none.
+        Raises TypeError when ``impl`` is no string, ValueError when it is unknown, when the requested one refuses the
+        call, or when ``auto`` finds none.
         """
+        if not isinstance(impl, str):
+            raise TypeError(f"impl={impl!r} must be 'auto' or one of {', '.join(NAMES)}")
         if torch.compiler.is_compiling():  # Dynamo traces the search, not the cache around it
             return self._choose_uncached(impl, call)
         chosen = self._choose(impl, call)

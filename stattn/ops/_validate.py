@@ -44,7 +44,7 @@ def one_device(name: str, value: Tensor, **others: Tensor | None) -> None:
 
 def number(name: str, value: object) -> float:
     """Return a finite number of the host. A tensor is refused: reading it would wait for the device."""
-    if not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} must be a number")
     result = float(value)
     if not abs(result) < math.inf:  # torch.compile traces this comparison; it does not trace math.isfinite
@@ -65,6 +65,19 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r} must be True or False")
     return value
+
+
+def device(name: str, value: object, present: bool = True) -> torch.device:
+    """Return a device from a device or its name. present: it must be one of this machine, where it is a CUDA device."""
+    if not isinstance(value, (str, torch.device)):
+        raise TypeError(f"{name}={value!r} must be a torch.device or its name")
+    try:
+        found = torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name}={value!r} is no device: {error}") from error
+    if present and found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{name}={str(value)!r}: torch finds no CUDA device here")
+    return found
 
 
 def triple(name: str, value: object) -> tuple[int, int, int]:

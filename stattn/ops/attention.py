@@ -13,7 +13,7 @@ from stattn.blocks import BlockList
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import Mask
 from stattn.ops import _attention_memo as _memo
-from stattn.ops import _cuda, _cuda_bwd, _dense, _triton
+from stattn.ops import _cuda, _cuda_bwd, _dense, _triton, _validate
 from stattn.ops._attention_check import check as _check
 from stattn.ops._attention_check import real_globals as _real_globals
 from stattn.ops._dispatch import Implementation, Operation
@@ -179,11 +179,19 @@ def merge(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[t
     """Combine attention over disjoint sets of keys into attention over all of them.
 
     outs: [B, N, heads, D] each. lses: [B, heads, N] each, natural log. Returns both for the union; a part with LSE -inf
-    changes nothing. Differentiable. Raises ValueError when counts or shapes differ.
+    changes nothing. Differentiable. Raises TypeError or ValueError when counts, shapes, dtypes or devices differ.
     """
+    for name, given in (("outs", outs), ("lses", lses)):
+        if not isinstance(given, (tuple, list)) or not all(isinstance(each, torch.Tensor) for each in given):
+            raise TypeError(f"{name} of type {type(given).__name__} must be a sequence of tensors")
     if not outs or len(outs) != len(lses):
         raise ValueError(f"merge takes as many outs as lses and at least one, got {len(outs)} and {len(lses)}")
     for number, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        _validate.tensor(f"outs[{number}]", out, "[B, N, heads, D]")
+        _validate.tensor(f"lses[{number}]", lse, "[B, heads, N]")
+        _validate.one_device("outs[0]", outs[0], **{f"outs[{number}]": out, f"lses[{number}]": lse})
+        if out.dtype != outs[0].dtype:
+            raise TypeError(f"outs[{number}] has dtype {out.dtype}, outs[0] {outs[0].dtype}: they must be equal")
         if out.shape != outs[0].shape:
             raise ValueError(f"outs[{number}] has shape {tuple(out.shape)}, outs[0] {tuple(outs[0].shape)}")
         expected = (out.shape[0], out.shape[2], out.shape[1])
@@ -215,7 +223,8 @@ def explain(
     problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, None)
     call = _call(q, k, v, problem, extras, _needs_grad(q, k, v), _flags(deterministic, False))
     if device is not None:
-        call = call._replace(device=torch.device(device).type, capability=_capability(torch.device(device)))
+        other = _validate.device("device", device, present=False)
+        call = call._replace(device=other.type, capability=_capability(other))
     rows = OPERATION.table(call)
     served = next((name for name, reason in rows if reason is None), None)
     width = max(len(name) for name, _ in rows)

@@ -179,11 +179,13 @@ def philox_normal(
     once.
     Raises ValueError or TypeError for a seed or offset out of range, or seeds of another shape or device.
     """
+    if not isinstance(shape, (tuple, list)) or not all(is_int(each) and each >= 0 for each in shape) or not shape:
+        raise ValueError(f"shape={shape!r} must be [B, ...], integers that are not negative")
     size = torch.Size(shape)
-    if len(size) == 0:
-        raise ValueError("shape=() must be [B, ...]")
     if device is None and isinstance(seed, Tensor):
         device = seed.device
+    elif device is not None:
+        device = _validate.device("device", device)
     seeds = _seeds(seed, offset, size[0], torch.empty(0, device=device).device)
     return PHILOX_NORMAL.choose(impl, NormalCall(seeds.device.type)).run(seeds, offset, size)
 
