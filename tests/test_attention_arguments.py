@@ -122,9 +122,16 @@ def test_the_scale_may_be_any_real_number(scale: Any) -> None:
     assert torch.equal(stattn.attention(*tensors, GRID, scale=scale), want)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_explain_says_where_there_is_no_gpu() -> None:
+    said = stattn.explain(*torch.zeros(3, 1, 24, 2, 16, dtype=torch.bfloat16).unbind(), GRID, device="cuda")
+    assert "auto takes nothing" in said
+    assert said.count("torch finds no CUDA device") == 3  # cuda, sdpa and triton
+
+
 def test_explain_refuses_what_is_no_device() -> None:
     tensors = torch.zeros(3, 1, 24, 2, 8).unbind()
-    assert "on cuda" in stattn.explain(*tensors, GRID, device="cuda")
+    assert "auto takes" in stattn.explain(*tensors, GRID, device="cuda")
     with pytest.raises(ValueError, match="device='tpu' is no device"):
         stattn.explain(*tensors, GRID, device="tpu")
 

@@ -12,6 +12,7 @@ from stattn import extension
 from stattn.masks import full
 from stattn.ops import _cuda_bwd_lists, _cuda_bwd_plan, _cuda_lists, _cuda_plan
 from stattn.ops._cuda_plan import is_split, on_device
+from stattn.ops._dispatch import lacks
 from stattn.problem import Extras, Problem
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -73,8 +74,7 @@ def why_not(call: Any) -> str | None:
     if call.device != "cuda":
         return f"runs on CUDA, the tensors are on {call.device}"
     if call.capability != extension.CAPABILITY:
-        major, minor = extension.CAPABILITY
-        return f"needs compute capability {major}.{minor}, this device has {call.capability[0]}.{call.capability[1]}"
+        return lacks(call.capability, extension.CAPABILITY)
     reason = extension.why_not()
     if reason is not None:
         return reason

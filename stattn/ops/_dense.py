@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from stattn.ops._dispatch import lacks
 from stattn.problem import Extras, Problem
 
 _aten = torch.ops.aten
@@ -32,7 +33,7 @@ def sdpa_why_not(call: Any) -> str | None:
     if call.head_dim % 8 or call.head_dim > 256:
         return f"head dimension {call.head_dim} must be a multiple of 8, at most 256"
     if call.capability < (8, 0):
-        return f"needs compute capability 8.0, this device has {call.capability[0]}.{call.capability[1]}"
+        return lacks(call.capability, (8, 0))
     return None
 
 
@@ -197,10 +198,10 @@ def flash_why_not(call: Any) -> str | None:
     most = {4: 128, 3: 256, 2: 256}[version]
     if call.head_dim % 8 or call.head_dim > most:
         return f"head dimension {call.head_dim} must be a multiple of 8, at most {most}, for flash-attn {version}"
-    if version == 3 and call.capability[0] != 9:
-        return f"flash-attn 3 needs compute capability 9.0, this device has {call.capability[0]}.{call.capability[1]}"
     if call.capability < (8, 0):
-        return f"needs compute capability 8.0, this device has {call.capability[0]}.{call.capability[1]}"
+        return lacks(call.capability, (8, 0))
+    if version == 3 and call.capability[0] != 9:
+        return f"flash-attn 3 {lacks(call.capability, (9, 0))}"
     return None
 
 

@@ -94,6 +94,13 @@ class Operation:
         raise ValueError(f"impl={impl!r}: {self.name} has no such implementation; it has {have}")
 
 
+def lacks(capability: tuple[int, int], needed: tuple[int, int]) -> str:
+    """Say that a device's compute capability is not the one needed; (0, 0) stands for a machine without a GPU."""
+    if capability == (0, 0):
+        return "torch finds no CUDA device"
+    return f"needs compute capability {needed[0]}.{needed[1]}, this device has {capability[0]}.{capability[1]}"
+
+
 def impl_for(impl: str | Mapping[str, str], stem: str) -> str:
     """Return the implementation asked for one stem.
 

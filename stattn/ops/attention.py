@@ -16,7 +16,7 @@ from stattn.ops import _attention_memo as _memo
 from stattn.ops import _cuda, _cuda_bwd, _dense, _triton, _validate
 from stattn.ops._attention_check import check as _check
 from stattn.ops._attention_check import real_globals as _real_globals
-from stattn.ops._dispatch import Implementation, Operation
+from stattn.ops._dispatch import Implementation, Operation, lacks
 from stattn.problem import Extras, Problem
 from stattn.reference.attention import attention as _reference_forward
 from stattn.reference.attention import attention_backward as _reference_backward
@@ -315,7 +315,7 @@ def _triton_why_not(call: AttentionCall) -> str | None:
     if call.head_dim % 8 or not 16 <= call.head_dim <= 256:
         return f"head dimension {call.head_dim} must be a multiple of 8 from 16 to 256"
     if call.device == "cuda" and call.capability < (8, 0):
-        return f"needs compute capability 8.0, this device has {call.capability[0]}.{call.capability[1]}"
+        return lacks(call.capability, (8, 0))
     return _triton.why_not(call.device, call.dtype)
 
 
