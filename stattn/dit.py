@@ -157,42 +157,16 @@ class DiT(nn.Module):
         known [B, in_channels, T, H, W], known_mask [B, 1, T, H, W]: the part of the video that is given (mask 1, read
         nowhere else) to a model with masked_input; None means nothing is. mask: replaces the mask of every
         SpaceTimeAttention for this call. dense_layers: the first so many attend fully. cache: x is the chunk that was
-        opened last in it, and attends to the frames before it that it holds. tokens: return patches as
-        ``predict_tokens`` does. Raises ValueError or TypeError when an argument does not fit the config.
+        opened last in it, and attends to the frames before it that it holds. tokens: return the patches instead,
+        [B, N, pt*ph*pw*out_channels]. Raises ValueError or TypeError when an argument does not fit the config.
         """
-        predicted, grid = self.predict_tokens(
-            x,
-            timestep,
-            text,
-            text_valid,
-            known=known,
-            known_mask=known_mask,
-            mask=mask,
-            dense_layers=dense_layers,
-            cache=cache,
-        )
+        check_positive("dense_layers", dense_layers, least=0)
+        inputs = self.embed(x, timestep, text, text_valid, known=known, known_mask=known_mask, mask=mask, cache=cache)
+        predicted = self.transform(inputs, timestep, dense_layers=dense_layers, cache=cache)
         if _validate.flag("tokens", tokens):
             return predicted
         impl = impl_for(self.patchify.impl, "patchify")
-        return unpatchify3d(predicted, grid.shape, self.config.patch, self.config.out_channels, impl=impl)
-
-    def predict_tokens(
-        self,
-        x: Tensor,
-        timestep: Tensor,
-        text: Tensor | EncodedText | None = None,
-        text_valid: Tensor | None = None,
-        *,
-        known: Tensor | None = None,
-        known_mask: Tensor | None = None,
-        mask: Masks | BlockList | None = None,
-        dense_layers: int = 0,
-        cache: RollingKVCache | None = None,
-    ) -> tuple[Tensor, Grid]:
-        """Predict as ``forward`` does; returns the patches, tokens [B, N, pt*ph*pw*out_channels], and their grid."""
-        check_positive("dense_layers", dense_layers, least=0)
-        inputs = self.embed(x, timestep, text, text_valid, known=known, known_mask=known_mask, mask=mask, cache=cache)
-        return self.transform(inputs, timestep, dense_layers=dense_layers, cache=cache), inputs.at.grid
+        return unpatchify3d(predicted, inputs.at.grid.shape, self.config.patch, self.config.out_channels, impl=impl)
 
     def embed(
         self,

@@ -2,30 +2,19 @@
 
 import copy
 import types
+from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import JOINT
 from torch import nn
 
 from stattn import masks
 from stattn.accelerate import accelerate
-from stattn.dit import DiT, DiTConfig
+from stattn.dit import DiT
 from stattn.modules import Patchify3D
 
-CONFIG = DiTConfig(
-    kind="joint",
-    layers=3,
-    heads=2,
-    head_dim=12,
-    ffn_dim=32,
-    in_channels=3,
-    out_channels=3,
-    patch=(2, 4, 4),
-    text_dim=8,
-    text_len=6,
-    vocab=10,
-    freq_dim=16,
-)
+CONFIG = replace(JOINT, layers=3, masked_input=False, qk_norm="across_heads")
 GRID = (3, 4, 5)
 
 

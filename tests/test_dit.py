@@ -9,53 +9,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import CROSS, JOINT, make
 from torch.utils.flop_counter import FlopCounterMode
 
 import stattn
 from stattn import dit, masks
-from stattn.dit import CONFIGS, DiT, DiTConfig, Layout
+from stattn.dit import CONFIGS, DiT, Layout
 from stattn.grid import Grid
 from stattn.rope import rope_tables
 
-JOINT = DiTConfig(
-    kind="joint",
-    layers=2,
-    heads=2,
-    head_dim=12,
-    ffn_dim=32,
-    in_channels=3,
-    out_channels=3,
-    patch=(2, 4, 4),
-    text_dim=8,
-    text_len=6,
-    vocab=10,
-    masked_input=True,
-    freq_dim=16,
-    qk_norm="per_head",
-)
-CROSS = DiTConfig(
-    kind="cross",
-    layers=2,
-    heads=2,
-    head_dim=12,
-    ffn_dim=32,
-    in_channels=4,
-    out_channels=4,
-    patch=(1, 2, 2),
-    text_dim=8,
-    text_len=6,
-    freq_dim=16,
-)
 BOTH = pytest.mark.parametrize("config", [JOINT, CROSS], ids=["joint", "cross"])
-
-
-def make(config, seed=0, **keywords):
-    """A model whose parameters are all drawn anew: nothing is zero, nothing is one."""
-    generator = torch.Generator().manual_seed(seed)
-    model = DiT(config, **keywords)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.2, generator=generator)
-    return model.eval()
 
 
 def inputs(config, batch=2, size=None, seed=1):
@@ -299,8 +262,7 @@ def test_spatial_masks_keep_frames_apart_but_for_the_text():
 def test_predicted_tokens_are_the_patches_of_the_prediction():
     model = make(JOINT)
     arguments = inputs(JOINT)
-    tokens, grid = model.predict_tokens(*arguments)
-    assert grid == Grid(3, 4, 5, after=6)
+    tokens = model(*arguments, tokens=True)
     assert tokens.shape == (2, 60, 2 * 4 * 4 * 3)
     out = model(*arguments)
     # Token (1, 2, 3); features in the order (pt, ph, pw, C).

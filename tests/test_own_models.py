@@ -1,14 +1,17 @@
 """Models of stattn's own modules in PyTorch's tools: compile, export, autocast, checkpointing, the counter of flops."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tiny_models import CROSS
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from two_processes import loss, samples, video_model
 
 import stattn
 from stattn import flops, masks
-from stattn.dit import DiT, DiTConfig
+from stattn.dit import DiT
 from stattn.grid import Grid
 from stattn.modules import SpaceTimeAttention
 
@@ -20,20 +23,7 @@ def joint():
 
 
 def cross():
-    config = DiTConfig(
-        kind="cross",
-        layers=1,
-        heads=2,
-        head_dim=12,
-        ffn_dim=32,
-        in_channels=3,
-        out_channels=3,
-        patch=(2, 4, 4),
-        text_dim=8,
-        text_len=6,
-        freq_dim=16,
-    )
-    model = DiT(config, mask=WINDOW)
+    model = DiT(replace(CROSS, layers=1, in_channels=3, out_channels=3, patch=(2, 4, 4)), mask=WINDOW)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.2)
     x, t, _ = samples()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,12 @@ DIT = (3, 6, 16, 20)
 
 def video_model() -> torch.nn.Module:
     """A DiT of stattn's own modules, with weights from the seed."""
-    from stattn.dit import DiT, DiTConfig
+    from tiny_models import JOINT
+
+    from stattn.dit import DiT
 
     torch.manual_seed(0)
-    config = DiTConfig(
-        kind="joint",
-        layers=2,
-        heads=2,
-        head_dim=12,
-        ffn_dim=32,
-        in_channels=3,
-        out_channels=3,
-        patch=(2, 4, 4),
-        text_dim=8,
-        text_len=6,
-        vocab=10,
-        freq_dim=16,
-    )
+    config = replace(JOINT, masked_input=False, qk_norm="across_heads")
     model = DiT(config, mask=masks.window(1, 3, 3))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.2)
