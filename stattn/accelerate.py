@@ -15,17 +15,12 @@ from stattn.modules import (
     CrossAttention,
     DenoiseStep,
     GatedResidual,
-    Impl,
-    Masks,
     ModulatedNorm,
     Patchify3D,
     QKNormRope,
     SpaceTimeAttention,
-    check_impl,
-    check_mask,
-    density,
-    describe_mask,
 )
+from stattn.settings import Impl, Masks, check_impl, check_mask, density, describe_mask
 
 if TYPE_CHECKING:
     from stattn.integrations._layers import HostAcceleration

@@ -21,10 +21,10 @@ from stattn.demo_page import STEP
 from stattn.dit import CONFIGS, DiT
 from stattn.grid import Grid
 from stattn.masks import Mask
-from stattn.modules import STEMS
 from stattn.ops.attention import OPERATION, attention
 from stattn.results import Result
 from stattn.sampler import draw_noise, sample
+from stattn.settings import STEMS
 
 # Largest RMS error relative to the exact output. A step is 6 layers of bf16 rounding, each about 2^-9.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}

@@ -33,11 +33,12 @@ from stattn.dit_blocks import CrossBlock, JointBlock, Layout, modulation
 from stattn.dit_config import CONFIGS, DiTConfig, resolve
 from stattn.grid import Grid, Triple, as_grid, check_positive
 from stattn.masks import full
-from stattn.modules import Impl, Masks, ModulatedNorm, Patchify3D, SpaceTimeAttention, check_mask, density
+from stattn.modules import ModulatedNorm, Patchify3D, SpaceTimeAttention
 from stattn.ops import _validate
 from stattn.ops._dispatch import impl_for
 from stattn.ops.patchify import unpatchify3d
 from stattn.rope import RopeTables, rope_tables
+from stattn.settings import Impl, Masks, check_mask, density
 
 __all__ = [
     "CONFIGS",

@@ -14,8 +14,9 @@ from stattn.blocks import BlockList
 from stattn.cache import LayerCache
 from stattn.dit_config import DiTConfig
 from stattn.grid import Grid
-from stattn.modules import CrossAttention, FeedForward, GatedResidual, Impl, Masks, ModulatedNorm, SpaceTimeAttention
+from stattn.modules import CrossAttention, FeedForward, GatedResidual, ModulatedNorm, SpaceTimeAttention
 from stattn.rope import RopeTables
+from stattn.settings import Impl, Masks
 
 
 class Layout(NamedTuple):

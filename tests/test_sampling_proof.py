@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 
 import stattn
-from stattn import dit, masks, modules
+from stattn import attention_modules, dit, masks
 from stattn.accelerate import accelerate
+from stattn.attention_modules import valid_tokens
 from stattn.bench_models import ModelShape, psnr, random_model
 from stattn.dit import CONFIGS, WEIGHTS, DiT
 from stattn.graph import SampleGraph
 from stattn.grid import Grid, as_grid
-from stattn.modules import valid_tokens
 from stattn.sampler import FlowMatching, sample
 
 SEEDS = 5
@@ -83,7 +83,7 @@ def test_fifty_fused_steps_end_where_pytorch_s_operations_end(make, mask, monkey
     by_hand = []
     for model in (exact, fused):
         with monkeypatch.context() as patched, accelerate(model, impl=EAGER):
-            patched.setattr(modules, "attention", plain_attention)
+            patched.setattr(attention_modules, "attention", plain_attention)
             by_hand.append(sample(model, shape, impl=EAGER, **options))
     want, eager = by_hand
     got = sample(fused, shape, **options)
