@@ -24,16 +24,17 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 
 class Specialization(NamedTuple):
     """A kernel as a launcher compiles it.
 
-    name: for people. fn: the ``triton.jit`` function. types: argument name -> type ("*bf16", "i32", "fp32"), in order.
-    constants: argument name -> value, of its constexprs (a None stands for an absent pointer). options: num_warps and
-    num_stages. unaligned: arguments that are no multiple of 16; all other pointers and integers are. local: bytes of
-    local memory that it may take at most on sm_90 and later; a file that allows any says why. only: the one capability
-    to compile a variant for that takes long, None for all.
+    name: for people. fn: the ``triton.jit`` or ``gluon.jit`` function. types: argument name -> type ("*bf16", "i32",
+    "fp32"), in order. constants: argument name -> value, of its constexprs (a None stands for an absent pointer).
+    options: num_warps and num_stages. unaligned: arguments that are no multiple of 16; all other pointers and integers
+    are. local: bytes of local memory that it may take at most on sm_90 and later; a file that allows any says why.
+    only: the one capability to compile a variant for that takes long, None for all.
     """
 
     name: str
@@ -65,7 +66,8 @@ def compile_for(kernel: Specialization, capability: int) -> Needs:
         if signature[name][0] in "*i" and name not in kernel.unaligned and signature[name] != "i1"
     }
     constants = {(names.index(name),): value for name, value in kernel.constants.items()}
-    source = ASTSource(fn=kernel.fn, signature=signature, constexprs=constants, attrs=attributes)
+    made = GluonASTSource if isinstance(kernel.fn, GluonJITFunction) else ASTSource
+    source = made(fn=kernel.fn, signature=signature, constexprs=constants, attrs=attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(kernel.options))
     usage = _resources(built.asm["cubin"])
     return Needs(usage["REG"], built.metadata.shared, usage["LOCAL"] + usage["STACK"], built.asm["cubin"])

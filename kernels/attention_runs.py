@@ -1,9 +1,11 @@
 """Attention in which queries see runs of tokens: all of them, those of their frame, all frames up to theirs.
 
 What no mask cuts within a run needs none of what ``_walk`` keeps in registers: boxes of columns are brought by tensor
-copies (TMA), whole ones without a mask, and the last of a run with one. ``stattn.plan.runs`` lists, for each tile of
-rows, the runs that it visits. Otherwise the kernels are those of ``attention`` and ``attention_bwd``: the same numbers
-in another order, sums in fp32 and in an order of their own, P and dS rounded to the inputs' dtype, results once.
+copies (TMA), whole ones without a mask, and the last of a run with one. Boxes of keys end where their run does: what
+lies behind it is not read, and what lies before it only if the run is shorter than a box. ``stattn.plan.runs`` lists,
+for each tile of rows, the runs that it visits. Otherwise the kernels are those of ``attention`` and ``attention_bwd``:
+the same numbers in another order, sums in fp32 and in an order of their own, P and dS rounded to the inputs' dtype,
+results once. On sm_90 ``attention_runs_hopper`` has another forward pass.
 
 The forward pass asks for the scores of a box before it multiplies the last one's P with its values, so that the
 exponentials of a box run beside that product. P is carried from box to box in fp32: rounded any earlier, it would be
@@ -31,6 +33,7 @@ from stattn import plan
 from stattn.kernels import _walk as walking
 from stattn.kernels import attention as general
 from stattn.kernels import attention_bwd as general_bwd
+from stattn.kernels import attention_runs_hopper as hopper
 from stattn.kernels._compile import Specialization
 from stattn.kernels.attention import LOG2E, Config, on_device, shared_arguments, strides
 from stattn.problem import Extras, Problem
@@ -92,13 +95,13 @@ def attention_runs_forward(
         p = tl.zeros([ROWS, COLUMNS], tl.float32)
         alpha = tl.full([ROWS], 1.0, tl.float32)
         for turn in tl.range(0, tl.where(boxes > 0, boxes + 1, 0)):  # the scores of box ``turn``, P of the one before
-            start = tl.minimum(turn, boxes - 1) * COLUMNS
+            start = tl.minimum(turn * COLUMNS, length - COLUMNS)
             scores = tl.dot(queries, tl.trans(_box(k_box, batch, first + start, k_head, COLUMNS, DIM)))
-            left = tl.where(turn < boxes, length - start, 0)
-            if left < COLUMNS:
-                scores = tl.where((tl.arange(0, COLUMNS) < left)[None, :], scores, -float("inf"))
+            if start < turn * COLUMNS:
+                scores = tl.where((start + tl.arange(0, COLUMNS) >= turn * COLUMNS)[None, :], scores, -float("inf"))
             output = output * alpha[:, None]
-            values = _box(v_box, batch, first + tl.maximum(turn - 1, 0) * COLUMNS, k_head, COLUMNS, DIM)
+            last = tl.minimum(tl.maximum(turn - 1, 0) * COLUMNS, length - COLUMNS)
+            values = _box(v_box, batch, first + last, k_head, COLUMNS, DIM)
             output = tl.dot(p.to(values.dtype), values, output)
             now = tl.maximum(most, tl.max(scores, 1))
             shift = now * exponent
@@ -166,11 +169,12 @@ def attention_runs_dq(
     gradient = tl.zeros([ROWS, DIM], tl.float32)
     for number in range((entries - 2) // 2):
         first, length = tl.load(runs + 2 * number), tl.load(runs + 2 * number + 1)
-        for start in tl.range(0, length, COLUMNS):
+        for turn in tl.range(0, length, COLUMNS):
+            start = tl.minimum(turn, length - COLUMNS)
             keys = _box(k_box, batch, first + start, k_head, COLUMNS, DIM)
             scores = tl.dot(queries, tl.trans(keys))
-            if start + COLUMNS > length:
-                scores = tl.where((start + tl.arange(0, COLUMNS) < length)[None, :], scores, -float("inf"))
+            if start < turn:
+                scores = tl.where((start + tl.arange(0, COLUMNS) >= turn)[None, :], scores, -float("inf"))
             p = tl.exp2(scores * exponent - value[:, None])
             dp = tl.dot(douts, tl.trans(_box(v_box, batch, first + start, k_head, COLUMNS, DIM)))
             ds = p * (dp - delta[:, None])
@@ -310,12 +314,16 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute what ``attention.attention`` does, by runs where they serve."""
     made = choose((q, k, v), problem, extras, False, CONFIGS, general.CONFIGS)
+    shared = shared_arguments(q, k, problem, extras)
+    if hopper.serves(q):
+        other = choose((q, k, v), problem, extras, False, hopper.CONFIGS, general.CONFIGS)
+        if other is not None and (made is None or other.cost <= made.cost):
+            return hopper.attention(q, k, v, other.table, other.config, shared["scale"], shared["SIGN"])
     if made is None:
         return general.attention(q, k, v, problem, extras)
     batch, tokens, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    shared = shared_arguments(q, k, problem, extras)
     with on_device(q):
         attention_runs_forward[(batch * heads * made.table.shape[0],)](
             q, _boxes(k, made.config.columns), _boxes(v, made.config.columns), out, lse, q_tokens=tokens, heads=heads,

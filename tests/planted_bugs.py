@@ -357,17 +357,17 @@ BUGS = (
         (f"{RUNS}[frame causal]",),
     ),
     Bug(
-        "one-column-behind-a-run-is-seen",
+        "one-column-of-a-run-is-seen-twice",
         "kernels/attention_runs.py",
-        "left = tl.where(turn < boxes, length - start, 0)\n",
-        "left = tl.where(turn < boxes, length - start + 1, 0)\n",
+        'scores = tl.where((start + tl.arange(0, COLUMNS) >= turn * COLUMNS)[None, :], scores, -float("inf"))\n',
+        'scores = tl.where((start + tl.arange(0, COLUMNS) >= turn * COLUMNS - 1)[None, :], scores, -float("inf"))\n',
         (f"{RUNS}[spatial]",),
     ),
     Bug(
         "weights-of-a-run-meet-values-of-the-next-box",
         "kernels/attention_runs.py",
-        "first + tl.maximum(turn - 1, 0) * COLUMNS, k_head, COLUMNS, DIM)\n",
-        "first + turn * COLUMNS, k_head, COLUMNS, DIM)\n",
+        "last = tl.minimum(tl.maximum(turn - 1, 0) * COLUMNS, length - COLUMNS)\n",
+        "last = tl.minimum(turn * COLUMNS, length - COLUMNS)\n",
         (f"{RUNS}[full]",),
     ),
     Bug(

@@ -51,6 +51,7 @@ from stattn.grid import Grid, Region, Triple
 from stattn.kernels import attention as forward
 from stattn.kernels import attention_bwd as backward
 from stattn.kernels import attention_runs as runs
+from stattn.kernels import attention_runs_hopper as hopper
 from stattn.kernels.attention import Config
 from stattn.masks import CONSTRUCTORS, EMPTY, FULL, PARTIAL, Mask
 
@@ -62,9 +63,11 @@ PLACES = {
     "dq": (backward, "DQ_CONFIGS"),
     "dkdv": (backward, "DKDV_CONFIGS"),
     "runs forward": (runs, "CONFIGS"),
+    "runs hopper": (hopper, "CONFIGS"),
     "runs dq": (runs, "DQ_CONFIGS"),
     "runs dkdv": (runs, "DKDV_CONFIGS"),
 }
+RUNS_FORWARD = ("runs forward", "runs hopper")
 Covered = dict[str, int]
 
 
@@ -84,16 +87,21 @@ def use_first(patch: pytest.MonkeyPatch, dim: int, size: int) -> None:
         use(patch, place, *[c for c in configs(place) if dim in c.widths and c.bytes == size][:1])
 
 
-def take_runs(patch: pytest.MonkeyPatch) -> Counter[str]:
-    """Let the kernels of runs take all that they serve; count the launches that ask for them, and those they serve."""
+def take_runs(patch: pytest.MonkeyPatch, chosen: str) -> Counter[str]:
+    """Let the kernels of runs take all that they serve; count the launches that ask for them, and those they serve.
+
+    chosen: the place of the forward pass.
+    """
     served, choose = Counter[str](), runs.choose
     for place in PLACES:
-        if place.startswith("runs"):
+        if place in RUNS_FORWARD and place != chosen:
+            use(patch, place)
+        elif place.startswith("runs"):
             use(patch, place, *(config._replace(rate=1000.0) for config in configs(place)))
 
     def noted(*given: Any) -> Any:
         made = choose(*given)
-        served.update(calls=1, served=made is not None)
+        served.update(calls=bool(given[4]), served=made is not None)
         return made
 
     patch.setattr(runs, "choose", noted)
@@ -263,10 +271,11 @@ def test_every_constructor_is_seen_as_it_is_on_awkward_grids(name: str, dtype: s
 
 @pytest.mark.parametrize("dim, dtype", [(128, "bf16"), (64, "fp16")])
 @pytest.mark.parametrize("name", ["full", "spatial", "frame_causal", "text"])
-def test_runs_are_seen_as_they_are_on_awkward_grids(name: str, dim: int, dtype: str) -> Covered:
+@pytest.mark.parametrize("place", RUNS_FORWARD)
+def test_runs_are_seen_as_they_are_on_awkward_grids(place: str, name: str, dim: int, dtype: str) -> Covered:
     covered = Counter[str]()
     with pytest.MonkeyPatch.context() as patch:
-        served = take_runs(patch)
+        served = take_runs(patch, place)
         for turn, shape in enumerate([*GRIDS, *BIG_GRIDS]):
             tokens = Grid(*shape).video
             if shape == (7, 1, 1) and name != "full":
@@ -321,7 +330,7 @@ def test_every_config_sees_what_masks_allow_and_gives_the_same_bits_50_times(pla
     by_runs = place.startswith("runs")
     with pytest.MonkeyPatch.context() as patch:
         use_first(patch, dim, config.bytes)
-        served = take_runs(patch) if by_runs else leave_runs(patch)
+        served = take_runs(patch, place if place in RUNS_FORWARD else RUNS_FORWARD[0]) if by_runs else leave_runs(patch)
         use(patch, place, config._replace(rate=1000.0) if by_runs else config)
         for case in of_runs() if by_runs else telling(dim):
             check(case, impl="triton", device=DEVICE, dtype=dtype, dim=dim)
@@ -431,9 +440,10 @@ def test_results_and_gradients_are_within_rule_1(part: int, dtype: str) -> Cover
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_runs_are_within_rule_1(dim: int, dtype: str) -> Covered:
+@pytest.mark.parametrize("place", RUNS_FORWARD)
+def test_runs_are_within_rule_1(place: str, dim: int, dtype: str) -> Covered:
     with pytest.MonkeyPatch.context() as patch:
-        served = take_runs(patch)
+        served = take_runs(patch, place)
         for case, given in RUNS.values():
             check_numbers(case, **(given | {"dim": dim, "dtype": DTYPES[dtype], "device": DEVICE}))
     assert served["served"] == served["calls"] == 3 * len(RUNS)
@@ -442,12 +452,15 @@ def test_runs_are_within_rule_1(dim: int, dtype: str) -> Covered:
 
 def test_copies_of_boxes_of_128_rows_and_128_features_are_right() -> None:
     """Triton 3.6 gave wrong numbers for some tensor copies of that size, and said nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        use(patch, "runs forward", Config(128, 128, 8, 2, (128,), 2, 1000.0))
-        use(patch, "runs dq", Config(128, 128, 8, 2, (128,), 2, 1000.0))
-        use(patch, "runs dkdv", Config(64, 128, 4, 2, (128,), 2, 1000.0))
-        for mask in (masks.full(), masks.spatial()):
-            check_numbers(Case(Grid(2, 15, 20), mask), dim=128, dtype=torch.bfloat16, device=DEVICE)
+    for place in RUNS_FORWARD:  # the boxes of one are of that size
+        with pytest.MonkeyPatch.context() as patch:
+            take_runs(patch, place)
+            if place == "runs forward":
+                use(patch, place, Config(128, 128, 8, 2, (128,), 2, 1000.0))
+            use(patch, "runs dq", Config(128, 128, 8, 2, (128,), 2, 1000.0))
+            use(patch, "runs dkdv", Config(64, 128, 4, 2, (128,), 2, 1000.0))
+            for mask in (masks.full(), masks.spatial()):
+                check_numbers(Case(Grid(2, 15, 20), mask), dim=128, dtype=torch.bfloat16, device=DEVICE)
 
 
 @pytest.mark.parametrize("dim", [40, 64, 80, 128, 192, 256])

@@ -104,6 +104,22 @@ def test_nothing_outside_the_tensors_is_read_or_written(taken: list[str]) -> Non
     assert ALL[3] in taken
 
 
+def test_a_run_is_all_that_is_read(taken: list[str]) -> None:
+    """Keys and values of a frame that no query of a part sees may be anything."""
+    grid, whole = Grid(3, 4, 5), masks.spatial()
+    q, k, v = draw(1, 60, 1, 16, dtype=HALF)
+    q = q[:, 20:40]
+    dout = torch.randn_like(q)
+    for x in (k, v):
+        x[:, :20], x[:, 40:] = torch.nan, torch.inf
+    given = {"q_region": Region((1, 0, 0), (1, 4, 5))}
+    found = gradients((q, k, v), dout, None, grid, whole, **given)[:3]
+    want = gradients((q, k[:, 20:40], v[:, 20:40]), dout, None, (1, 4, 5), masks.full())[:3]
+    assert all(bool(x.isfinite().all()) for x in found)
+    assert same(found, want)
+    assert taken == ALL * 2
+
+
 def test_a_sample_depends_on_nothing_but_itself_bitwise() -> None:
     grid = Grid(3, 3, 5, 0, 2)
     tensors = draw(2, grid.tokens, 1, 16, dtype=HALF)
