@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from hosts import FAMILIES, Masked, cogvideox, first, run, run_masked
+from rules import check_rule_1
 
 import stattn
 from stattn import extension, masks
@@ -77,16 +78,6 @@ def placed(value):
     return value.to(DEVICE, DTYPE if is_float(value) else value.dtype)
 
 
-def check_rule_1(found, eager, truth):
-    """Hold results to proof by error: twice that of eager at most where it is largest, 1.1 times in the mean square."""
-    found, eager, truth = (torch.cat([x.double().cpu().flatten() for x in each]) for each in (found, eager, truth))
-    errors = [(x - truth).abs() for x in (found, eager)]
-    most = 2 * (errors[1].max() + torch.finfo(DTYPE).eps * truth.abs().max())
-    assert errors[0].max() <= most, f"error {errors[0].max():.2e} at {errors[0].argmax()}, of {most:.2e} allowed"
-    rms = [x.square().mean().sqrt() for x in errors]
-    assert rms[0] <= 1.1 * rms[1], f"rms error {rms[0]:.3e}, eager has {rms[1]:.3e}"
-
-
 def results(name, transformer, truth, mask, calls, model=None):
     """Run the accelerated model (or `model` in its place), the original, and what is right, under one mask."""
     side = FAMILIES[name].side
@@ -133,7 +124,7 @@ def test_it_compiles_to_one_graph_with_the_cuda_kernels(name):
     assert {each.impl for each in report} == {"cuda"}
 
 
-@pytest.mark.parametrize("name", ["wan", "hunyuanvideo", "cogvideox", "ltx", "kandinsky-5"])
+@pytest.mark.parametrize("name", ["wan", "hunyuanvideo", "cogvideox", "ltx"])
 def test_a_model_in_a_cuda_graph_gives_the_same_bits(name):
     transformer, _ = build(name)
     static, calls = inputs(name)[0], [inputs(name)[0] for _ in range(3)]
@@ -192,8 +183,7 @@ def test_gradients_are_those_of_a_dense_masked_run(name, mask):
     with Masked(mask, GRID, FAMILIES[name].side):
         eager, want = gradients(transformer, call), gradients(truth, wide)
     assert len(found) == len(eager) == len(want)
-    sizes = [float(each.norm()) for each in want]
-    check_rule_1(*([x / size for x, size in zip(each, sizes, strict=True)] for each in (found, eager, want)))
+    check_rule_1(found, eager, want)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
