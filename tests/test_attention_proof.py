@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import fuzz
@@ -598,6 +602,18 @@ def test_an_empty_batch_returns_at_once() -> None:
     empty = tuple(torch.randn(0, 24, 2, 64, device=DEVICE) for _ in range(3))
     found = gradients(empty, torch.randn(0, 24, 2, 64, device=DEVICE), None, (2, 3, 4))
     assert [len(x) for x in found] == [0] * 5
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "synccheck"])
+def test_compute_sanitizer_finds_nothing_in_tiny_calls(tool: str) -> Covered:
+    sanitizer = shutil.which("compute-sanitizer")
+    assert sanitizer is not None, "the CUDA toolkit is not on PATH"
+    script = str(Path(__file__).with_name("tiny_calls.py"))
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, script]
+    command += ["--gradients", "--impl", "triton", "--dims", "128"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return {"calls": int(done.stdout.split(" calls")[0].split()[-1])}
 
 
 # --- order, streams, graphs, compile: proof 16 to 20 -----------------------------------------------------------------

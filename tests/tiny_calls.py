@@ -1,10 +1,10 @@
-"""Tiny calls of the CUDA kernels of attention, one of each kind, to be watched by compute-sanitizer.
+"""Tiny calls of the kernels of attention, one of each kind, to be watched by compute-sanitizer.
 
     compute-sanitizer --tool memcheck python tests/tiny_calls.py
 
 Prints how many there were. initcheck does not see what tensor copies write, so no other kernel may read that:
 ``--unread`` leaves results alone, and writes the output anew before its gradients. ``--gradients`` asks for those of
-both ways as well, but of ring caches.
+both ways as well, but of ring caches. ``--impl`` and ``--dims`` choose an implementation and head dimensions.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def calls() -> Iterator[tuple[Grid, Any, dict[str, Any]]]:
     yield Grid(3, 5, 7), masks.window(3, 3, 3), {}
     yield Grid(4, 6, 6), masks.spatial() | masks.temporal() | masks.window(3, 3, 3), {}
     yield Grid(4, 6, 6), masks.sliding_tile((1, 2, 2), (3, 3, 3)), {}
+    yield Grid(2, 9, 60), masks.spatial(), {}
     yield Grid(2, 9, 18), masks.window(2, 2, 3, dilation=(1, 2, 3)), {}
     yield Grid(3, 5, 7, 3, 70), masks.window(3, 3, 3), {"valid": (torch.arange(73) % 3 > 0)[None].cuda()}
     yield Grid(6, 4, 60), masks.frame_causal(2), {"q_region": Region((5, 0, 0), (1, 4, 60))}
@@ -43,23 +44,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make tiny calls of attention for compute-sanitizer.")
     parser.add_argument("--unread", action="store_true", help="read no results")
     parser.add_argument("--gradients", action="store_true", help="compute gradients, too")
+    parser.add_argument("--impl", default="cuda", help="implementation")
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128], help="head dimensions")
     given = parser.parse_args()
     unread = given.unread
     count = 0
-    for (grid, mask, options), dim in itertools.product(list(calls()), (64, 128)):
+    for (grid, mask, options), dim in itertools.product(list(calls()), given.dims):
         rows = options["q_region"].video if "q_region" in options else grid.tokens
         columns = grid.tokens
         if "k_frames" in options:
             columns = len(options["k_frames"]) * grid.h * grid.w + grid.globals
         q = torch.randn(1, rows, 2, dim).to("cuda", torch.bfloat16)
         k, v = torch.randn(2, 1, columns, 1, dim).to("cuda", torch.bfloat16)
-        out, lse = stattn.attention(q, k, v, grid, mask, return_lse=True, impl="cuda", **options)
+        out, lse = stattn.attention(q, k, v, grid, mask, return_lse=True, impl=given.impl, **options)
         assert not lse.isnan().any()
         assert unread or out.isfinite().all()
         assert isinstance(mask, BlockList) or mask.key
         for way in (True, False) if given.gradients and "k_frames" not in options else ():
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            out = stattn.attention(*leaves, grid, mask, deterministic=way, impl="cuda", **options)
+            out = stattn.attention(*leaves, grid, mask, deterministic=way, impl=given.impl, **options)
             if unread:
                 out.data.zero_()
             found = torch.autograd.grad(out, leaves, torch.randn(out.shape).to(out))
