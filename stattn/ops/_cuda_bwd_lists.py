@@ -51,6 +51,8 @@ def why_not(problem: Problem) -> str | None:
     for kernel in ("kv", "dq"):
         for dim in KERNELS[kernel].configs:
             axes = _Axes(problem, kernel, dim)
+            if not axes.begins:
+                return f"query tiles of {problem.q_tile} do not begin at multiples of {KERNELS[kernel].unit} along w"
             if not axes.fits:
                 return f"partial tiles of mask {problem.masks[0]} have too many patterns on an axis"
             if math.prod(len(each) for each in axes.patterns) > MOST_GROUPS:
@@ -151,10 +153,10 @@ def write(
 class _Axes:
     """What slabs see of boxes, axis by axis.
 
-    fits: whether there are few enough of both to compare. patterns: of each axis, booleans [patterns, products, slab,
-    box], where product 0 is what lies inside of a tile and of the grid, for tiles that are whole, and the others are
-    those of the mask. numbers: of each axis, which pattern whole tiles have at each box, then those of partial ones for
-    each slab and box, flat.
+    begins: whether boxes begin where the kernel's may. fits: whether there are few enough of both to compare.
+    patterns: of each axis, booleans [patterns, products, slab, box], where product 0 is what lies inside of a tile and
+    of the grid, for tiles that are whole, and the others are those of the mask. numbers: of each axis, which pattern
+    whole tiles have at each box, then those of partial ones for each slab and box, flat.
     """
 
     def __init__(self, problem: Problem, kernel: str, head_dim: int) -> None:
@@ -163,7 +165,7 @@ class _Axes:
         self.row_tile, self.column_tile = problem.q_tile, problem.k_tile
         if kernel == "kv":
             self.row_tile, self.column_tile = self.column_tile, self.row_tile
-        warpgroups, configs, unit, _ = KERNELS[kernel]
+        warpgroups, configs, unit, *_ = KERNELS[kernel]
         columns = configs[head_dim][0].box
         self.width = 64 if columns <= 64 else 128
         self.slab = _part(self.row_tile, ROWS, 1)
@@ -172,6 +174,7 @@ class _Axes:
         self.box = (t, h, -(-w // unit) * unit)
         self.short = self.box != self.part or math.prod(self.box) < columns
         shape = problem.grid.shape
+        self.begins = self.part[2] % unit == 0 or shape[2] <= self.part[2]
         self.slabs = triple(-(-n // extent) for n, extent in zip(shape, self.slab, strict=True))
         self.stacked = min(AXES, key=lambda axis: self._cost(axis, warpgroups))
         products = [rules for mask in problem.masks for rules in mask.products(problem.grid)]
@@ -229,8 +232,12 @@ class _Axes:
 
 
 def _part(tile: Triple, most: int, unit: int) -> Triple:
-    """Find the largest part that divides a tile on each axis and fits a box; of several the longest in w."""
+    """Find the largest part that divides a tile on each axis and fits a box; of several the longest in w.
+
+    Where it can, it is a multiple of ``unit`` along w.
+    """
     divisors = [[n for n in range(1, extent + 1) if extent % n == 0] for extent in tile]
+    divisors[2] = [n for n in divisors[2] if n % unit == 0] or divisors[2]
     fitting = [(t, h, w) for t, h, w in every(*divisors) if t * h * -(-w // unit) * unit <= most]
     if not fitting:  # a part of one token, in a box of one unit
         return (1, 1, 1)

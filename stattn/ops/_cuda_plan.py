@@ -26,6 +26,7 @@ from stattn.ops._cuda_tiles import (
     choose,
     common_steps,
     cut_list,
+    from_multiples,
     in_boxes,
     product_of,
     rows_of,
@@ -355,7 +356,7 @@ def _product_boxes(
 ) -> _Entries:
     """Cut what tiles at ``places`` visit of a product into boxes. earlier: products whose pairs are left to them."""
     rows = [rows_of(tiling.q_box, tiling.k_box, tiling.steps, product[a], a, tiling.tile[a]) for a in AXES]
-    visits = [visit(each) for each in rows]
+    visits = [from_multiples(visit(each), unit) for each, unit in zip(rows, tiling.multiples, strict=True)]
     boxes = [in_boxes(each, extent) for each, extent in zip(visits, tiling.box, strict=True)]
     counts = [each.number[place] for each, place in zip(boxes, places, strict=True)]
     total = counts[0] * counts[1] * counts[2]

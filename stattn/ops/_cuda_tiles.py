@@ -30,14 +30,16 @@ class Config(NamedTuple):
 class Kernel(NamedTuple):
     """What tiles a kernel takes.
 
-    warpgroups: that share one. configs: its list by head dimension. unit: boxes are multiples of this along w. split:
-    the cost of a box whose rows are no boxes themselves by sixteen, in those of others.
+    warpgroups: that share one. configs: its list by head dimension. unit: boxes are multiples of this along w, and
+    begin at multiples. split: the cost of a box whose rows are no boxes themselves by sixteen, in those of others.
+    astray: that of boxes which do not begin at multiples of all their extents.
     """
 
     warpgroups: int
     configs: dict[int, tuple[Config, ...]]
     unit: int = 1
     split: float = 1.0
+    astray: float = 1.0
 
 
 # Fitted to windows and sliding tiles on an H200, see benchmarks/NOTES.md.
@@ -45,8 +47,9 @@ CONFIGS = {128: (Config(0, 64, 1.0), Config(1, 80, 1.15)), 64: (Config(0, 128, 1
 KERNELS = {
     "forward": Kernel(3, CONFIGS),
     "dq": Kernel(3, {128: (Config(0, 64, 1.0),), 64: (Config(0, 64, 1.0), Config(1, 96, 1.36))}),
-    # Rows' statistics are copied in units of 16 bytes; the reduction of dQ takes rows by sixteen.
-    "kv": Kernel(2, {128: (Config(0, 64, 1.0),), 64: (Config(0, 128, 1.0),)}, unit=4, split=1.1),
+    # Rows' statistics are copied in units of 16 bytes, from multiples of 16 bytes on. The reduction of dQ takes whole
+    # boxes that do not overlap; of others it takes rows by sixteen, or boxes of at most ROWS.
+    "kv": Kernel(2, {128: (Config(0, 64, 1.0),), 64: (Config(0, 128, 1.0),)}, unit=4, split=1.1, astray=1.15),
 }
 MASKED = 0.38  # the cost of masking a box, in those of a box
 LEFT_OUT = 0.5  # the saving by a box that a warpgroup leaves out, in its share of the box
@@ -62,7 +65,8 @@ class Tiling(NamedTuple):
     """How a problem is cut; of the kernel of dK and dV, read keys for queries and queries for keys.
 
     steps: an axis with a step is cut within its residue classes, of which extents count the members. slab: a
-    warpgroup's part of a query tile. stacked: the axis on which slabs lie in a row.
+    warpgroup's part of a query tile. stacked: the axis on which slabs lie in a row. multiples: of what boxes begin at,
+    counted in their residue class.
     """
 
     q_box: Region
@@ -73,6 +77,7 @@ class Tiling(NamedTuple):
     box: Triple
     config: Config
     warpgroups: int
+    multiples: Triple
 
     @property
     def tile(self) -> Triple:
@@ -141,11 +146,11 @@ def choose(
 
     thin: boxes have an extent of 1 on the first axis.
     """
-    warpgroups, configs, unit, split = KERNELS[kernel]
+    warpgroups, configs, unit, split, astray = KERNELS[kernel]
     flat = [product for each in products for product in each]
     steps = common_steps(products)
     assert steps is not None
-    visits = _Memo(partial(_visits, q_box, k_box, steps))
+    visits = _Memo(partial(_visits, q_box, k_box, steps, unit))
     # A copy takes every eighth token at the least, of 256; rows further apart are copied one at a time.
     q_shape, k_shape = (
         triple(
@@ -174,15 +179,20 @@ def choose(
             for box in _extents(k_shape, config.box, unit)
             if config.box < 2 * product_of(box) or product_of(k_shape) <= config.box
         ]
-        costs = [config.cost * (1.0 if _by_sixteen(box) else split) for box in fitting]
-        all_boxes[config] = np.array(fitting, np.int64), np.array(costs)
+        if astray > 1 and steps == (1, 1, 1):
+            all_boxes[config, True] = np.array(fitting, np.int64), np.full(len(fitting), config.cost)
+        if astray > 1:
+            fitting = [box for box in fitting if _by_sixteen(box) or product_of(box) <= ROWS]
+        costs = [astray * config.cost * (1.0 if _by_sixteen(box) else split) for box in fitting]
+        all_boxes[config, False] = np.array(fitting, np.int64).reshape(-1, 3), np.array(costs)
     best: tuple[float, Tiling] | None = None
     for _, _, _, stacked, slab in sorted(candidates)[:CANDIDATES]:
         tile = _times(slab, stacked, warpgroups)
         tiles = product_of(tile_counts(q_box, steps, tile)) * len(products)
-        counts = _Memo(partial(_count, visits, tile))
+        all_counts = [_Memo(partial(_count, visits, tile, apart)) for apart in (False, True)]
         shares = _Memo(partial(_share, visits, slab, tile, warpgroups))
-        for config, (extents, each_box) in all_boxes.items():
+        for (config, apart), (extents, each_box) in all_boxes.items():
+            counts = all_counts[apart]
             cost = np.full(len(extents), TILE * tiles)
             full = extents.prod(1) == config.box
             for product in flat:
@@ -194,10 +204,15 @@ def choose(
                 # Boxes with masks are left out by a warpgroup that sees nothing of them.
                 saved = LEFT_OUT * (1 - _of_extents(partial(shares, product[stacked], stacked), extents[:, stacked]))
                 cost += each_box * (boxes - masked + (1 + MASKED) * (1 - saved) * masked)
+            if not len(extents):
+                continue
             first = int(np.lexsort((-extents[:, 1], -extents[:, 2], cost))[0])
             box = triple(map(int, extents[first]))
             if best is None or (cost[first], -box[2], -box[1]) < (best[0], -best[1].box[2], -best[1].box[1]):
-                best = float(cost[first]), Tiling(q_box, k_box, steps, slab, stacked, box, config, warpgroups)
+                multiples = box if apart else (1, 1, unit)
+                best = float(cost[first]), Tiling(
+                    q_box, k_box, steps, slab, stacked, box, config, warpgroups, multiples
+                )
     assert best is not None
     return best[1]
 
@@ -261,8 +276,9 @@ def _by_sixteen(box: Triple) -> bool:
     return 16 % w == 0 and (h % (16 // w) == 0 or 16 % (w * h) == 0)
 
 
-def _count(visits: _Memo, tile: Triple, rule: Rule, axis: int, extent: int) -> tuple[int, int]:
-    boxes = in_boxes(visits(rule, axis, tile[axis]), extent)
+def _count(visits: _Memo, tile: Triple, apart: bool, rule: Rule, axis: int, extent: int) -> tuple[int, int]:
+    visited = visits(rule, axis, tile[axis])
+    boxes = in_boxes(from_multiples(visited, extent) if apart else visited, extent)
     return int(boxes.number.sum()), int((boxes.whole_to - boxes.whole_from).sum())
 
 
@@ -337,8 +353,15 @@ def visit(rows: Rows) -> Visits:
     return Visits(np.where(length > 0, first, 0), length, whole_from, np.clip(least_hi + 1 - first, whole_from, length))
 
 
-def _visits(q_box: Region, k_box: Region, steps: Triple, rule: Rule, axis: int, extent: int) -> Visits:
-    return visit(rows_of(q_box, k_box, steps, rule, axis, extent))
+def _visits(q_box: Region, k_box: Region, steps: Triple, unit: int, rule: Rule, axis: int, extent: int) -> Visits:
+    visited = visit(rows_of(q_box, k_box, steps, rule, axis, extent))
+    return from_multiples(visited, unit) if axis == 2 else visited
+
+
+def from_multiples(visits: Visits, unit: int) -> Visits:
+    """Begin visits at multiples of a number."""
+    more = np.where(visits.length > 0, visits.first % unit, 0)
+    return Visits(visits.first - more, visits.length + more, visits.whole_from + more, visits.whole_to + more)
 
 
 def in_boxes(visits: Visits, extent: int) -> Boxes:
