@@ -1,8 +1,6 @@
 // The host's side of dQ: which kernel, which tiles, which tensor maps beside those of the forward.
 #include "attention_bwd_dq.cuh"
 
-#include <algorithm>
-
 #include "attention_launch.h"
 
 namespace stattn {
@@ -43,21 +41,17 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
     p.places = attention_bwd::StatsPlaces(call.stats);
     p.of_delta = call.stats.rows() * call.batch * call.heads;
     p.scale = call.scale;
-    const int blocks = S::PLANNED ? p.tiles : std::min(p.tiles, launch.processors);
-    attention_dq<S><<<blocks, S::THREADS, launch.shared, stream>>>(p);
+    attention_dq<S><<<p.tiles, S::THREADS, launch.shared, stream>>>(p);
     return cudaGetLastError();
 }
 
 // The list of tiles: warpgroups and rows of a key box, by head dimension.
 template <typename Element>
 cudaError_t choose(const AttentionBackward& call, cudaStream_t stream) {
-    const int config = call.config + (call.head_dim > 64 ? 0 : 100) + (call.plan ? 10 : 0);
-    switch (config) {
-        case 0: return launch<DqShape<Element, 128, 3, 64, false>>(call, stream);
-        case 10: return launch<DqShape<Element, 128, 3, 64, true>>(call, stream);
-        case 100: return launch<DqShape<Element, 64, 3, 96, false>>(call, stream);
-        case 110: return launch<DqShape<Element, 64, 3, 64, true>>(call, stream);
-        case 111: return launch<DqShape<Element, 64, 3, 96, true>>(call, stream);
+    switch (call.config + (call.head_dim > 64 ? 0 : 100)) {
+        case 0: return launch<DqShape<Element, 128, 3, 64>>(call, stream);
+        case 100: return launch<DqShape<Element, 64, 3, 64>>(call, stream);
+        case 101: return launch<DqShape<Element, 64, 3, 96>>(call, stream);
         default: return cudaErrorInvalidValue;
     }
 }
@@ -66,6 +60,7 @@ cudaError_t choose(const AttentionBackward& call, cudaStream_t stream) {
 
 cudaError_t attention_backward_dq(const AttentionBackward& call, cudaStream_t stream) {
     if (call.batch == 0 || call.queries == 0) return cudaSuccess;
+    if (!call.plan) return cudaErrorInvalidValue;
     return call.bf16 ? choose<__nv_bfloat16>(call, stream) : choose<__half>(call, stream);
 }
 

@@ -21,7 +21,6 @@ using attention_fwd::Corner;
 using attention_fwd::corner_of;
 using attention_fwd::first_row;
 using attention_fwd::Heads;
-using attention_fwd::next_tile;
 using attention_fwd::record_at;
 using attention_fwd::ROWS;
 using attention_fwd::Tile;
@@ -37,10 +36,10 @@ struct DqParameters : attention_fwd::Parameters {
     float scale;
 };
 
-template <typename Element_, int D_, int WARPGROUPS_, int BN_, bool PLANNED_>
+template <typename Element_, int D_, int WARPGROUPS_, int BN_>
 struct DqShape {
     using Element = Element_;
-    static constexpr bool PLANNED = PLANNED_;
+    static constexpr bool PLANNED = true;
     static constexpr int D = D_;
     static constexpr int WARPGROUPS = WARPGROUPS_;  // consumers
     static constexpr int BN = BN_;                  // rows of a key box
@@ -56,7 +55,7 @@ struct DqShape {
     static constexpr uint32_t K_AT = DO_AT + WARPGROUPS * SLAB;
     static constexpr uint32_t V_AT = K_AT + STAGES * BOX;
     static constexpr uint32_t BARRIERS_AT = V_AT + STAGES * BOX;
-    static constexpr uint32_t VALID = 8 * (4 * STAGES + 2 * WARPGROUPS);  // behind the barriers: which global keys are real
+    static constexpr uint32_t VALID = 8 * (4 * STAGES + WARPGROUPS);  // behind the barriers: which global keys are real
     static constexpr uint32_t SHARED = BARRIERS_AT + VALID;
     static constexpr uint32_t LAUNCHED = SHARED + 1024;  // room to align the start; without what depends on the call
     static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 240 : 160;
@@ -69,7 +68,6 @@ struct DqShape {
     __device__ static uint32_t full_v(uint32_t base, int stage) { return base + 8 * (2 * STAGES + stage); }
     __device__ static uint32_t empty_v(uint32_t base, int stage) { return base + 8 * (3 * STAGES + stage); }
     __device__ static uint32_t full_q(uint32_t base, int group) { return base + 8 * (4 * STAGES + group); }
-    __device__ static uint32_t empty_q(uint32_t base, int group) { return base + 8 * (4 * STAGES + WARPGROUPS + group); }
 };
 
 // --- the producer -----------------------------------------------------------------------------------------------------
@@ -89,11 +87,10 @@ struct BoxLoader {
 
     // in_line: the box is one of the line of all tokens.
     __device__ __forceinline__ void visit(int t, int h, int w, int in_line) {
-        const bool line = S::PLANNED && in_line;
         barrier_wait(S::empty_k(barriers, turn.stage), turn.parity ^ 1);
-        load(S::K_AT, line ? &p.k_line : &p.k_map, S::full_k(barriers, turn.stage), t, h, w, k_x);
+        load(S::K_AT, in_line ? &p.k_line : &p.k_map, S::full_k(barriers, turn.stage), t, h, w, k_x);
         barrier_wait(S::empty_v(barriers, turn.stage), turn.parity ^ 1);
-        load(S::V_AT, line ? &p.v_line : &p.v_map, S::full_v(barriers, turn.stage), t, h, w, v_x);
+        load(S::V_AT, in_line ? &p.v_line : &p.v_map, S::full_v(barriers, turn.stage), t, h, w, v_x);
         turn.advance();
     }
 
@@ -109,47 +106,33 @@ struct BoxLoader {
 template <typename S>
 __device__ __forceinline__ void produce_boxes(const DqParameters& p, uint32_t shared, uint32_t barriers) {
     BoxLoader<S> loader{p, shared, barriers};
-    for (int index = blockIdx.x; index < p.tiles; index = next_tile<S>(p, index)) {
-        const Tile tile = tile_at<S>(p, index);
-        loader.start(tile);
-        for (int number = 0; number < tile.boxes; ++number) {
-            if constexpr (S::PLANNED) {
-                const int4 box = record_at(p, tile.first_box + number);
-                loader.visit(box.x, box.y, box.z, box.w);
-            } else {
-                // A last box that is not whole comes first.
-                const bool ragged = p.keys % S::BN != 0;
-                const int place = !ragged ? number : number == 0 ? tile.boxes - 1 : number - 1;
-                loader.visit(0, 0, place * S::BN, 0);
-            }
-        }
+    const Tile tile = tile_at<S>(p, blockIdx.x);
+    loader.start(tile);
+    for (int number = 0; number < tile.boxes; ++number) {
+        const int4 box = record_at(p, tile.first_box + number);
+        loader.visit(box.x, box.y, box.z, box.w);
     }
 }
 
-// Brings Q and dO, each warpgroup's rows as soon as it has stored the gradient of its last tile from there.
+// Brings Q and dO.
 template <typename S>
 __device__ __forceinline__ void produce_rows(const DqParameters& p, uint32_t shared, uint32_t barriers) {
-    uint32_t parity = 0;
-    for (int index = blockIdx.x; index < p.tiles; index = next_tile<S>(p, index)) {
-        const Tile tile = tile_at<S>(p, index);
-        const bool line = S::PLANNED && tile.kind != attention_fwd::VIDEO;
-        const CUtensorMap* q = line ? &p.q_line[tile.kind - attention_fwd::BEFORE] : &p.q_map;
-        const CUtensorMap* dout = line ? &p.dout_line[tile.kind - attention_fwd::BEFORE] : &p.dout_map;
-        const int q_x = tile.batch * p.q_x.batch + tile.head * p.q_x.head;
-        const int dout_x = tile.batch * p.dout_x.batch + tile.head * p.dout_x.head;
-        for (int group = 0; group < S::WARPGROUPS; ++group) {
-            const uint32_t full = S::full_q(barriers, group);
-            barrier_wait(S::empty_q(barriers, group), parity ^ 1);
-            barrier_expect(full, 2 * (line ? S::SLAB : p.slab_bytes));
-            const Corner corner = corner_of<S>(p, tile, group);
+    const Tile tile = tile_at<S>(p, blockIdx.x);
+    const bool line = tile.kind != attention_fwd::VIDEO;
+    const CUtensorMap* q = line ? &p.q_line[tile.kind - attention_fwd::BEFORE] : &p.q_map;
+    const CUtensorMap* dout = line ? &p.dout_line[tile.kind - attention_fwd::BEFORE] : &p.dout_map;
+    const int q_x = tile.batch * p.q_x.batch + tile.head * p.q_x.head;
+    const int dout_x = tile.batch * p.dout_x.batch + tile.head * p.dout_x.head;
+    for (int group = 0; group < S::WARPGROUPS; ++group) {
+        const uint32_t full = S::full_q(barriers, group);
+        barrier_expect(full, 2 * (line ? S::SLAB : p.slab_bytes));
+        const Corner corner = corner_of<S>(p, tile, group);
 #pragma unroll
-            for (int chunk = 0; chunk < S::CHUNKS; ++chunk) {
-                const uint32_t to = shared + group * S::SLAB + chunk * S::SLAB_CHUNK;
-                copy_in(to + S::Q_AT, q, full, EVICT_FIRST, 64 * chunk, corner.w, corner.h, corner.t, q_x);
-                copy_in(to + S::DO_AT, dout, full, EVICT_FIRST, 64 * chunk, corner.w, corner.h, corner.t, dout_x);
-            }
+        for (int chunk = 0; chunk < S::CHUNKS; ++chunk) {
+            const uint32_t to = shared + group * S::SLAB + chunk * S::SLAB_CHUNK;
+            copy_in(to + S::Q_AT, q, full, EVICT_FIRST, 64 * chunk, corner.w, corner.h, corner.t, q_x);
+            copy_in(to + S::DO_AT, dout, full, EVICT_FIRST, 64 * chunk, corner.w, corner.h, corner.t, dout_x);
         }
-        parity ^= 1;
     }
 }
 
@@ -169,7 +152,7 @@ struct RowStats {
         for (int half = 0; half < 2; ++half) {
             const int row = first_row() + 8 * half;
             int at = -1;
-            if (S::PLANNED && tile.kind != attention_fwd::VIDEO) {
+            if (tile.kind != attention_fwd::VIDEO) {
                 const int number = corner.w + row;
                 const bool before = tile.kind == attention_fwd::BEFORE;
                 if (number < (before ? p.before : p.after)) at = (before ? 0 : p.places.after) + number;
@@ -219,7 +202,7 @@ __device__ __forceinline__ void issue_gradient(float (&gradient)[S::D / 2], cons
 // Stores the gradient of a warpgroup from its own rows of Q.
 template <typename S>
 __device__ __forceinline__ void store_gradient(const DqParameters& p, const Tile& tile, float (&gradient)[S::D / 2],
-                                               uint32_t slab, uint32_t empty_q, int group) {
+                                               uint32_t slab, int group) {
     const int lane = threadIdx.x % 32;
     const int row = threadIdx.x / 32 % 4 * 16 + lane % 16;
     const uint32_t address = slab + row * 128;
@@ -236,7 +219,7 @@ __device__ __forceinline__ void store_gradient(const DqParameters& p, const Tile
     proxy_fence();
     named_sync(store_barrier(group), 128);
     if (threadIdx.x % 128 == 0) {
-        const bool line = S::PLANNED && tile.kind != attention_fwd::VIDEO;
+        const bool line = tile.kind != attention_fwd::VIDEO;
         const Corner corner = corner_of<S>(p, tile, group);
         const int x = tile.batch * p.o_x.batch + tile.head * p.o_x.head;
         const CUtensorMap* map = line ? &p.o_line[tile.kind - attention_fwd::BEFORE] : &p.o_map;
@@ -245,7 +228,6 @@ __device__ __forceinline__ void store_gradient(const DqParameters& p, const Tile
             copy_out(map, slab + chunk * S::SLAB_CHUNK, EVICT_FIRST, 64 * chunk, corner.w, corner.h, corner.t, x);
         copy_out_commit();
         copy_out_wait_read();
-        barrier_arrive(empty_q);
     }
 }
 
@@ -337,17 +319,6 @@ struct Consumer {
     }
 };
 
-// Sets the scores of columns from `limit` on to -inf.
-template <int COUNT>
-__device__ __forceinline__ void mask_end(float (&scores)[COUNT], int limit) {
-    const int mine = limit - threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int j = 0; j < COUNT / 4; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (8 * j + i % 2 >= mine) scores[4 * j + i] = -INFINITY;
-}
-
 template <typename S>
 __device__ __forceinline__ void consume(const DqParameters& p, uint32_t shared, uint32_t barriers) {
     // A shuffle tells the compiler that this is the same in the whole warp: descriptors then stay in uniform registers.
@@ -362,36 +333,26 @@ __device__ __forceinline__ void consume(const DqParameters& p, uint32_t shared, 
                          operand(shared + S::K_AT, S::BOX_CHUNK),
                          group,
                          threadIdx.x % 32 == 0};
-    uint32_t parity = 0;
-    for (int index = blockIdx.x; index < p.tiles; index = next_tile<S>(p, index)) {
-        float scores[S::BN / 2];
-        float gradient[S::D / 2];
+    float scores[S::BN / 2];
+    float gradient[S::D / 2];
 #pragma unroll
-        for (int i = 0; i < S::D / 2; ++i) gradient[i] = 0.0f;
-        const Tile tile = tile_at<S>(p, index);
-        RowStats rows;
-        rows.load<S>(p, tile, group);
+    for (int i = 0; i < S::D / 2; ++i) gradient[i] = 0.0f;
+    const Tile tile = tile_at<S>(p, blockIdx.x);
+    RowStats rows;
+    rows.load<S>(p, tile, group);
 
-        const int boxes = tile.boxes, masked = S::PLANNED ? tile.masked : 0;
-        const int first_mask = tile.first_mask + group * masked;
-        int4 record{};
-        barrier_wait(S::full_q(barriers, group), parity);
-        parity ^= 1;
-        int number = S::PLANNED ? consumer.next_seen(0, masked, first_mask, record) : 0;
-        if (number < boxes) consumer.begin(scores);
-        if constexpr (S::PLANNED) {
+    const int boxes = tile.boxes, masked = tile.masked, first_mask = tile.first_mask + group * masked;
+    int4 record{};
+    barrier_wait(S::full_q(barriers, group), 0);
+    int number = consumer.next_seen(0, masked, first_mask, record);
+    if (number < boxes) consumer.begin(scores);
 #pragma unroll 1
-            while (number < masked)
-                number = consumer.template step<true>(scores, gradient, rows, number, boxes, masked, first_mask, record);
-        } else {
-            const int ragged = p.keys % S::BN;
-            if (ragged) mask_end(scores, ragged);
-        }
+    while (number < masked)
+        number = consumer.template step<true>(scores, gradient, rows, number, boxes, masked, first_mask, record);
 #pragma unroll 1
-        while (number < boxes)
-            number = consumer.template step<false>(scores, gradient, rows, number, boxes, masked, first_mask, record);
-        store_gradient<S>(p, tile, gradient, slab, S::empty_q(barriers, group), group);
-    }
+    while (number < boxes)
+        number = consumer.template step<false>(scores, gradient, rows, number, boxes, masked, first_mask, record);
+    store_gradient<S>(p, tile, gradient, slab, group);
 }
 
 template <typename S>
@@ -409,13 +370,12 @@ __global__ void __launch_bounds__(S::THREADS, 1) attention_dq(const __grid_const
         }
         for (int group = 0; group < S::WARPGROUPS; ++group) {
             barrier_init(S::full_q(barriers, group), 1);
-            barrier_init(S::empty_q(barriers, group), 1);
         }
         barrier_init_fence();
     }
-    if (S::PLANNED && p.box_rows < S::BN)
+    if (p.box_rows < S::BN)
         attention_fwd::clear_behind_boxes<S>(p, shared + S::K_AT, 2 * S::STAGES * S::CHUNKS);
-    if (S::PLANNED && p.valid) attention_fwd::note_valid<S>(p, barriers + S::VALID);
+    if (p.valid) attention_fwd::note_valid<S>(p, barriers + S::VALID);
     __syncthreads();
 
     if (threadIdx.x < 128) {

@@ -9,6 +9,7 @@ namespace stattn {
 namespace {
 
 using attention_bwd::attention_backward_kv;
+using attention_bwd::Dq;
 using attention_bwd::KEYS;
 using attention_bwd::KvParameters;
 using attention_bwd::KvShape;
@@ -103,6 +104,7 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
     p.in_boxes = !plan || call.config == 1;
     const QueryBoxes boxes = query_boxes(call);
     p.head_boxes = boxes.count();
+    if (S::IN_ORDER) p.turns = reinterpret_cast<int*>(p.sums + int64_t{call.batch} * call.heads * p.head_boxes * 8192);
     p.first_box[0] = boxes.in_line(boxes.before);
     p.first_box[2] = p.head_boxes - boxes.in_line(boxes.after);
     p.by_rows = divider(boxes.rows());
@@ -185,7 +187,7 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
     if (mapper.error != cudaSuccess) return mapper.error;
 
     AttentionCut cut{static_cast<int>(tiles), 0, 1};
-    if (S::FUSED && !plan) cut = cut_tail(static_cast<int>(tiles), p.boxes * p.queries_per_key, processors, call.room);
+    if (S::CUT) cut = cut_tail(static_cast<int>(tiles), p.boxes * p.queries_per_key, processors, call.room);
     p.whole_tiles = cut.whole, p.split = cut.pieces;
     p.partial = call.partial;
     const int blocks = cut.whole + cut.tiles * cut.pieces;
@@ -195,29 +197,30 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
     return error == cudaSuccess && in_pieces ? attention_backward_sum(call, cut, stream) : error;
 }
 
-template <typename Element, bool PLANNED, bool FUSED>
+template <typename Element, bool PLANNED, Dq DQ>
 cudaError_t choose(const AttentionBackward& call, cudaStream_t stream) {
-    if (call.config != 0 && !(call.config == 1 && call.plan && call.dq_sum)) return cudaErrorInvalidValue;
-    if (call.head_dim > 64) return launch<KvShape<Element, 128, 64, PLANNED, FUSED>>(call, stream);
-    return launch<KvShape<Element, 64, 128, PLANNED, FUSED>>(call, stream);
+    if (call.head_dim > 64) return launch<KvShape<Element, 128, 64, PLANNED, DQ>>(call, stream);
+    return launch<KvShape<Element, 64, 128, PLANNED, DQ>>(call, stream);
 }
 
-template <bool PLANNED, bool FUSED>
+template <bool PLANNED, Dq DQ>
 cudaError_t choose(const AttentionBackward& call, cudaStream_t stream) {
-    if (call.bf16) return choose<__nv_bfloat16, PLANNED, FUSED>(call, stream);
-    return choose<__half, PLANNED, FUSED>(call, stream);
+    if (call.bf16) return choose<__nv_bfloat16, PLANNED, DQ>(call, stream);
+    return choose<__half, PLANNED, DQ>(call, stream);
 }
 
 }  // namespace
 
 cudaError_t attention_backward_kv(const AttentionBackward& call, cudaStream_t stream) {
     if (call.batch == 0) return cudaSuccess;
-    if (call.dq_sum) {
-        const cudaError_t error = cudaMemsetAsync(call.dq_sum, 0, dq_sum_size(call) * sizeof(float), stream);
-        if (error != cudaSuccess) return error;
-        return call.plan ? choose<true, true>(call, stream) : choose<false, true>(call, stream);
-    }
-    return call.plan ? choose<true, false>(call, stream) : choose<false, false>(call, stream);
+    if (call.config < 0 || call.config > (call.dq_sum ? 2 : 0) || (call.config > 0 && (call.config == 1) != bool(call.plan)))
+        return cudaErrorInvalidValue;
+    if (!call.dq_sum)
+        return call.plan ? choose<true, Dq::ELSEWHERE>(call, stream) : choose<false, Dq::ELSEWHERE>(call, stream);
+    const cudaError_t error = cudaMemsetAsync(call.dq_sum, 0, dq_sum_size(call) * sizeof(float), stream);
+    if (error != cudaSuccess) return error;
+    if (call.config == 2) return choose<false, Dq::IN_ORDER>(call, stream);
+    return call.plan ? choose<true, Dq::ANY_ORDER>(call, stream) : choose<false, Dq::ANY_ORDER>(call, stream);
 }
 
 }  // namespace stattn

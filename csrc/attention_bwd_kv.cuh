@@ -58,7 +58,7 @@ __device__ __forceinline__ void load_stats(const KvParameters& p, int which, uin
 
 template <typename S>
 __device__ __forceinline__ void produce(const KvParameters& p, uint32_t shared, uint32_t barriers) {
-    const KeyTile tile = tile_at<S>(p, blockIdx.x);
+    const KeyTile tile = tile_at<S>(p, tile_number<S>(shared));
     const int k_x = tile.batch * p.k_x.batch + tile.head * p.k_x.head;
     const int v_x = tile.batch * p.v_x.batch + tile.head * p.v_x.head;
     const uint32_t tile_bytes = GROUPS * (S::PLANNED && tile.kind != VIDEO ? S::CHUNKS * S::SLAB_CHUNK : p.slab_bytes);
@@ -84,12 +84,12 @@ __device__ __forceinline__ void produce(const KvParameters& p, uint32_t shared, 
         int4 list = {0, p.boxes, 0, 0};
         if constexpr (S::PLANNED) list = record_at(p, tile_record(p, tile, head) + 1);
         int i = 0;
-        if constexpr (!S::PLANNED) {
+        if constexpr (S::CUT) {
             i = min(skipped, p.boxes);
             skipped -= i;
         }
         for (; i < list.y; ++i, ++number) {
-            if (!S::PLANNED && left-- == 0) return;
+            if (S::CUT && left-- == 0) return;
             int4 box = {0, 0, i * S::BQ, 0};
             int masks[GROUPS] = {UNMASKED, UNMASKED};
             if constexpr (S::PLANNED) {
@@ -129,6 +129,29 @@ __device__ __forceinline__ void produce(const KvParameters& p, uint32_t shared, 
     }
 }
 
+// Adds a warpgroup's parts of dQ to the sums, each when all tiles of keys before this one have added theirs. By one thread.
+template <typename S>
+__device__ __forceinline__ void add_in_order(const KvParameters& p, uint32_t shared, uint32_t barriers, int group) {
+    const KeyTile tile = tile_at<S>(p, tile_number<S>(shared));
+    // The boxes of heads that share keys lie one behind the other.
+    const int64_t first = (int64_t{tile.batch} * p.heads + tile.head * p.queries_per_key) * p.boxes * GROUPS + group;
+    float* to = p.sums + first * (S::STAGED / 4);
+    int* turn = p.turns + 4 + first;
+    for (int number = 0; number < tile.steps; ++number, to += GROUPS * (S::STAGED / 4), turn += GROUPS) {
+        const int staging = number % S::STAGINGS;
+        while (load_acquire(turn) != tile.number) {
+        }
+        global_proxy_fence();
+        barrier_wait(S::full_dq(barriers, group, staging), number / S::STAGINGS & 1);
+        copy_add_line(to, shared + S::STAGED_AT + (group * S::STAGINGS + staging) * S::STAGED, S::STAGED);
+        copy_out_commit();
+        copy_out_wait();
+        barrier_arrive(S::empty_dq(barriers, group, staging));
+        global_proxy_fence();
+        store_release(turn, tile.number + 1);
+    }
+}
+
 // --- the consumers ----------------------------------------------------------------------------------------------------
 
 template <typename S>
@@ -150,12 +173,13 @@ __device__ __forceinline__ void consume(const KvParameters& p, uint32_t shared, 
     at.k_part = operand(shared + S::K_AT + (S::D == 64 ? 0 : at.group) * S::TILE_CHUNK, 16);
     at.stats = shared + S::STATS_AT + lane % 4 * 8;
     at.masks = shared + S::MASKS_AT + at.group * S::MASKS + (at.warp * 16 + lane / 4) * S::MASK;
-    at.staged = shared + S::STAGED_AT + at.group * S::STAGED + at.warp * (S::PLANNED && !p.in_boxes ? 2048 : 4096);
+    at.staged = shared + S::STAGED_AT + at.group * S::STAGINGS * S::STAGED +
+                at.warp * (S::PLANNED && !p.in_boxes ? 2048 : 4096);
     at.notes = shared + S::NOTES_AT;
 
     int steps;
     {
-        const KeyTile tile = tile_at<S>(p, blockIdx.x);
+        const KeyTile tile = tile_at<S>(p, tile_number<S>(shared));
         steps = tile.steps;
         const Corner corner = corner_of(p, tile, at.group);
         const int row = at.warp * 16 + lane % 16;
@@ -230,7 +254,7 @@ __device__ __forceinline__ void consume(const KvParameters& p, uint32_t shared, 
         }
         if constexpr (S::FUSED || S::D == 64) {
             pin(dv);
-            if (at.elected) barrier_arrive(S::empty_do(barriers, stage));
+            give_back(S::empty_do(barriers, stage), at.elected);
         }
         mma_fence();
         issue_half<S, 0>(dk, ds, q);
@@ -249,12 +273,12 @@ __device__ __forceinline__ void consume(const KvParameters& p, uint32_t shared, 
         } else if constexpr (S::D == 128) {
             mma_wait<2>();
             pin(dv);
-            if (at.elected) barrier_arrive(S::empty_do(barriers, stage));
+            give_back(S::empty_do(barriers, stage), at.elected);
         }
         mma_wait<0>();
         pin(scores);
         pin(dk);
-        if (at.elected) barrier_arrive(S::empty_q(barriers, stage));
+        give_back(S::empty_q(barriers, stage), at.elected);
     }
     if (S::FUSED && steps > 0) {
         float dq[32];
@@ -267,7 +291,7 @@ __device__ __forceinline__ void consume(const KvParameters& p, uint32_t shared, 
     }
 
     // Known anew, so as to keep no registers through the loop.
-    int index = blockIdx.x, thread = threadIdx.x % 128;
+    int index = tile_number<S>(shared), thread = threadIdx.x % 128;
     asm volatile("" : "+r"(index), "+r"(thread));
     const KeyTile tile = tile_at<S>(p, index);
     const Corner corner = corner_of(p, tile, at.group);
@@ -281,7 +305,7 @@ __device__ __forceinline__ void consume(const KvParameters& p, uint32_t shared, 
             for (int i = 2 * half; i < S::D / 2; i += 4) dk[i] = dk[i + 1] = dv[i] = dv[i + 1] = 0.0f;
         }
     }
-    if ((S::PLANNED || S::FUSED) && tile.piece >= 0) {
+    if ((S::PLANNED || S::CUT) && tile.piece >= 0) {
         const int64_t piece =
             S::PLANNED ? (int64_t{tile.batch} * p.key_heads + tile.head) * p.pieces + tile.piece : tile.piece;
         float* to = p.partial + (piece * 2 * KEYS + at.group * SLAB + thread / 32 * 16 + thread % 32 / 4) * p.head_dim;
@@ -354,7 +378,13 @@ __global__ void __launch_bounds__(S::THREADS, 1) attention_backward_kv(const __g
         barrier_init(S::full_k(barriers), 1);
         barrier_init(S::full_v(barriers), 1);
         barrier_init(S::ready_ds(barriers), 4 * GROUPS);
+        for (int i = 0; S::IN_ORDER && i < GROUPS * S::STAGINGS; ++i) {
+            barrier_init(S::full_dq(barriers, 0, i), 4);
+            barrier_init(S::empty_dq(barriers, 0, i), 1);
+        }
         barrier_init_fence();
+        if constexpr (S::IN_ORDER)
+            asm volatile("st.shared.s32 [%0], %1;" ::"r"(shared + S::TILE_AT), "r"(atomicAdd(p.turns, 1)) : "memory");
     }
     // What no copy writes must be 0 all the same: a weight of 0 does not make up for a NaN.
     if (S::PLANNED && (p.slab_rows < SLAB || p.box_rows < S::BQ)) {
@@ -368,6 +398,10 @@ __global__ void __launch_bounds__(S::THREADS, 1) attention_backward_kv(const __g
     if (threadIdx.x < 128) {
         registers_shrink<S::PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) produce<S>(p, shared, barriers);
+        if constexpr (S::IN_ORDER) {
+            const int group = threadIdx.x / 32 - 1;
+            if (threadIdx.x % 32 == 0 && 0 <= group && group < GROUPS) add_in_order<S>(p, shared, barriers, group);
+        }
     } else {
         registers_grow<S::CONSUMER_REGISTERS>();
         consume<S>(p, shared, barriers);

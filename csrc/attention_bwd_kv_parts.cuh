@@ -57,6 +57,12 @@ __device__ __forceinline__ void pack_half(uint32_t (&packed)[S::BQ / 16][4], con
         packed[i / 4][i % 4] = pack<typename S::Element>(values[2 * i], values[2 * i + 1]);
 }
 
+// Gives a ring's place back for a warp, all of whose lanes have read it.
+__device__ __forceinline__ void give_back(uint32_t empty, bool elected) {
+    __syncwarp();
+    if (elected) barrier_arrive(empty);
+}
+
 // Where a warpgroup finds what it works on; descriptors are those of the first stage.
 struct KvOperands {
     uint64_t k, v, q, dout, ds, k_part;
@@ -122,16 +128,23 @@ __device__ __forceinline__ void add_dq(const KvParameters& p, const KvOperands& 
     const int column = S::D == 64 ? 0 : 64 * at.group;
     if (!S::PLANNED || p.in_boxes) {
         if (S::PLANNED && sixteen * 16 >= p.box_rows) return;
-        if (at.elected) copy_out_wait_read();
+        const int staging = number % S::STAGINGS;
+        if constexpr (S::IN_ORDER)
+            barrier_wait(S::empty_dq(at.barriers, at.group, staging), (number / S::STAGINGS & 1) ^ 1);
+        else if (at.elected)
+            copy_out_wait_read();
         __syncwarp();
+        const uint32_t to = at.staged + staging * S::STAGED + lane * 16;
 #pragma unroll
         for (int j = 0; j < 8; ++j)
-            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at.staged + lane * 16 + j * 512),
-                         "f"(dq[4 * j]), "f"(dq[4 * j + 1]), "f"(dq[4 * j + 2]), "f"(dq[4 * j + 3])
+            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + j * 512), "f"(dq[4 * j]),
+                         "f"(dq[4 * j + 1]), "f"(dq[4 * j + 2]), "f"(dq[4 * j + 3])
                          : "memory");
         proxy_fence();
         __syncwarp();
-        if (at.elected) {
+        if constexpr (S::IN_ORDER) {
+            if (at.elected) barrier_arrive(S::full_dq(at.barriers, at.group, staging));
+        } else if (at.elected) {
             int t, h, w, x;
             load_note<S>(at, number, t, h, w, x);
             int box = w / S::BQ;
@@ -208,7 +221,7 @@ __device__ __forceinline__ void leave_out(const KvParameters& p, const KvOperand
         issue_dq<S>(dq, operand_at(at.ds, ((number & 1) ^ 1) * S::DS), at.k_part);
     }
     barrier_wait(S::full_do(at.barriers, stage), parity);
-    if (at.elected) barrier_arrive(S::empty_do(at.barriers, stage));
+    give_back(S::empty_do(at.barriers, stage), at.elected);
     if (number + 1 < steps)
         barrier_wait(S::full_q(at.barriers, (number + 1) % STAGES), (number + 1) / STAGES & 1);
     issue_scores<S>(scores, at.k, operand_at(at.q, (number + 1) % STAGES * S::BOX));
@@ -221,7 +234,7 @@ __device__ __forceinline__ void leave_out(const KvParameters& p, const KvOperand
     }
     mma_wait<0>();
     pin(scores);
-    if (at.elected) barrier_arrive(S::empty_q(at.barriers, stage));
+    give_back(S::empty_q(at.barriers, stage), at.elected);
 }
 
 // Sets the weights of queries that a key does not see to 0. number: of the step.

@@ -49,18 +49,25 @@ struct KvParameters {
     int head_dim, pieces;
     bool in_boxes;   // whether dQ's sums are [B * heads][boxes][warpgroups, warps][8 chunks][lanes][4], else rows
     float* sums;
+    int* turns;      // where key tiles add to dQ in their order: how many tiles have begun, 3 unused, then of each box and
+                     // warpgroup the next tile's number; else null
     int head_boxes, first_box[PARTS], boxes_along[3];  // of queries of a head, in all and by parts
     uint32_t by_extent[3], by_rows;  // what divides by a box's extents and rows, see divided()
     float* partial;  // [B][key heads][pieces][dK, dV][128 keys][head_dim], of tiles in pieces
 };
 
-template <typename Element_, int D_, int BQ_, bool PLANNED_, bool FUSED_>
+// How dQ comes about: elsewhere; by sums in memory in any order; by sums in the order of key tiles.
+enum class Dq { ELSEWHERE, ANY_ORDER, IN_ORDER };
+
+template <typename Element_, int D_, int BQ_, bool PLANNED_, Dq DQ>
 struct KvShape {
     using Element = Element_;
     static constexpr int D = D_;    // columns computed; the tensors may have fewer
     static constexpr int BQ = BQ_;  // queries of a box
     static constexpr bool PLANNED = PLANNED_;
-    static constexpr bool FUSED = FUSED_;
+    static constexpr bool FUSED = DQ != Dq::ELSEWHERE;
+    static constexpr bool IN_ORDER = DQ == Dq::IN_ORDER;
+    static constexpr bool CUT = !PLANNED && DQ == Dq::ANY_ORDER;  // whether the last tiles may be in pieces
     static constexpr int THREADS = 128 * (GROUPS + 1);
     static constexpr int CHUNKS = D / 64;
     static constexpr uint32_t SLAB_CHUNK = SLAB * 128;
@@ -72,13 +79,14 @@ struct KvShape {
     static constexpr uint32_t DS_CHUNK = KEYS * 128;  // 64 queries of all keys
     static constexpr uint32_t DS = DS_CHUNKS * DS_CHUNK;
     static constexpr uint32_t STAGED = 64 * 64 * 4;  // a warpgroup's part of dQ
+    static constexpr int STAGINGS = IN_ORDER ? 2 : 1;  // of them, while they wait for their turns
     static constexpr uint32_t K_AT = 0;
     static constexpr uint32_t V_AT = K_AT + TILE;
     static constexpr uint32_t Q_AT = V_AT + TILE;
     static constexpr uint32_t DO_AT = Q_AT + STAGES * BOX;
     static constexpr uint32_t DS_AT = DO_AT + STAGES * BOX;
     static constexpr uint32_t STAGED_AT = DS_AT + (FUSED ? 2 * DS : 0);
-    static constexpr uint32_t STATS_AT = STAGED_AT + (FUSED ? GROUPS * STAGED : 0);  // of all stages: L, then delta
+    static constexpr uint32_t STATS_AT = STAGED_AT + (FUSED ? STAGINGS * GROUPS * STAGED : 0);  // of all stages: L, then delta
     static constexpr uint32_t STATS = BQ * 4;
     static constexpr uint32_t MASKS_AT = STATS_AT + 2 * STAGES * STATS;  // of all stages and warpgroups
     static constexpr uint32_t MASK = BQ / 8;  // bytes, of a key
@@ -87,7 +95,8 @@ struct KvShape {
     static constexpr uint32_t NOTE = 32;
     static constexpr uint32_t UNREAD_AT = NOTES_AT + NOTES * NOTE;  // where dS goes that is of no key
     static constexpr uint32_t BARRIERS_AT = UNREAD_AT + 128;
-    static constexpr uint32_t SHARED = BARRIERS_AT + 8 * (4 * STAGES + 3);
+    static constexpr uint32_t TILE_AT = BARRIERS_AT + 8 * (4 * STAGES + 3 + (IN_ORDER ? 2 * STAGINGS * GROUPS : 0));
+    static constexpr uint32_t SHARED = TILE_AT + 4;  // with the tile's number, where they are drawn
     static constexpr uint32_t LAUNCHED = SHARED;
     // setmaxnreg shares out what the launch allocated: more would wait for ever.
     static constexpr int CONSUMER_REGISTERS = 240;
@@ -103,6 +112,12 @@ struct KvShape {
     __device__ static uint32_t full_k(uint32_t base) { return base + 8 * (4 * STAGES); }
     __device__ static uint32_t full_v(uint32_t base) { return base + 8 * (4 * STAGES + 1); }
     __device__ static uint32_t ready_ds(uint32_t base) { return base + 8 * (4 * STAGES + 2); }
+    __device__ static uint32_t full_dq(uint32_t base, int group, int staging) {
+        return base + 8 * (4 * STAGES + 3 + STAGINGS * group + staging);
+    }
+    __device__ static uint32_t empty_dq(uint32_t base, int group, int staging) {
+        return full_dq(base, GROUPS + group, staging);
+    }
 };
 
 // A key tile: its first key, and what it visits.
@@ -130,7 +145,7 @@ __device__ __forceinline__ KeyTile tile_at(const KvParameters& p, int index) {
     tile.piece = -1;
     if constexpr (!S::PLANNED) {
         tile.steps = p.boxes * p.queries_per_key;
-        if (S::FUSED && index >= p.whole_tiles) {
+        if (S::CUT && index >= p.whole_tiles) {
             tile.piece = index - p.whole_tiles;
             const int each = (tile.steps + p.split - 1) / p.split, part = tile.piece % p.split;
             index = p.whole_tiles + tile.piece / p.split;
@@ -153,6 +168,15 @@ __device__ __forceinline__ KeyTile tile_at(const KvParameters& p, int index) {
         tile.w = tile.number * KEYS;
     }
     return tile;
+}
+
+// The number of the block's tile. Where tiles wait for each other they are drawn, so that those before are under way.
+template <typename S>
+__device__ __forceinline__ int tile_number(uint32_t shared) {
+    if constexpr (!S::IN_ORDER) return blockIdx.x;
+    int number;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(number) : "r"(shared + S::TILE_AT));
+    return number;
 }
 
 // The first key of a warpgroup.

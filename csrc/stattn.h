@@ -111,7 +111,7 @@ struct AttentionBackward {
     const AttentionPlan* plan;  // or null
 };
 
-// csrc/attention_bwd_dq.cu: dq alone, in an order that depends on each row alone. The plan is the forward's.
+// csrc/attention_bwd_dq.cu: dq alone, in an order that depends on each row alone. There is a plan, the forward's.
 cudaError_t attention_backward_dq(const AttentionBackward& call, cudaStream_t stream);
 
 // How the queries of a head lie in boxes that do not overlap: of the global ones before the video, in a line, of the video
@@ -134,14 +134,17 @@ inline QueryBoxes query_boxes(const AttentionBackward& call) {
 }
 
 // dq_sum holds 8,192 numbers for each box, in the order of the registers that they come from; or with a plan whose boxes
-// do not begin at multiples of their extents, [B * heads][queries][head_dim]. config: 1 for boxes of a plan, else 0.
+// do not begin at multiples of their extents, [B * heads][queries][head_dim]. config: 1 for boxes of a plan, else 0; or 2,
+// without a plan, where key tiles add in their order: behind the sums then lie 4 integers, and 2 for each box.
 inline int64_t dq_sum_size(const AttentionBackward& call) {
     const int64_t heads = int64_t{call.batch} * call.heads;
-    const bool in_rows = call.plan && call.config == 0;
-    return in_rows ? heads * call.queries * call.head_dim : heads * query_boxes(call).count() * 8192;
+    if (call.plan && call.config == 0) return heads * call.queries * call.head_dim;
+    const int64_t boxes = heads * query_boxes(call).count();
+    return boxes * 8192 + (call.config == 2 ? 4 + 2 * boxes : 0);
 }
 
-// csrc/attention_bwd_kv.cu: dk and dv; and, where there is a dq_sum, in it the sums of dq / scale, whose order is not fixed.
+// csrc/attention_bwd_kv.cu: dk and dv; and, where there is a dq_sum, in it the sums of dq / scale. Their order is fixed
+// with a config of 2 only.
 // The plan is that of csrc/attention_bwd.h.
 cudaError_t attention_backward_kv(const AttentionBackward& call, cudaStream_t stream);
 

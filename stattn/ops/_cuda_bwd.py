@@ -1,8 +1,8 @@
 """The backward of attention by the CUDA library's Hopper kernels: what it serves, and how it is called.
 
 First the statistics of the queries are prepared. Then one kernel walks the queries of each tile of keys and sums dK and
-dV; dQ it adds up in fp32 in memory, in no fixed order, or, where results are to be reproducible, another kernel walks
-the keys of each tile of queries for it.
+dV; dQ it adds up in fp32 in memory, in no fixed order. Where results are to be reproducible, tiles add to dQ in their
+order if there is no mask; under masks another kernel walks the keys of each tile of queries for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from stattn.ops._cuda_tiles import KERNELS, ROWS
 from stattn.problem import Extras, Problem
 
 KEY_TILE = ROWS * KERNELS["kv"].warpgroups
+SUMS = 8192  # of a box of queries
 TAIL = 264  # pieces that the last key tiles of a dense call may be cut into, where the order of sums is free
+IN_BOXES, IN_ORDER = 1, 2  # how dQ is added up otherwise than by default (dq_sum_size in csrc/stattn.h)
 _PIECES = 22  # where a layout of dK and dV says how many there are
 
 
@@ -105,16 +107,21 @@ def _launch(call: Call, stats_layout: list[int], plans: Plans, scale: float, det
     else:
         pieces = 0 if deterministic else TAIL
     partial = call.lse.new_empty(pieces * 2 * KEY_TILE * dim) if pieces else None
-    boxes = _boxes(by_key, call.q)
-    dq_sum = None if deterministic else call.lse.new_empty(_sums(call.q, boxes))
-    sums = (call.dk, call.dv, dq_sum, partial)
-    way = int(bool(by_key.layout and boxes and not deterministic))  # how the kernel adds dQ up
-    of_keys(*given, *sums, stats_layout, scale, way, by_key.array, by_key.layout, call.valid)
-    if dq_sum is None:
+    rest = (partial, stats_layout, scale)
+    plan = (by_key.array, by_key.layout, call.valid)
+    if by_key.layout and deterministic:
+        of_keys(*given, call.dk, call.dv, None, *rest, 0, *plan)
         by_query = plans("dq")
         of_queries(*given, call.dq, stats_layout, scale, by_query.config, by_query.array, by_query.layout, call.valid)
-    else:
-        finish(dq_sum, call.dq, scale, boxes)
+        return
+    boxes = _boxes(by_key, call.q)
+    count = _sums(call.q, boxes)
+    way, turns = (IN_BOXES if by_key.layout and boxes else 0), 0
+    if deterministic:
+        way, turns = IN_ORDER, 4 + 2 * count // SUMS
+    sums = call.lse.new_empty(count + turns)
+    of_keys(*given, call.dk, call.dv, sums, *rest, way, *plan)
+    finish(sums[:count], call.dq, scale, boxes)
 
 
 def _boxes(by_key: Plan, q: torch.Tensor) -> list[int]:
@@ -134,7 +141,7 @@ def _sums(q: torch.Tensor, boxes: list[int]) -> int:
     t, h, w, of_t, of_h, of_w, before, after = boxes
     rows = of_t * of_h * of_w
     count = -(-t // of_t) * -(-h // of_h) * -(-w // of_w) + -(-before // rows) + -(-after // rows)
-    return q.shape[0] * q.shape[2] * count * 8192
+    return q.shape[0] * q.shape[2] * count * SUMS
 
 
 def _is_readable(x: torch.Tensor) -> bool:
