@@ -8,6 +8,10 @@ sum l of exp(S - m) and the unnormalised output are kept in fp32 (online softmax
 bf16 and fp16 inputs are multiplied as they are and summed in fp32, P is rounded to their dtype; fp32 inputs are
 multiplied in three TF32 products each. out is rounded once. Boxes that a tile sees wholly carry no element mask, boxes
 that it does not see are not visited. A row's result depends on its own list of boxes alone. Bound by the tensor cores.
+
+A key that is hidden from a row, in a box that another row of its tile sees, weighs 0: a NaN or an infinity there comes
+through as 0 times itself. Keys that no query sees are loaded as 0, whatever they hold; but in listed tiles of which a
+mask lets a part be seen, and in gaps between what tables allow the coordinates of a tile, they weigh 0 as well.
 """
 
 from __future__ import annotations

@@ -67,6 +67,22 @@ def test_every_constructor_is_seen_as_it_is_in_tiles_that_divide_no_axis(name: s
     check(Case(Grid(2, 5, 7), mask, heads=1), impl="triton", dtype=torch.float16, dim=128)
 
 
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_keys_that_no_query_sees_may_be_anything(name: str) -> None:
+    grid, region = Grid(3, 4, 5), Region((1, 1, 1), (1, 2, 2))
+    mask = CONSTRUCTORS[name].examples(grid.shape)[-1]
+    seen = Case(grid, mask, heads=1, options={"q_region": region}).truth()[0].any(0)
+    q, k, v = draw(1, 60, 1, 16)
+    q, dout = q[:, :4], torch.randn(1, 4, 1, 16)
+    found = []
+    for fill in (0.0, torch.nan, torch.inf):
+        for x in (k, v):
+            x[:, ~seen] = fill
+        found.append(gradients((q, k, v), dout, None, grid, mask, q_region=region)[:3])
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+
+
 def test_overlapping_products_count_no_key_twice(tiles: pytest.MonkeyPatch) -> None:
     force(tiles, 64, 32)
     # No axis alone can cut the one out of the other, nor a dilated window out of a dense one.
