@@ -94,8 +94,8 @@ def gate_residual_forward(
         mask = (local < rows) & (cols < C)
         at_x = row_address(x, row, tokens, x_b, x_n) + cols
         at_y = row_address(y, row, tokens, y_b, y_n) + cols
-        residual = tl.load(at_x, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        update = tl.load(at_y, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        residual = tl.load(at_x, mask=mask, other=0.0).to(tl.float32)
+        update = tl.load(at_y, mask=mask, other=0.0).to(tl.float32)
         if GATE == TOKEN:
             at_row = row_address(gate, row, tokens, gate_b, gate_r) + cols
             update = tl.load(at_row, mask=mask, other=0.0).to(tl.float32) * update
@@ -127,14 +127,14 @@ def gate_residual_backward(
         row = group * rows + local
         mask = (local < rows) & (cols < C)
         at_dout = row_address(dout, row, tokens, dout_b, dout_n) + cols
-        grad = tl.load(at_dout, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        grad = tl.load(at_dout, mask=mask, other=0.0).to(tl.float32)
         if GATE == TOKEN:
             factor = tl.load(row_address(gate, row, tokens, gate_b, gate_r) + cols, mask=mask, other=0.0)
             factor = factor.to(tl.float32)
         tl.store(dy + row.to(tl.int64) * C + cols, (grad * factor).to(dy.dtype.element_ty), mask=mask)
         if dgate is not None or sums is not None:
             at_y = row_address(y, row, tokens, y_b, y_n) + cols
-            grad = grad * tl.load(at_y, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            grad = grad * tl.load(at_y, mask=mask, other=0.0).to(tl.float32)
         if dgate is not None:
             tl.store(dgate + row.to(tl.int64) * C + cols, grad.to(dgate.dtype.element_ty), mask=mask)
         total += grad

@@ -77,8 +77,10 @@ def test_q_and_k_are_those_of_qk_norm_rope_and_means_those_of_the_stored_keys(de
             q, k, means = qk_norm_rope_means(*given, **options, k_tile=case.tile, impl="triton")
             want_q, want_k = qk_norm_rope(*given, **options, impl="triton")
             assert torch.equal(q, want_q), label
-            # Another layout of threads may add up the squares of a row in another order.
-            torch.testing.assert_close(k, want_k, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+            # Another layout of threads may add up the squares of a row in another order: some roundings in fp32 of
+            # each term of a rotated pair, which may cancel, and are about as large as the largest key.
+            bound = 4 * torch.finfo(torch.float32).eps * float(want_k.abs().max())
+            torch.testing.assert_close(k, want_k, rtol=2 * torch.finfo(dtype).eps, atol=bound)
             assert means.dtype == torch.float32
             torch.testing.assert_close(means.double(), means_of(k, case), rtol=1e-5, atol=1e-5, msg=label)
 
