@@ -212,7 +212,7 @@ def _svg(width: int, height: int, body: str, label: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the page of all named masks."""
-    parser = argparse.ArgumentParser(prog="python -m stattn.pictures", description="Draw a page of all named masks.")
+    parser = argparse.ArgumentParser(prog="python -m stattn.masks", description="Draw a page of all named masks.")
     parser.add_argument("--out", type=Path, default=Path("docs/masks.svg"), help="the SVG file to write (%(default)s)")
     out = parser.parse_args(argv).out
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -164,7 +164,7 @@ SPOILED: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], str]] 
         "block lists are for heads of 3",
     ),
     "globals_see": ({}, {"globals_see": ["all"]}, ValueError, "globals_see="),
-    "impl": ({"impl": "reference"}, {"impl": ["reference"]}, TypeError, "unhashable"),
+    "impl": ({"impl": "reference"}, {"impl": ["reference"]}, TypeError, r"impl=\['reference'\] must be"),
     "a mask that an impl does not serve": (
         {"impl": "sdpa"},
         {"mask": masks.spatial()},
