@@ -140,8 +140,9 @@ PRESETS: dict[str, Recipe] = {
         adapts="memory",
         adapter=(("memory_tokens", 16), ("memory_width", 192)),
         batch=64,
+        learning_rate=5e-4,
         # What comes back, and whether anything does, is decided at the first, noisiest levels.
-        level_mean=2.2,
+        level_mean=1.8,
         caption_dropout=1.0,
         masks=(("full()", 1.0),),
         tasks=(0, 0, 0, 0, 0, 1),

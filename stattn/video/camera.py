@@ -132,6 +132,6 @@ class CameraAdapter(nn.Module):
         h = tokens + self.encode(self.patchify(ray_map.to(tokens.dtype)))
         hints = []
         for layer, (block, out) in enumerate(zip(self.blocks, self.out, strict=True)):
-            hints.append(out(h))
             h, text = block(h, keys[layer] if keys else text, e, e_text, at)
+            hints.append(out(h))
         return hints

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     child.add_argument("--rounds", type=positive, default=3, help="timings, of which the median counts (default: 3)")
     child = studies.add_parser("consistency", help="train and sample with full, windowed and per-frame attention")
     child.set_defaults(work=_consistency)
-    child.add_argument("--steps", type=positive, default=800, help="of each training (default: 800)")
+    child.add_argument("--steps", type=positive, default=1500, help="of each training (default: 1500)")
     child.add_argument("--seeds", type=positive, default=3, help="trainings of each kind (default: 3)")
     child.add_argument("--clips", type=positive, default=128, help="sampled of each (default: 128)")
     child.add_argument(
