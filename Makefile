@@ -16,6 +16,8 @@ PY := .venv/bin/python
 SETUP := .venv
 endif
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
+# A file's tests share fixtures, and so a process. Its last file decides when a run ends: more processes are idle soon.
+SPREAD := -n auto --maxprocesses 8 --dist loadfile
 ready = $(if $(SETUP),.venv/.stattn-$(1)) build/.extension
 
 .PHONY: help demo test smoke gpu-test bench lint wheel fresh clean
@@ -28,7 +30,7 @@ demo: $(call ready,demo) ## sample and edit a video with the shipped model
 	$(PY) -m stattn.cli demo $(ARGS)
 
 test: $(call ready,test) ## every test that runs without a GPU
-	$(PY) -m pytest -m "not gpu" $(ARGS)
+	$(PY) -m pytest -m "not gpu" $(SPREAD) $(ARGS)
 
 smoke: $(call ready,test) ## the quick tests: under a minute
 	$(PY) -m pytest -m "smoke and not gpu" $(ARGS)

@@ -23,6 +23,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel file is imported: Triton reads it once for each kernel
 
 
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # test processes side by side share the cores, as does what they start
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+
+
 class Record:
     """Gather how each test ended, how long it took, and its ``record_property`` numbers.
 
