@@ -16,12 +16,14 @@ import torch
 
 from stattn import bench_models, bench_runs, results
 
+# Windows of 2 to 74 % of the pairs: what a mask costs, and what it changes.
+WINDOWS = [f"stattn-window{each}" for each in ((3, 9, 19), (5, 13, 25), (11, 19, 33), (15, 23, 41), (19, 27, 47))]
 # name, layers (None: all), contenders (None: all of the device)
 OURS = ["stattn-dense", "stattn-sliding_tile", "stattn-window"]
 GPU = [
     ("wan2.1-1.3b-480p", None, ["diffusers", *OURS]),
     ("wan2.1-14b-720p", 2, ["diffusers", *OURS]),
-    ("wan2.1-1.3b-480p", 4, ["eager", "compiled", "flex", "flex-window", *OURS]),
+    ("wan2.1-1.3b-480p", 4, ["eager", "compiled", "flex", "flex-window", *OURS, *WINDOWS]),
 ]
 CPU = [("wan-small", None, None)]
 CASES = [

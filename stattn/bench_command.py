@@ -20,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=WHAT, help="what to measure")
     parser.add_argument("--shape", metavar="NAME", help="model and clip; default: wan2.1-1.3b-480p, on a CPU wan-small")
     parser.add_argument("--layers", type=positive, help="so many of the model's layers (default: all)")
-    parser.add_argument("--contenders", metavar="A,B", help="default: all that this machine runs; `list` names them")
+    parser.add_argument(
+        "--contenders",
+        metavar="A,B",
+        help="default: all that this machine runs; `list` names them; also stattn-MASK, as 'stattn-window(5, 9, 17)'",
+    )
     parser.add_argument(
         "--frames", metavar="3,6,9", help="attention: at so many frames of tokens, for a plot of lengths"
     )
@@ -48,8 +52,8 @@ def main(args: argparse.Namespace) -> int:
         print("\n".join(wanted))
         return 0
     if args.contenders is not None:
-        asked = args.contenders.split(",")
-        unknown = [each for each in asked if each not in wanted]
+        asked = _split(args.contenders)
+        unknown = [each for each in asked if each not in wanted and bench_models.own_mask(each, shape) is None]
         if unknown:
             raise ValueError(f"--contenders {','.join(unknown)}: here there are {', '.join(wanted)}")
         wanted = asked
@@ -79,6 +83,18 @@ def main(args: argparse.Namespace) -> int:
     print(results.markdown(report))
     print(out)
     return 0
+
+
+def _split(names: str) -> list[str]:
+    """Split a list at the commas that stand in no parentheses."""
+    depth, found = 0, [""]
+    for letter in names:
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [each.strip() for each in found]
 
 
 def _lengths(shape: ModelShape, frames: str) -> list[ModelShape]:

@@ -8,6 +8,7 @@ diffusers                   diffusers' own Wan transformer, attention by cuDNN, 
 stattn-dense                this package
 stattn-sliding_tile         the same under whole tiles, 9 to 10 % of the pairs
 stattn-window               the same under the exact window, about 10 %
+stattn-MASK                 the same under any mask, as "stattn-window(5, 9, 17)"
 ==========================  ===========================================================================================
 """
 
@@ -157,12 +158,20 @@ def names(shape: ModelShape, device: str) -> list[str]:
     return found
 
 
+def own_mask(name: str, shape: ModelShape) -> Mask | None:
+    """Return the mask of a contender of this package, None for others. Raises ValueError for stattn-NO_MASK."""
+    own = {"stattn-dense": masks.full(), "stattn-sliding_tile": shape.sliding_tile, "stattn-window": shape.window}
+    if name in own or not name.startswith("stattn-"):
+        return own.get(name)
+    return masks.parse(name.removeprefix("stattn-"))
+
+
 def contender(name: str, model: DiT, shape: ModelShape) -> Contender:
     """Build one. Raises ValueError for an unknown name, ImportError where its package is not installed."""
-    own = {"stattn-dense": masks.full(), "stattn-sliding_tile": shape.sliding_tile, "stattn-window": shape.window}
-    if name in own:
-        attend = partial(stattn.attention, grid=shape.grid, mask=own[name])
-        return Contender(name, sharing(model, mask=own[name]), own[name], attend)
+    mask = own_mask(name, shape)
+    if mask is not None:
+        attend = partial(stattn.attention, grid=shape.grid, mask=mask)
+        return Contender(name, sharing(model, mask=mask), mask, attend)
     if name in ("eager", "compiled"):
         twin = sharing(model, impl=BY_HAND)
         backend = None if name == "eager" else SDPBackend.CUDNN_ATTENTION

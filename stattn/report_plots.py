@@ -180,14 +180,26 @@ def breakdown(found: Sequence[Breakdown]) -> Any:
 
 
 def errors(found: Mapping[str, tuple[float, float]]) -> Any:
-    """Draw relative errors against densities. found: (density, error) by name."""
+    """Draw relative errors against densities. found: (density, error) by name; the last part names the contender."""
     if not found:
         return None
-    figure, axes = _new(WIDTH, 4)
-    for place, (name, (density, error)) in enumerate(found.items()):
-        axes.plot([100 * density], [error], "o", color=f"C{place % 10}", label=name)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    figure, axes = _new(WIDTH, 5)
+    shapes = list(dict.fromkeys(name.rpartition("/")[0] for name in found))
+    for place, shape in enumerate(shapes):
+        mine = sorted((at, name.rpartition("/")[2]) for name, at in found.items() if name.rpartition("/")[0] == shape)
+        where = [100 * density for (density, _), _ in mine], [error for (_, error), _ in mine]
+        axes.plot(*where, "o-", linewidth=0.6, markersize=5, color=f"C{place % 10}", label=shape)
+        for ((density, error), name), side in zip(mine, [3, -9] * len(mine), strict=False):
+            axes.annotate(name, (100 * density, error), (4, side), textcoords="offset points", fontsize=6.5)
+    low, high = (bound(density for density, _ in found.values()) for bound in (min, max))
+    axes.set_xlim(70 * low, min(100, 200 * high))
+    least, most = (bound(error for _, error in found.values()) for bound in (min, max))
+    axes.set_ylim(least / 1.5, most * 1.5)
+    for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        scale("log")
+        axis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        axis.set_minor_formatter(lambda value, _: f"{value:.2g}" if f"{value:.0e}"[0] in "235" else "")
+        axis.set_tick_params(which="both", labelsize=7)
     axes.set_xlabel("% of pairs that the mask allows", fontsize=8)
     axes.set_ylabel("relative error to dense attention", fontsize=8)
     axes.legend(fontsize=7)

@@ -214,6 +214,7 @@ def test_the_longest_gap_is_named_by_what_runs_around_it(monkeypatch):
         (["step", "--shape", "huge"], "--shape 'huge' must be one of"),
         (["step", "--contenders", "flash"], "--contenders flash: here there are"),
         (["sampler", "--contenders", "fast"], "--contenders fast: here there are eager"),
+        (["step", "--contenders", "stattn-windows(3, 3, 3)"], "mask 'windows(3, 3, 3)': expected"),
         (["step", "--frames", "3"], "--frames"),
         (["sampler", "--rounds", "3"], "--rounds 3"),
     ],
@@ -222,6 +223,15 @@ def test_the_longest_gap_is_named_by_what_runs_around_it(monkeypatch):
 def test_bad_arguments_are_refused(arguments, message, capsys):
     assert cli.main(["bench", *arguments, "--device", "cpu"]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_any_mask_may_take_part(tmp_path):
+    name = "stattn-window(1, 3, 3) | temporal()"
+    rows = bench(tmp_path, "step", "--rounds", "1", "--contenders", f"eager, {name},stattn-dense")
+    assert {"step/test/eager", f"step/test/{name}", "step/test/stattn-dense"} <= set(rows)
+    wanted = (masks.window(1, 3, 3) | masks.temporal()).density(TINY.grid)
+    assert rows[f"step/test/{name}/density"].value == wanted
+    assert rows[f"step/test/{name}/snr"].value < 100
 
 
 def test_contenders_can_be_listed(capsys):

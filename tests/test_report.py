@@ -243,6 +243,9 @@ def test_steps_are_broken_down_and_errors_set_against_densities(tmp_path, capsys
     found = [report.Row(source, each) for each in rows]
     assert report.breakdowns(found) == [report.Breakdown("step/wan/a", 100.0, 60.0)]
     assert report.errors(found) == {"step/wan/a": (0.1, pytest.approx(0.1))}
+    drawn = report_plots.errors({"step/wan/a": (0.1, 0.1), "step/wan/b": (0.4, 0.05), "step/hy/a": (0.1, 0.2)}).axes[0]
+    assert [list(line.get_xdata()) for line in drawn.lines] == [[10.0, 40.0], [10.0]]
+    assert sorted(text.get_text() for text in drawn.texts) == ["a", "a", "b"]
     results.write(tmp_path / "a.json", source.report)
     status, _, _ = _run(capsys, "report", tmp_path / "a.json", "--out", tmp_path / "out")
     assert status == 0
