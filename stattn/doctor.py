@@ -16,8 +16,10 @@ from stattn.ops._dispatch import Operation
 from stattn.ops.denoise import DENOISE_STEP, PHILOX_NORMAL, DenoiseCall, NormalCall
 from stattn.ops.gate import GATE_RESIDUAL, GATE_RESIDUAL_MODULATE, GateCall
 from stattn.ops.modulate import MODULATE, ModulateCall
+from stattn.ops.modulate_linear import MODULATE_LINEAR, ModulateLinearCall
 from stattn.ops.patchify import PATCHIFY, UNPATCHIFY, PatchifyCall
 from stattn.ops.qk_norm_rope import QK_NORM_ROPE, QK_NORM_ROPE_IN_PLACE, QKNormRopeCall
+from stattn.ops.qk_norm_rope_means import QK_NORM_ROPE_MEANS
 from stattn.ops.select import OPERATION as SELECT
 from stattn.ops.select import SelectCall
 
@@ -94,10 +96,12 @@ def tables(device: str) -> Iterator[str]:
         (PATCHIFY, PatchifyCall(device, dtype, 16, patch)),
         (UNPATCHIFY, PatchifyCall(device, dtype, 16, patch)),
         (MODULATE, ModulateCall(device, (dtype, torch.float32), channels, "layer")),
+        (MODULATE_LINEAR, ModulateLinearCall(device, (dtype, dtype), 64, False, False)),
         (GATE_RESIDUAL, GateCall(device, (dtype, torch.float32), channels, None)),
         (GATE_RESIDUAL_MODULATE, GateCall(device, (dtype, torch.float32), channels, "layer")),
         (QK_NORM_ROPE, QKNormRopeCall(device, dtype, heads, head_dim, True, True, (dtype, dtype))),
         (QK_NORM_ROPE_IN_PLACE, QKNormRopeCall(device, dtype, heads, head_dim, True, True, (dtype, dtype))),
+        (QK_NORM_ROPE_MEANS, QKNormRopeCall(device, dtype, heads, head_dim, True, True, (dtype, dtype))),
         (DENOISE_STEP, DenoiseCall(device, torch.float32, dtype, patch, False, ())),
         (PHILOX_NORMAL, NormalCall(device)),
     ]
