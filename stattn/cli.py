@@ -1,4 +1,4 @@
-"""The `stattn` command: `stattn demo | sample | train | bench | explain | doctor | report | compare | profile`.
+"""The `stattn` command: `stattn demo`, `stattn sample` and the others of ``COMMANDS``.
 
 A subcommand is a module with `add_arguments(parser)` and `main(args) -> int`; only the one that is asked for is
 imported.
@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     130: stopped by Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(arguments).parse_args(arguments)
+    args, unknown = _parser(arguments).parse_known_args(arguments)
+    if unknown:  # with the usage of the command, which argparse would not show
+        args.parser.error(f"unrecognized arguments: {shlex.join(unknown)}")
     args.command_line = shlex.join(["stattn", *arguments])
     try:
         return int(args.run(args))
@@ -72,7 +74,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         if name in arguments:
             command = import_module(module)
             command.add_arguments(child)
-            child.set_defaults(run=command.main)
+            child.set_defaults(run=command.main, parser=child)
     return parser
 
 

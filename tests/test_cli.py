@@ -57,6 +57,8 @@ def test_every_command_has_help(capsys, command):
         (("demo", "--steps", "many"), "'many' must be a positive integer"),
         (("sample", "--caption", "a red disc"), "required: --out"),
         (("doctor", "--device", "tpu"), "invalid choice: 'tpu'"),
+        (("explain", "--grid", "4,4,4", "--masks", "full()"), "stattn explain: error: unrecognized arguments: --masks"),
+        (("study", "edits", "--sedes", "3"), "stattn study: error: unrecognized arguments: --sedes 3"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
