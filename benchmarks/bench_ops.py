@@ -135,7 +135,7 @@ def time_and_record(
     for each, timing in timings.items():
         baseline = None if each == copy else (copy, timings[copy])
         report.results.append(results.Result.of(each, timing, baseline=baseline, checked=True))
-        bench_runs.add(report, f"{each}/bandwidth", "GB/s", size / timing.median * 1e-6)
+        bench_runs.add_rate(report, f"{each}/bandwidth", "GB/s", size * 1e-6, timing)
 
 
 def bytes_moved(case: Operation, backward: bool, shape: Shape, device: str) -> int:

@@ -65,6 +65,12 @@ def add(report: results.Report, name: str, unit: str, value: float, beside: tupl
     report.results.append(results.Result(name, unit, value, value, value, base, ratio, True))
 
 
+def add_rate(report: results.Report, name: str, unit: str, amount: float, timing: results.Timing) -> None:
+    """Add how much of ``amount`` a timing does in a millisecond, with its spread."""
+    value, least, most = (amount / each for each in (timing.median, timing.p80, timing.p20))
+    report.results.append(results.Result(name, unit, value, least, most, None, None, True))
+
+
 def decibels(error: float) -> float:
     """Return a relative error as a ratio of signal to noise, at most 240 dB, which float64 does not tell from exact."""
     return min(-20 * math.log10(max(error, 1e-12)), 240.0) if error < 1 else 0.0
@@ -152,11 +158,12 @@ def measure_step(
         beside = None if baseline in (None, name) else (f"step/{shape.name}/{baseline}", timings[str(baseline)])
         report.results.append(results.Result.of(row, timing, baseline=beside, checked=True))
         if name in alone:
-            add(report, f"{row}/attention", "ms", alone[name].median * shape.config.layers)
+            layers = results.Timing(tuple(each * shape.config.layers for each in alone[name].samples))
+            report.results.append(results.Result.of(f"{row}/attention", layers, checked=True))
         add(report, f"{row}/density", "fraction", mask.density(shape.grid))
         work = model.flops(shape.grid, mask, text_len=given.text.shape[1])
         scale, unit = (1e-9, "TFLOP/s") if device == "cuda" else (1e-6, "GFLOP/s")
-        add(report, f"{row}/rate", unit, work / timing.median * scale)
+        add_rate(report, f"{row}/rate", unit, work * scale, timing)
         add(report, f"{row}/snr", "dB", decibels(each.error))
         if each.memory is not None:
             add(report, f"{row}/memory", "GiB", each.memory)
@@ -199,7 +206,7 @@ def measure_attention(
         add(report, f"{row}/density", "fraction", density)
         work = 4 * density * shape.grid.tokens**2 * shape.config.dim
         scale, unit = (1e-9, "TFLOP/s") if device == "cuda" else (1e-6, "GFLOP/s")
-        add(report, f"{row}/rate", unit, work / timing.median * scale)
+        add_rate(report, f"{row}/rate", unit, work * scale, timing)
 
 
 def check_attention(made: Contender, shape: ModelShape, qkv: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -251,7 +258,7 @@ def measure_ops(report: results.Report, shape: ModelShape, device: str, *, round
         for row, timing in timings.items():
             beside = None if row == copy else (copy, timings[copy])
             report.results.append(results.Result.of(row, timing, baseline=beside, checked=True))
-            add(report, f"{row}/bandwidth", "GB/s", size / timing.median * 1e-6)
+            add_rate(report, f"{row}/bandwidth", "GB/s", size * 1e-6, timing)
         torch.compiler.reset()
 
 

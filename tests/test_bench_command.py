@@ -87,6 +87,8 @@ def test_a_step_is_split_and_compared(tmp_path):
         work = random_model(TINY, "cpu", torch.float32).flops(TINY.grid, contender(
             name, random_model(TINY, "cpu", torch.float32), TINY).mask)  # fmt: skip
         assert rows[f"{row}/rate"].value == pytest.approx(work / rows[row].value * 1e-6)
+        rate = rows[f"{row}/rate"]
+        assert (rate.p20, rate.p80) == pytest.approx((work / rows[row].p80 * 1e-6, work / rows[row].p20 * 1e-6))
     assert rows["step/test/stattn-dense/density"].value == 1
     assert rows["step/test/stattn-window/density"].value == TINY.window.density(TINY.grid)
     assert rows["step/test/stattn-dense/snr"].value > 100 > rows["step/test/stattn-window/snr"].value > 0
