@@ -23,6 +23,7 @@ class Grid:
     """The tokens of one video: T x H x W, with global tokens before and after.
 
     t, h, w: extents in tokens, at least 1. before, after: global tokens around the video, at least 0.
+    Raises TypeError or ValueError naming the field that does not fit.
     """
 
     t: int
@@ -65,7 +66,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Region:
-    """A box of a grid: ``origin`` is its first (t, h, w), ``extent`` its size."""
+    """A box of a grid: ``origin`` is its first (t, h, w), ``extent`` its size. Raises ValueError for what is no box."""
 
     origin: Triple
     extent: Triple

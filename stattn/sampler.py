@@ -459,6 +459,7 @@ def _reads_known(model: object) -> bool:
 def place(
     model: Callable[..., Tensor], device: torch.device | str | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
+    """Return where a model is called and in which dtype, by default those of its parameters."""
     weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     if dtype is None:
         dtype = torch.float32 if weight is None else weight.dtype

@@ -218,7 +218,7 @@ def explain(
     """Say which implementation serves a call of ``attention``, and why the others do not.
 
     Arguments as for ``attention``; tensors may be on the meta device. device: "cpu" or "cuda" to ask for another device
-    than q's. Returns a table, one line an implementation.
+    than q's. Returns a table, one line an implementation. Raises what ``attention`` raises for its arguments.
     """
     problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, None)
     call = _call(q, k, v, problem, extras, _needs_grad(q, k, v), _flags(deterministic, False))
