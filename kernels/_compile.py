@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 
 class Specialization(NamedTuple):
@@ -66,8 +65,12 @@ def compile_for(kernel: Specialization, capability: int) -> Needs:
         if signature[name][0] in "*i" and name not in kernel.unaligned and signature[name] != "i1"
     }
     constants = {(names.index(name),): value for name, value in kernel.constants.items()}
-    made = GluonASTSource if isinstance(kernel.fn, GluonJITFunction) else ASTSource
-    source = made(fn=kernel.fn, signature=signature, constexprs=constants, attrs=attributes)
+    source_of: Any = ASTSource
+    if kernel.fn.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source_of = GluonASTSource
+    source = source_of(fn=kernel.fn, signature=signature, constexprs=constants, attrs=attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(kernel.options))
     usage = _resources(built.asm["cubin"])
     return Needs(usage["REG"], built.metadata.shared, usage["LOCAL"] + usage["STACK"], built.asm["cubin"])

@@ -33,10 +33,14 @@ from stattn import plan
 from stattn.kernels import _walk as walking
 from stattn.kernels import attention as general
 from stattn.kernels import attention_bwd as general_bwd
-from stattn.kernels import attention_runs_hopper as hopper
 from stattn.kernels._compile import Specialization
 from stattn.kernels.attention import LOG2E, Config, on_device, shared_arguments, strides
 from stattn.problem import Extras, Problem
+
+try:
+    from stattn.kernels import attention_runs_hopper as hopper
+except ImportError:  # Gluon is experimental: a later Triton may have moved it. Slower, not otherwise.
+    hopper = None  # type: ignore[assignment]
 
 # Rates are those of general kernels: runs are taken where they cost less.
 CONFIGS = (
@@ -315,7 +319,7 @@ def attention(
     """Compute what ``attention.attention`` does, by runs where they serve."""
     made = choose((q, k, v), problem, extras, False, CONFIGS, general.CONFIGS)
     shared = shared_arguments(q, k, problem, extras)
-    if hopper.serves(q):
+    if hopper is not None and hopper.serves(q):
         other = choose((q, k, v), problem, extras, False, hopper.CONFIGS, general.CONFIGS)
         if other is not None and (made is None or other.cost <= made.cost):
             return hopper.attention(q, k, v, other.table, other.config, shared["scale"], shared["SIGN"])
