@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,8 @@ def run(mask: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=150, help="0: the shipped weights alone")
+    parser.add_argument("--masks", nargs="+", default=MASKS, metavar="MASK")
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--held-out", type=int, default=8, help="batches of clips kept for the end")
@@ -85,14 +88,14 @@ def main() -> None:
     settings = {name: str(value) for name, value in vars(args).items() if name != "out"}
     runs: list[dict[str, Any]] = []
     record = {
-        "command": f"python examples/finetune_sparse.py --steps {args.steps}",
+        "command": shlex.join(["python", *sys.argv]),
         "settings": settings,
         "machine": results.machine(args.device),
         "versions": results.versions(),
-        "density": {mask: masks.parse(mask).density(grid) for mask in MASKS},
+        "density": {mask: masks.parse(mask).density(grid) for mask in args.masks},
         "runs": runs,
     }
-    for mask in MASKS:
+    for mask in args.masks:
         for seed in range(1, args.seeds + 1):
             runs.append(run(mask, seed, args))
             if args.out:  # behind each run: one that is cut keeps them
