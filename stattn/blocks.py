@@ -222,7 +222,9 @@ def _by_triton(impl: str, x: torch.Tensor) -> bool:
 def lower(
     mask: Mask, grid: Grid | Triple, q_tile: Triple, k_tile: Triple, device: torch.device | str = "cpu"
 ) -> BlockList:
-    """Lower a mask to lists that all samples and heads share."""
+    """Lower a mask to lists that all samples and heads share. Raises TypeError for what is no Mask."""
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask={mask!r} must be a Mask")
     grid = as_grid(grid)
     kinds = torch.from_numpy(mask.tiles(grid, q_tile, k_tile))
     partial = bool((kinds == PARTIAL).any())

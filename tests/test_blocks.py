@@ -258,6 +258,11 @@ def test_a_mask_joins_lists_that_already_have_its_partial_tiles_and_no_others() 
         masks.spatial() | blocks
 
 
+def test_only_masks_are_lowered() -> None:
+    with pytest.raises(TypeError, match=r"mask='full\(\)' must be a Mask"):
+        lower("full()", RAGGED, (1, 2, 2), (1, 2, 2))  # type: ignore[arg-type]
+
+
 def test_lists_join_masks_only() -> None:
     blocks, _ = some_lists(7, None)
     with pytest.raises(TypeError):

@@ -92,6 +92,8 @@ def clipsim(frames: Any, text: Any) -> float:
 
 
 def _rows(name: str, x: Any, least: int) -> Tensor:
+    if x is None or isinstance(x, str):
+        raise TypeError(f"{name}={x!r} must be an array or a tensor [N, D]")
     rows = torch.as_tensor(x).detach().to("cpu", torch.float64)
     if rows.ndim != 2 or len(rows) < least or rows.shape[1] < 1:
         raise ValueError(f"{name} of shape {tuple(rows.shape)} must be [N, D] with N >= {least}")

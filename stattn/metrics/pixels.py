@@ -15,6 +15,8 @@ from stattn.metrics.motion import occlusion, optical_flow, warp
 
 def levels(video: Tensor) -> Tensor:
     """Return a clip in 0..1. Raises ValueError for anything that is not [3, T, H, W], TypeError for other dtypes."""
+    if not isinstance(video, Tensor):
+        raise TypeError(f"video of type {type(video).__name__} must be a tensor [3, T, H, W]")
     if video.ndim != 4 or video.shape[0] != 3:
         raise ValueError(f"video of shape {tuple(video.shape)} must be [3, T, H, W]")
     if video.dtype == torch.uint8:
@@ -89,6 +91,8 @@ def psnr(a: Tensor, b: Tensor, where: Tensor | None = None) -> float:
         raise ValueError(f"a and b of shapes {tuple(x.shape)} and {tuple(y.shape)} must be equal")
     error = (x - y).square()
     if where is not None:
+        if not isinstance(where, Tensor) or where.dtype != torch.bool or where.shape != x[:1].shape:
+            raise ValueError(f"where must be booleans of shape {tuple(x[:1].shape)}, [1, T, H, W]")
         error = error[where.expand_as(error)]
     if error.numel() == 0:
         raise ValueError("where leaves no pixel to compare")
