@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -110,15 +109,6 @@ def assert_right(options: dict[str, Any], got: tuple[Tensor, Tensor] | None = No
 
 def assert_same(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-@pytest.fixture
-def nan_memory() -> Iterator[None]:
-    """Let torch.empty give NaN, so that whatever is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 # ---- right

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -147,15 +147,6 @@ def run(operation: str, case: Case, inputs: Inputs, douts: tuple[Tensor, ...], i
 
 def double(inputs: Inputs) -> Inputs:
     return Inputs(*(None if each is None else each.double() for each in inputs))
-
-
-@pytest.fixture
-def nan_memory() -> Iterator[None]:
-    """Let torch.empty give NaN, so that whatever is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def assert_no_worse(name: str, got: Tensor, eager: Tensor, exact: Tensor, terms: float = 0.0) -> None:

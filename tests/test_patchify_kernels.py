@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -67,15 +67,6 @@ def run(inputs: tuple[Tensor, ...], impl: str) -> tuple[Tensor, ...]:
     leaves = [each.detach().requires_grad_() for each in tensors]
     out = patchify3d(*leaves, pad=True, impl=impl)
     return out.detach(), *torch.autograd.grad(out, leaves, dout)
-
-
-@pytest.fixture
-def nan_memory() -> Iterator[None]:
-    """Let torch.empty give NaN, so that whatever is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 # ---- right

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -126,15 +125,6 @@ def assert_close(got: Tensor, eager: Tensor, exact: Tensor, what: str) -> None:
     assert rms <= 1.1 * eager_rms + slack, (
         f"{what}: RMS error {rms:.3e}, eager {eager_rms:.3e}"
     )
-
-
-@pytest.fixture
-def nan_memory() -> Iterator[None]:
-    """Let torch.empty give NaN, so that whatever is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 NAMES = ("q'", "k'", "dq", "dk", "dq_weight", "dk_weight")
