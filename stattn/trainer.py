@@ -245,11 +245,12 @@ def flow_loss(
     valid: Tensor,
     bias: Tensor,
     least_level: float,
+    **read: Tensor,
 ) -> Tensor:
     """Compute the loss of one batch: the mean of |(x_hat - x0) / max(s, least_level)|^2 over the generated region.
 
     clean, noise: [B, 3, T, H, W]; level: s [B]; generated: [B, 1, T, H, W] booleans; ids [B, L] and valid [B]:
-    captions; bias: of ``attention_bias``.
+    captions; bias: of ``attention_bias``; read: what else the model is called with.
     """
     s = level[:, None, None, None, None]
     known = ~generated
@@ -261,6 +262,7 @@ def flow_loss(
         known=clean * known,
         known_mask=known.to(clean.dtype),
         mask=cast(Mask, bias),
+        **read,
     )
     error = (predicted.float() - clean) / s.clamp(min=least_level) * generated
     return error.square().sum() / (3 * generated.sum()).clamp(min=1)
@@ -325,7 +327,10 @@ class Trainer:
         )
         self.autocast = device.type == "cuda"
 
-    objective = staticmethod(flow_loss)
+    @staticmethod
+    def objective(model: Any, *batch: Any) -> Tensor:
+        """Compute the loss of a batch and the least level."""
+        return flow_loss(model, *batch)
 
     def build(self) -> nn.Module:
         """Make the model, as it is before training."""

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,7 +70,7 @@ class CameraTrainer(AdapterTrainer):
         """Give ``flow_loss`` of a batch that ends in a ray map and the least level."""
         *rest, ray_map, least = batch
         loss: Any = flow_loss
-        return cast(Tensor, loss(partial(model, ray_map=ray_map), *rest, least))
+        return cast(Tensor, loss(model, *rest, least, ray_map=ray_map))
 
     @torch.no_grad()
     def batch(self) -> tuple[Tensor, ...]:
@@ -101,7 +100,7 @@ class MemoryTrainer(AdapterTrainer):
         """Give ``flow_loss`` of a batch that ends in the past, its times and the least level."""
         *rest, past, times, least = batch
         loss: Any = flow_loss
-        return cast(Tensor, loss(partial(model, past=past, times=times), *rest, least))
+        return cast(Tensor, loss(model, *rest, least, past=past, times=times))
 
     @torch.no_grad()
     def batch(self) -> tuple[Tensor, ...]:
