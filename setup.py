@@ -124,8 +124,10 @@ class BuildLibrary(build_ext):
         objects = Path(self.build_temp).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
         objects.mkdir(parents=True, exist_ok=True)
-        # Sources keep their paths relative to the root: those are what error messages and profilers show.
-        (objects / "build.ninja").write_text(ninja_file(ext.sources, objects, library))
+        # Sources keep their paths relative to the root: those are what error messages and profilers show. Objects, too:
+        # a copy of the tree, with its times, has nothing to compile again.
+        relative = Path(os.path.relpath(objects, ROOT))
+        (objects / "build.ninja").write_text(ninja_file(ext.sources, relative, library))
         command = [find_ninja(), "-C", str(ROOT), "-f", str(objects / "build.ninja")]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:

@@ -30,13 +30,15 @@ def cuobjdump() -> str | None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel with the CUDA library, compiled from a copy of the sources."""
+    """A wheel with the CUDA library, made in a copy of the sources and of such objects as are built of them already."""
     tree = tmp_path_factory.mktemp("tree")
     (tree / "stattn").mkdir()
     (tree / "stattn" / "__init__.py").touch()
     for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tree / name)
     shutil.copytree(ROOT / "csrc", tree / "csrc")
+    for objects in ROOT.glob("build/temp.*"):
+        shutil.copytree(objects, tree / "build" / objects.name)
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", "."],
         cwd=tree,
