@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stattn import cli, dit, world
+from stattn import cli, dit, media, world
 from stattn.dit import DiT
 from stattn.trainer import PRESETS
 from stattn.video import files, long, objects, storyboard_command
@@ -165,3 +165,7 @@ def test_a_file_is_continued_by_a_command(model: DiT, tmp_path: Path, capsys: py
     assert torch.equal(made[:, :5], video)
     assert cli.main([*words, "--size", "4,64,64"]) == 1
     assert "32 x 32 pixels" in capsys.readouterr().err
+    files.write_ffv1(tmp_path / "in.mkv", media.enlarge(video, 4), fps=8)  # as small clips are written to be looked at
+    assert cli.main([*words, "--size", "4,32,32"]) == 0
+    assert "is taken at 32 x 32 pixels" in capsys.readouterr().out
+    assert torch.equal(files.read_clip(tmp_path / "out.mkv")[0], made)

@@ -6,6 +6,8 @@ import argparse
 import time
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from stattn import dit, media
 from stattn.dit import DiT
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `stattn extend`."""
     from stattn.cli import count, positive, triple
 
-    parser.add_argument("video", metavar="IN", help="a video file of the working height and width")
+    parser.add_argument("video", metavar="IN", help="a video file of the height and width of --size, or enlarged")
     parser.add_argument("out", metavar="OUT.mp4", help="both together; a lossless file is written beside it")
     parser.add_argument("--frames", type=positive, required=True, help="how many to add")
     parser.add_argument("--caption", default="", help="what is seen")
@@ -37,8 +39,7 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     video, fps = files.read_clip(args.video)
-    if tuple(video.shape[2:]) != args.size[1:]:
-        raise ValueError(f"{args.video!r} is {video.shape[2]} x {video.shape[3]} pixels; --size says {args.size[1:]}")
+    video = _at_size(args.video, video, args.size[1:])
     model: DiT | Adapted
     if args.memory is None:
         model = dit.load(args.model, dtype=dtype, device=device)
@@ -52,3 +53,17 @@ def main(args: argparse.Namespace) -> int:
         print(f"wrote {path}")
     print(f"{args.frames} frames in {time.perf_counter() - began:.1f} s")
     return 0
+
+
+def _at_size(name: str, video: Tensor, size: tuple[int, int]) -> Tensor:
+    """Shrink a clip uint8 [3, T, H, W] that was enlarged whole times. Raises ValueError for another size."""
+    height, width = video.shape[2:]
+    times = height // size[0]
+    if (height, width) == size:
+        return video
+    if times == 0 or (height, width) != (times * size[0], times * size[1]):
+        raise ValueError(
+            f"{name!r} is {height} x {width} pixels, no whole times the {size[0]} x {size[1]} of --size: scale it"
+        )
+    print(f"{name} is taken at {size[0]} x {size[1]} pixels, 1 of {times} on a side")
+    return media.to_uint8(F.avg_pool2d(video.transpose(0, 1).float(), times).transpose(0, 1) / 127.5 - 1)
