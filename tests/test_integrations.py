@@ -98,6 +98,7 @@ def test_the_report_knows_what_compiled_blocks_run(tiny):
         torch._dynamo.reset()
         run(tiny, wan(GRID, 1))
         last = handle.report()[1]
+        assert "without calls: layers that ran in compiled code" in str(handle.report())
     assert (last.impl, last.grid, last.density, last.calls) == ("reference", "3x4x6", MASK.density(GRID), 0)
 
 
@@ -160,6 +161,7 @@ def test_the_report_says_what_ran_and_why(tiny):
     assert "serves dense attention only, the call has mask window(1, 2, 3)" in text
     assert repr(handle) == "<accelerated WanTransformer3DModel: 2 layers, full(), window(1, 2, 3)>"
     assert "undone" not in text
+    assert "compiled" not in text
     handle.undo()
     assert "undone: the transformer runs its own attention" in str(handle.report())
 

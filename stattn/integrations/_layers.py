@@ -46,16 +46,21 @@ class HostReport(Report):
     """The accelerated layers of a transformer; prints as a table, with the reasons for each implementation below.
 
     reasons: one text of ``stattn.explain`` per kind of call. verified: a line per grid that ``verify`` compared.
-    undone: whether the model runs its own attention again, and the rows say what was.
+    compiled: whether layers ran in compiled code alone, which counts no calls. undone: whether the model runs its own
+    attention again, and the rows say what was.
     """
 
     reasons: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
+    compiled = False
     undone = False
 
     def __str__(self) -> str:
-        now = ["undone: the transformer runs its own attention"] if self.undone else []
-        return "\n\n".join([super().__str__(), *self.reasons, *self.verified, *now])
+        notes = [
+            *(["without calls: layers that ran in compiled code, which counts none"] if self.compiled else []),
+            *(["undone: the transformer runs its own attention"] if self.undone else []),
+        ]
+        return "\n\n".join([super().__str__(), *self.reasons, *self.verified, *notes])
 
 
 @dataclass(frozen=True)
@@ -295,6 +300,7 @@ class Host:
             )
         report = HostReport(rows)
         report.reasons, report.verified = tuple(reasons), tuple(self.compared.values())
+        report.compiled = self.grid is not None and any(layer.last is None for layer in self.layers)
         return report
 
 
