@@ -4,7 +4,7 @@ A kernel of the Hub is loaded under a name of its own, beside other versions of 
 another relatively and its operations live in a namespace that the builder gives (``_ops.py``, which it writes). Both
 are rewritten here; the sources know nothing of it. ``layers.py`` beside this file joins the package.
 
-    FOLDER/build.toml  CARD.md  torch-ext/stattn/...  tests/  benchmarks/
+    FOLDER/build.toml  flake.nix  CARD.md  torch-ext/stattn/...  tests/  benchmarks/
 """
 
 from __future__ import annotations
@@ -67,8 +67,16 @@ def export(folder: Path) -> Path:
     (package / "layers.py").write_text(rewrite(layers, 0), encoding="utf-8")
     with (package / "__init__.py").open("a", encoding="utf-8") as init:
         init.write('\nfrom . import layers\n\n__all__ += ["layers"]\n')
-    for name in ("build.toml", "CARD.md"):
-        shutil.copy(ROOT / "hub" / name, folder / name)
+    places = {
+        "build.toml": "build.toml",
+        "CARD.md": "CARD.md",
+        "flake.nix": "flake.nix",
+        "benchmark.py": "benchmarks/benchmark.py",
+        "test_kernel.py": "tests/test_kernel.py",
+    }
+    for name, place in places.items():
+        (folder / place).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "hub" / name, folder / place)
     shutil.copy(ROOT / "LICENSE", folder)
     return package
 

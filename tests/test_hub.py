@@ -99,6 +99,18 @@ def test_the_package_runs_under_another_name_without_stattn(package, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_its_own_tests_pass_and_its_benchmark_names_workloads_to_verify(package):
+    folder = package.parent.parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / "tests")]
+    env = {"PATH": "", "PYTHONPATH": str(package.parent)}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout
+    text = (folder / "benchmarks" / "benchmark.py").read_text()
+    kinds = [set(re.findall(rf"def {kind}_(\w+)", text)) for kind in ("setup", "benchmark", "verify")]
+    assert kinds[0] == kinds[1] == kinds[2] == {"full", "window", "frame_causal"}
+
+
 def test_no_name_of_the_package_or_its_namespace_is_left_in_code(package):
     for path in package.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
