@@ -20,7 +20,15 @@ import numpy as np
 import pytest
 import torch
 from probes import BIG_GRIDS, GRIDS, Case, check
-from test_attention import check_compiled, check_operations, draw
+from test_attention import (
+    SHIFTS,
+    assert_rule_1,
+    check_compiled,
+    check_operations,
+    draw,
+    largest_score,
+    results,
+)
 from test_attention_cuda import HOPPER, SHAPES, planned_masks, problem
 from test_attention_kernels import NUMBERS, check_numbers, check_strides_of_dout, gradients, random_call, same
 from test_attention_proof import AROUND, LENGTHS, check_sampled, option_cases
@@ -474,6 +482,54 @@ def test_results_and_gradients_are_within_rule_1(way: bool, dim: int, dtype: str
     return covered
 
 
+@gpu
+@apart
+@hopper
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_of_large_and_lone_values_stay_within_rule_1(dtype: str) -> Covered:
+    kind, calls = getattr(torch, dtype), 0
+    for way, mask, size, spoil in itertools.product(
+        WAYS, (masks.full(), masks.window(3, 5, 3)), (1.0, 3.0, 30.0), ("none", "outlier", "one-hot")
+    ):
+        if dtype == "float16" and size > 3:  # eager scores overflow
+            continue
+        case = Case(Grid(4, 9, 9), mask, options={"deterministic": way})
+        q, k, v = (x * size for x in draw(1, case.grid.tokens, 2, 64, dtype=kind, device=DEVICE))
+        if spoil == "outlier":
+            q[..., 3] *= 10
+        if spoil == "one-hot":
+            k[:, 7] *= 10
+        given = (torch.randn_like(q), torch.zeros(1, 2, case.grid.tokens, device=DEVICE))
+        got, eager = (results(case, (q, k, v), given, impl) for impl in ("cuda", None))
+        exact = results(case, (q.double(), k.double(), v.double()), given, None)
+        for name in ("dq", "dk", "dv"):
+            rounded = eager[name].to(kind)
+            assert_rule_1(f"{mask} {spoil} x {size} {name}", got[name], rounded, exact[name], largest_score((q, k, v)))
+        calls += 1
+    return {"calls": calls}
+
+
+@gpu
+@apart
+@hopper
+def test_a_shift_of_all_scores_changes_no_gradient() -> Covered:
+    lengths = (1, 63, 64, 65, 127, 128)
+    for shift, tokens, way in itertools.product(SHIFTS, lengths, WAYS):
+        for mask in (masks.full(), masks.window(1, 1, min(tokens, 33))):
+            q, k, v = draw(1, tokens, 1, 64, dtype=torch.bfloat16, device=DEVICE)
+            q[..., 0], k[..., 0] = 0.0, 4.0
+            dout = torch.randn_like(q).abs()  # so that nothing in dV cancels
+            given: dict[str, Any] = {"scale": 1.0, "impl": "cuda", "deterministic": way}
+            plain = gradients((q, k, v), dout, None, (1, 1, tokens), mask, **given)
+            q[..., 0] = shift / 4
+            found = gradients((q, k, v), dout, None, (1, 1, tokens), mask, **given)
+            assert all(x.isfinite().all() for x in found)
+            # A score is rounded as a sum on the tensor cores (2 ulp) and times log2(e), twice in each of two calls.
+            slack = math.expm1(16 * torch.finfo(torch.float32).eps * abs(shift))
+            assert (found[4] - plain[4]).abs().max() <= (slack + 4 * torch.finfo(q.dtype).eps) * plain[4].max()
+    return {"shifts": len(SHIFTS), "lengths": len(lengths)}
+
+
 LONG = [(shape, number) for shape, found in LENGTHS.items() for number in range(len(found))]
 
 
@@ -588,6 +644,26 @@ def test_offsets_beyond_two_to_the_31_are_right() -> Covered:
         for x, y in zip(whole[2:], alone[2:], strict=True):
             assert torch.equal(x[1:, :, 38:], y)
     return {"elements": fused.numel()}
+
+
+@gpu
+@apart
+@hopper
+@pytest.mark.parametrize(
+    "batch, heads, shape", [(16_384, 4, (1, 1, 7)), (36_000, 4, (3, 1, 2)), (65_536, 1, (1, 1, 1))]
+)
+def test_as_many_heads_and_samples_as_there_are_places_have_gradients(
+    batch: int, heads: int, shape: Triple
+) -> Covered:
+    for mask, way in itertools.product((masks.full(), masks.temporal()), WAYS):
+        case = Case(Grid(*shape), mask, heads=heads, options={"deterministic": way})
+        tensors = draw(batch, case.grid.video, heads, 64, dtype=torch.bfloat16, device=DEVICE)
+        given = (torch.randn_like(tensors[0]), torch.zeros(batch, heads, case.grid.video, device=DEVICE))
+        got = results(case, tensors, given, "cuda")
+        want = results(case, tuple(x.float() for x in tensors), given, None)  # type: ignore[arg-type]
+        for name in got:
+            torch.testing.assert_close(got[name].float(), want[name].float(), rtol=2e-2, atol=4e-2)
+    return {"heads": batch * heads}
 
 
 @gpu
