@@ -343,7 +343,7 @@ def refusal(case: Case, dtype: torch.dtype, dim: int) -> str | None:
     """Say why the kernels do not serve a case with gradients, or None."""
     shapes = ((1, len(each), case.heads, dim) for each in (case.rows(), case.columns(), case.columns()))
     q, k, v = (torch.empty(shape, dtype=dtype, device=DEVICE, requires_grad=True) for shape in shapes)
-    options = {name: each for name, each in case.options.items() if name != "deterministic"}
+    options = {name: each for name, each in case.options.items() if name not in ("deterministic", "scale")}
     if case.valid is not None:
         options["valid"] = case.valid.to(DEVICE)[None]
     if options.get("k_frames") is not None:
@@ -840,5 +840,6 @@ def test_a_long_backward_takes_the_memory_that_its_way_says() -> Covered:
         elif not way:  # in whole boxes of 64 queries
             _, integers, _ = _cuda_bwd_plan.layout(problem(shape, mask), heads, 128)
             allowed += 4 * 8192 * heads * math.prod(-(-s // b) for s, b in zip(shape, integers[9:12], strict=True))
-        assert taken <= allowed + (1 << 20), f"{mask}: {taken} bytes, {allowed} allowed"
+        # PyTorch leaves up to 1 MiB at the end of each of the six.
+        assert taken <= allowed + (6 << 20), f"{mask}: {taken} bytes, {allowed} allowed"
     return {"tokens": n}
