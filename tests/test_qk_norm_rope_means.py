@@ -145,7 +145,7 @@ def test_gradients_flow_through_q_and_k_alone(impl):
 )
 def test_selection_takes_the_means_in_place_of_the_keys(device, impl):
     case = Case(Grid(2, 4, 6, 1), (1, 2, 3), 4, 2, 16)
-    given, options = draw(case, torch.float32, device)
+    given, options = draw(case, torch.float32, device, batch=1)
     q, k, means = qk_norm_rope_means(*given, **options, k_tile=case.tile, impl=impl)
     q_tile = (1, 2, 2)
     want = stattn.top_k(q, k, case.grid, q_tile, case.tile, 3, impl=impl)
