@@ -36,6 +36,11 @@ BAD = {
         "k has dtype torch.float64, q torch.float32",
         {"k": torch.zeros(2, 24, 2, 8).double()},
     ),
+    "heads before tokens": (
+        ValueError,
+        r"q has 2 tokens, .* 2\*3\*4 = 24; q is \[B, N, heads, D\]: transpose\(1, 2\)",
+        {name: torch.zeros(2, 2, 24, 8) for name in "qkv"},
+    ),
     "an impl that is no name": (TypeError, r"impl=\['cuda'\] must be 'auto' or one of", {"impl": ["cuda"]}),
     "an integer q": (TypeError, "q has dtype torch.int64", {"q": torch.zeros(2, 24, 2, 8, dtype=torch.long)}),
     "k on another device": (ValueError, "k is on meta, q on cpu", {"k": torch.zeros(2, 24, 2, 8, device="meta")}),

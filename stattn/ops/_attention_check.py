@@ -46,9 +46,9 @@ def check(
     if q.shape[1] != q_box.video + grid.globals:
         q_globals = False
         if q.shape[1] != q_box.video:
-            raise ValueError(_count_error("q", q.shape[1], q_box, grid, optional=True))
+            raise ValueError(_count_error("q", q, q_box, grid, optional=True))
     if k.shape[1] != k_box.video + grid.globals:
-        raise ValueError(_count_error("k", k.shape[1], k_box, grid, optional=False))
+        raise ValueError(_count_error("k", k, k_box, grid, optional=False))
     real = None
     if valid is not None:
         _check_valid(valid, q.shape[0], grid, q.device)
@@ -115,13 +115,16 @@ def _slots(k_frames: torch.Tensor, k_box: Region, grid: Grid, device: torch.devi
     return Region((0, *k_box.origin[1:]), (k_frames.shape[0], *k_box.extent[1:]))
 
 
-def _count_error(name: str, tokens: int, box: Region, grid: Grid, optional: bool) -> str:
+def _count_error(name: str, x: torch.Tensor, box: Region, grid: Grid, optional: bool) -> str:
     t, h, w = box.extent
     expected = f"{t}*{h}*{w} = {box.video}"
     if grid.globals:
         expected += f" video and {grid.before} + {grid.after} global tokens"
         expected += ", or the video tokens alone" if optional else ""
-    return f"{name} has {tokens} tokens, but its part of grid {grid.shape} has {expected}"
+    error = f"{name} has {x.shape[1]} tokens, but its part of grid {grid.shape} has {expected}"
+    if x.shape[2] == box.video + grid.globals:
+        error += f"; {name} is [B, N, heads, D]: transpose(1, 2) makes that of [B, heads, N, D], at no cost"
+    return error
 
 
 def _check_valid(valid: torch.Tensor, batch: int, grid: Grid, device: torch.device) -> None:
