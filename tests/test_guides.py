@@ -67,11 +67,14 @@ def test_links_and_commands_of_a_guide_exist(path):
         assert (ROOT / name).exists(), name
 
 
+NUMBER = r"\d+\.\d+|\d+(?= (?:ms|s|GiB)\b)"
+
+
 def unmeasured(text, known):
     """The numbers of a page's tables of measurements that are none of the known ones, rounded as they are."""
     tables = re.findall(r"^\| measured.*\n\|[-| :]+\n((?:\|.*\n)+)", text, re.MULTILINE)
     rows = [row.strip("|").split("|") for table in tables for row in table.splitlines()]
-    numbers = [number for row in rows for cell in row[1:] for number in re.findall(r"\d+\.\d+", cell)]
+    numbers = [number for row in rows for cell in row[1:] for number in re.findall(NUMBER, cell)]
     assert numbers
     steps = {number: 10.0 ** -len(number.partition(".")[2]) for number in numbers}
     return [n for n in numbers if not any(abs(float(n) - each) <= 0.501 * steps[n] for each in known)]
