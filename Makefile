@@ -16,7 +16,7 @@ PY := .venv/bin/python
 SETUP := .venv
 endif
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
-# A file's tests share fixtures, and so a process. Its last file decides when a run ends: more processes are idle soon.
+# Files of tests are dealt out whole, since their tests share fixtures. Beyond eight processes the longest file decides.
 SPREAD := -n auto --maxprocesses 8 --dist loadfile
 ready = $(if $(SETUP),.venv/.stattn-$(1)) build/.extension
 

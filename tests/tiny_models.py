@@ -1,4 +1,4 @@
-"""Small models that several suites take: ``JOINT`` and ``CROSS``, and one of them with all its parameters drawn."""
+"""Small models that several suites take: ``JOINT`` and ``CROSS``, all their parameters drawn, and inputs for them."""
 
 from __future__ import annotations
 
@@ -46,3 +46,18 @@ def make(config: DiTConfig, seed: int = 0, **keywords: Any) -> DiT:
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2, generator=generator)
     return model.eval()
+
+
+def inputs(
+    config: DiTConfig, batch: int = 2, size: tuple[int, int, int] | None = None, seed: int = 1
+) -> tuple[torch.Tensor, ...]:
+    """x, timestep, text for a 3 x 4 x 5 grid."""
+    generator = torch.Generator().manual_seed(seed)
+    size = size or tuple(extent * p for extent, p in zip((3, 4, 5), config.patch, strict=True))
+    x = torch.randn(batch, config.in_channels, *size, generator=generator)
+    timestep = torch.rand(batch, generator=generator) * 1000
+    if config.vocab:
+        text = torch.randint(config.vocab, (batch, config.text_len), generator=generator)
+    else:
+        text = torch.randn(batch, config.text_len, config.text_dim, generator=generator)
+    return x, timestep, text
