@@ -140,14 +140,15 @@ def train(
     """Train until ``minutes`` or ``steps`` are over, whichever comes first, evaluate, and write everything to ``out``;
     returns the record of the run.
 
-    name: of the final files. device: by default CUDA where there is one. compile: compile the loss, by default on CUDA.
-    resume: continue from the checkpoint in ``out``. log_every: steps; the only times at which the loop waits for the
-    device. sample_every, checkpoint_every: seconds. clips: to evaluate, under each of the recipe's masks; 0 skips it.
-    parallel: how the processes of a group started by ``torchrun`` share the work, "ddp" or "fsdp"; each calls this, and
-    the first writes. start: weights to begin from, a shipped model's name or a .safetensors file. Ctrl-C finishes the
-    step, writes the checkpoint and raises KeyboardInterrupt. Raises ValueError without minutes and
-    steps, for an ``out`` whose run would be overwritten, and for a checkpoint of another recipe; FloatingPointError
-    when the loss is not finite.
+    name: of the final files. device: by default CUDA where there is one. compile: compile the loss, by default on CUDA,
+    but never of adapters: PyTorch 2.11 gives wrong gradients beside a frozen base, from the second step on. resume:
+    continue from the checkpoint in ``out``. log_every: steps; the only times at which the loop waits for the device.
+    sample_every, checkpoint_every: seconds. clips: to evaluate, under each of the recipe's masks; 0 skips it. parallel:
+    how the processes of a group started by ``torchrun`` share the work, "ddp" or "fsdp"; each calls this, and the first
+    writes. start: weights to begin from, a shipped model's name or a .safetensors file. Ctrl-C finishes the step,
+    writes the checkpoint and raises KeyboardInterrupt. Raises ValueError without minutes and steps, for an ``out``
+    whose run would be overwritten, for adapters that are to be compiled, and for a checkpoint of another recipe;
+    FloatingPointError when the loss is not finite.
     """
     if minutes is None and steps is None:
         raise ValueError(f"minutes={minutes} and steps={steps}: give at least one of them")
@@ -159,10 +160,13 @@ def train(
         raise ValueError(
             f"out={str(folder)!r} holds the checkpoint of another run: resume it, or choose another folder"
         )
+    adapts = isinstance(recipe, AdapterRecipe)
+    if compile and adapts:
+        raise ValueError(f"compile={compile}: adapters of a frozen base are trained without")
     kind = kinds(recipe)
     with group(device) as where:
         folder.mkdir(parents=True, exist_ok=True)
-        fast = where.type == "cuda" if compile is None else compile
+        fast = where.type == "cuda" and not adapts if compile is None else compile
         trainer = kind.trainer(recipe, where, compile=fast, parallel=parallel, start=start)
         run = Run(trainer, kind, folder, minutes=minutes, steps=steps)
         if resume:
@@ -207,7 +211,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="torch.compile the loss (default: on cuda)",
+        help="torch.compile the loss (default: on cuda, and never of adapters)",
     )
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--batch", type=int, default=None, help="clips a step (default: the preset's)")

@@ -122,6 +122,20 @@ def test_another_camera_films_the_same_scene() -> None:
 
 
 @pytest.mark.smoke
+def test_guidance_goes_from_what_is_predicted_without_the_past_through_what_is_with_it(base: Path) -> None:
+    whole = Adapted(dit.load(base), AdapterConfig(memory_tokens=5, memory_width=32)).eval()
+    x, level, ids, valid, _ = _inputs()
+    given = {"past": x[:, :, :2], "times": torch.tensor([-4, -2])}
+    with torch.no_grad():
+        without, once, twice = (
+            whole.steered(**given, guidance=guidance)(x, level, ids, valid) for guidance in (0.0, 1.0, 2.0)
+        )
+        assert torch.equal(once, whole(x, level, ids, valid, **given))
+        torch.testing.assert_close(without, whole(x, level, ids, valid))
+    assert (once - without).abs().max() > 1e-3
+    torch.testing.assert_close(twice - once, once - without, atol=1e-5, rtol=1e-4)
+
+
 def test_memory_tokens_stand_beside_the_text(base: Path) -> None:
     whole = Adapted(dit.load(base), AdapterConfig(memory_tokens=5, memory_width=32)).eval()
     x, level, ids, valid, _ = _inputs()
@@ -177,7 +191,7 @@ def test_adapters_train_beside_a_base_that_stays(base: Path, tmp_path: Path, ada
         "clips",
         "real",
         "shuffled",
-        *{"camera": ["generated", "reference"], "memory": ["with", "without"]}[adapts],
+        *{"camera": ["generated", "reference"], "memory": ["guidance", "with", "without"]}[adapts],
     }
     whole = adapted.load(tmp_path / f"{adapts}.safetensors")
     for name, value in dit.load(base).state_dict().items():
@@ -218,6 +232,8 @@ def test_adapters_that_do_not_fit_are_refused(base: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="no adapter weights"):
         adapted.load(tmp_path / "none.safetensors")
     recipe = dataclasses.replace(_recipe(base, "camera"), adapts="sound")
+    with pytest.raises(ValueError, match="compile=True"):
+        train.train(_recipe(base, "camera"), tmp_path, steps=1, compile=True)
     with pytest.raises(ValueError, match="adapts='sound'"):
         train.train(recipe, tmp_path, steps=1)
     with pytest.raises(ValueError, match="another config"):

@@ -22,6 +22,9 @@ from stattn.rope import RopeTables
 from stattn.video.camera import CameraAdapter
 from stattn.video.memory import Memory
 
+# Guidance towards the past at which objects come back: at 1 some of them stay away.
+RECALL = 2.0
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -92,15 +95,29 @@ class Adapted(nn.Module):
         return unpatchify3d(tokens, inputs.at.grid.shape, base.config.patch, base.config.out_channels, impl=impl)
 
     def steered(
-        self, *, ray_map: Tensor | None = None, past: Tensor | None = None, times: Tensor | None = None
+        self,
+        *,
+        ray_map: Tensor | None = None,
+        past: Tensor | None = None,
+        times: Tensor | None = None,
+        guidance: float = 1.0,
     ) -> Callable[..., Tensor]:
         """Give the model with its adapters' inputs filled in, for a sampler, which may call it with several copies of
         the batch.
+
+        guidance: how far to go from what is predicted without the past to what is with it, and beyond.
         """
-        return partial(self._steered, ray_map, past, times)
+        return partial(self._steered, ray_map, past, times, guidance)
 
     def _steered(
-        self, ray_map: Tensor | None, past: Tensor | None, times: Tensor | None, x: Tensor, *args: Any, **keywords: Any
+        self,
+        ray_map: Tensor | None,
+        past: Tensor | None,
+        times: Tensor | None,
+        guidance: float,
+        x: Tensor,
+        *args: Any,
+        **keywords: Any,
     ) -> Tensor:
         given = {
             name: each.repeat(len(x) // len(each), 1, 1, 1, 1)
@@ -108,7 +125,11 @@ class Adapted(nn.Module):
             if each is not None
         }
         out: Tensor = self(x, *args, times=times, **given, **keywords)
-        return out
+        if past is None or guidance == 1:
+            return out
+        del given["past"]
+        forgetful: Tensor = self(x, *args, **given, **keywords)
+        return torch.lerp(forgetful, out, guidance)
 
 
 def _remember(inputs: Embedded, memory: Tensor) -> Embedded:

@@ -238,7 +238,10 @@ def memory(gallery: Gallery, weights: str) -> Section:
     strength = torch.ones(1, 1, *real.shape[2:])
     strength[:, :, : train_adapters.ABSENT] = 0
     for title, call in (
-        ("with memory", whole.steered(past=past, times=train_adapters.times_of_past(gallery.device))),
+        (
+            "with memory",
+            whole.steered(past=past, times=train_adapters.times_of_past(gallery.device), guidance=adapted.RECALL),
+        ),
         ("without memory", whole.steered()),
     ):
         sampling = Sampling(steps=gallery.sampling.steps, guidance=1.0, seed=SEED)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stattn.dit import DiT
 from stattn.video import objects
-from stattn.video.adapted import Adapted
+from stattn.video.adapted import RECALL, Adapted
 from stattn.video.paint import Sampling, Work, paint
 from stattn.world import DIRECTIONS
 
@@ -338,7 +338,8 @@ def extend(
         if isinstance(model, Adapted) and model.memory is not None and remember and begin > 0:
             at = torch.linspace(0, begin - 1, min(PAST_FRAMES, begin)).round().long()
             device = next(base.parameters()).device
-            call = model.steered(past=made[None, :, at].to(device), times=(at - begin).to(device))
+            past = made[None, :, at].to(device)
+            call = model.steered(past=past, times=(at - begin).to(device), guidance=RECALL)
         part = paint(base, rough[None], strength, [caption], sampling, call=call, work=work)[0].to(made)
         made = torch.cat((made, part[:, overlap : overlap + total - made.shape[1]]), 1)
     return made

@@ -263,10 +263,10 @@ def evaluate_memory(model: nn.Module, recipe: AdapterRecipe, clips: int, *, step
     past, real = video[:, :, :PAST_FRAMES], video[:, :, PAST_FRAMES:]
     strength = torch.ones(1, 1, recipe.frames, 1, 1).expand(1, 1, *real.shape[2:]).clone()
     strength[:, :, :ABSENT] = 0
-    found: dict[str, Any] = {"clips": clips}
+    found: dict[str, Any] = {"clips": clips, "guidance": adapted.RECALL}
     whole = cast(Adapted, model)
     for name, call in (
-        ("with", lambda part: whole.steered(past=part, times=times_of_past(device))),
+        ("with", lambda part: whole.steered(past=part, times=times_of_past(device), guidance=adapted.RECALL)),
         ("without", lambda part: whole.steered()),
     ):
         made = [
@@ -307,7 +307,7 @@ def _memory_picture(model: nn.Module, recipe: AdapterRecipe) -> tuple[Tensor, li
     strength = torch.ones(1, 1, *real.shape[2:])
     strength[:, :, :ABSENT] = 0
     whole = cast(Adapted, model)
-    call = whole.steered(past=past, times=times_of_past(device))
+    call = whole.steered(past=past, times=times_of_past(device), guidance=adapted.RECALL)
     sampling = Sampling(steps=20, guidance=1.0, seed=SEED, impl="reference")
     made = paint(whole.base, real, strength, None, sampling, call=call)
     return torch.cat((past[:, :, ::2].cpu(), made.cpu()), 2), scene.captions()
