@@ -11,7 +11,9 @@ their sums are made of sums of SPAN terms: in one running sum the error of thous
 Patches are found and read by ``_patches``: a video of any size and any strides is read where it lies.
 
 Two kernels. ``patchify_forward_resident`` holds the patches of a tile of tokens (up to 256 taps) and walks the
-features: at Wan's (1, 2, 2) x 16 = 64 taps it is bound by writing the tokens. ``patchify_forward_tiled`` walks the
+features: at Wan's (1, 2, 2) x 16 = 64 taps it is bound by writing the tokens. Programs that share a row read their
+patches all at once, when nothing is written; where rows are many, each takes an even share of all tiles instead, and
+reads at a time of its own. ``patchify_forward_tiled`` walks the
 taps, as a matrix product does: at 4 x 16 x 16 pixels, 3,072 taps, it is bound by the tensor cores. A token's bits
 depend on nothing but its patch.
 """
@@ -37,9 +39,9 @@ from stattn.kernels._patches import PLAIN, Geometry, check_count, on, patch_step
 class Config(NamedTuple):
     """The tile of one program: tokens x features, ``taps`` at a time (all at once in the resident kernel).
 
-    together: resident programs that the GPU is meant to run at a time, among which features are shared out. boxes:
+    together: resident programs that the GPU is meant to run at a time, among which tiles are shared out. boxes:
     tiles of tokens are written by the tensor memory accelerator, where the GPU has one and features fill 16 bytes.
-    warps and stages as Triton takes them.
+    across: a program may go on in the next row of tiles. warps and stages as Triton takes them.
     """
 
     tokens: int
@@ -49,12 +51,13 @@ class Config(NamedTuple):
     stages: int
     together: int = 0
     boxes: bool = False
+    across: bool = False
 
 
 # By kernel, the default first; the others are what benchmarks/bench_patchify.py --tune times beside it.
 CONFIGS: dict[str, tuple[Config, ...]] = {
     "resident": (  # up to 64 taps
-        Config(128, 128, 64, 8, 3, together=264, boxes=True),
+        Config(128, 128, 64, 8, 3, together=264, boxes=True, across=True),
         Config(128, 64, 64, 4, 3, together=396, boxes=True),
         Config(128, 128, 64, 8, 3, together=264),
         Config(64, 128, 64, 4, 3, together=396),
@@ -112,6 +115,37 @@ def finish_tokens(acc, out, gBias, gPos, m, valid, e, first, e0, tokens, E: tl.c
 # ---- forward
 
 
+@triton.jit
+def _project_row(
+    gX, gW, gBias, gPos, out, M, tokens, grid_h, grid_w, sizes, steps, row, begin, end,
+    E: tl.constexpr, TAPS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, RAGGED_T: tl.constexpr,
+    RAGGED_H: tl.constexpr, RAGGED_W: tl.constexpr, RUN: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    TAPS_A: tl.constexpr, TAPS_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BOXES: tl.constexpr,
+):  # fmt: skip
+    """Project the patches of a row of tiles on to the tiles of features from ``begin`` to ``end``."""
+    first = row * BLOCK_M
+    m = first + tl.arange(0, BLOCK_M)
+    valid = m < M
+    at = place(m, tokens, grid_h, grid_w, steps, PT, PH, PW, VEC)
+    x_a = read_patches(
+        gX, at, valid, 0, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, TAPS_A
+    )
+    k_a = tl.arange(0, TAPS_A)
+    if TAPS_B > 0:
+        x_b = read_patches(
+            gX, at, valid, TAPS_A, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, TAPS_B
+        )
+        k_b = TAPS_A + tl.arange(0, TAPS_B)
+    for e0 in tl.range(begin * BLOCK_E, min(end * BLOCK_E, E), BLOCK_E):
+        e = e0 + tl.arange(0, BLOCK_E)
+        w_a = tl.load(gW + e[None, :] * TAPS + k_a[:, None], mask=(e < E)[None, :] & (k_a < TAPS)[:, None], other=0.0)
+        acc = tl.dot(x_a, w_a)
+        if TAPS_B > 0:
+            mask = (e < E)[None, :] & (k_b < TAPS)[:, None]
+            acc = tl.dot(x_b, tl.load(gW + e[None, :] * TAPS + k_b[:, None], mask=mask, other=0.0), acc)
+        finish_tokens(acc, out, gBias, gPos, m, valid, e, first, e0, tokens, E, BOXES)
+
+
 @triton.jit(do_not_specialize=[*PLAIN, "share"])
 def patchify_forward_resident(
     gX,
@@ -148,33 +182,34 @@ def patchify_forward_resident(
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BOXES: tl.constexpr,
+    ACROSS: tl.constexpr,
 ):
-    """One program: BLOCK_M tokens, ``share`` tiles of features. Patches are read as TAPS_A and TAPS_B columns."""
-    shares = tl.cdiv(tl.cdiv(E, BLOCK_E), share)
-    first = tl.program_id(0) // shares * BLOCK_M
-    begin = tl.program_id(0) % shares * share * BLOCK_E
-    m = first + tl.arange(0, BLOCK_M)
-    valid = m < M
+    """One program: ``share`` tiles of tokens and features, of a row, or with ACROSS of as many rows as it takes.
+
+    Patches of a row are read once, as TAPS_A and TAPS_B columns.
+    """
+    COLUMNS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     steps = patch_steps(stride_b, stride_c, stride_t, stride_h, stride_w, VEC)
     sizes = (size_t, size_h, size_w)
-    at = place(m, tokens, grid_h, grid_w, steps, PT, PH, PW, VEC)
-    x_a = read_patches(
-        gX, at, valid, 0, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, TAPS_A
-    )
-    k_a = tl.arange(0, TAPS_A)
-    if TAPS_B > 0:
-        x_b = read_patches(
-            gX, at, valid, TAPS_A, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, TAPS_B
-        )
-        k_b = TAPS_A + tl.arange(0, TAPS_B)
-    for e0 in tl.range(begin, min(begin + share * BLOCK_E, E), BLOCK_E):
-        e = e0 + tl.arange(0, BLOCK_E)
-        w_a = tl.load(gW + e[None, :] * TAPS + k_a[:, None], mask=(e < E)[None, :] & (k_a < TAPS)[:, None], other=0.0)
-        acc = tl.dot(x_a, w_a)
-        if TAPS_B > 0:
-            mask = (e < E)[None, :] & (k_b < TAPS)[:, None]
-            acc = tl.dot(x_b, tl.load(gW + e[None, :] * TAPS + k_b[:, None], mask=mask, other=0.0), acc)
-        finish_tokens(acc, out, gBias, gPos, m, valid, e, first, e0, tokens, E, BOXES)
+    if ACROSS:
+        begin = tl.program_id(0) * share
+        end = min(begin + share, tl.cdiv(M, BLOCK_M) * COLUMNS)
+        for row in range(begin // COLUMNS, tl.cdiv(end, COLUMNS)):
+            _project_row(
+                gX, gW, gBias, gPos, out, M, tokens, grid_h, grid_w, sizes, steps, row,
+                max(begin - row * COLUMNS, 0), min(end - row * COLUMNS, COLUMNS),
+                E, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE,
+                TAPS_A, TAPS_B, BLOCK_M, BLOCK_E, BOXES,
+            )  # fmt: skip
+    else:
+        shares = tl.cdiv(COLUMNS, share)
+        begin = tl.program_id(0) % shares * share
+        _project_row(
+            gX, gW, gBias, gPos, out, M, tokens, grid_h, grid_w, sizes, steps, tl.program_id(0) // shares,
+            begin, begin + share,
+            E, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE,
+            TAPS_A, TAPS_B, BLOCK_M, BLOCK_E, BOXES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -252,26 +287,30 @@ def _halves(taps: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1024)
-def _share(rows: int, tiles: int, together: int) -> int:
-    """Choose how many of a row's tiles of features a resident program walks: the shortest run of the GPU.
+def _share(rows: int, columns: int, together: int, across: bool) -> tuple[int, bool]:
+    """Choose how many tiles a resident program walks, and whether they go on in the next row: the shortest run.
 
-    The last programs to start decide; reading its patches costs a program as much as a tile.
+    The last programs to start decide; reading the patches of a row costs a program as much as a tile. across: whether
+    it may go on.
     """
 
-    def time(programs: int) -> int:
-        return triton.cdiv(rows * programs, together) * (triton.cdiv(tiles, programs) + 1)
+    def time(share: int) -> int:
+        return triton.cdiv(rows * triton.cdiv(columns, share), together) * (share + 1)
 
-    return triton.cdiv(tiles, min(range(1, tiles + 1), key=time))
+    within = min((triton.cdiv(columns, parts) for parts in range(1, columns + 1)), key=time)
+    even = triton.cdiv(rows * columns, together)
+    read = triton.cdiv(even, columns) + 1
+    return (even, True) if across and even + read < time(within) else (within, False)
 
 
 def _forward_constants(
-    kernel: str, geometry: Geometry, features: int, dtype: torch.dtype, config: Config
+    kernel: str, geometry: Geometry, features: int, dtype: torch.dtype, config: Config, across: bool
 ) -> dict[str, Any]:
     constants = {"E": features, **geometry.constants(), "BLOCK_M": config.tokens, "BLOCK_E": config.features}
     constants["BOXES"] = config.boxes
     if kernel.startswith("resident"):
         first, second = _halves(geometry.taps)
-        return {**constants, "TAPS_A": first, "TAPS_B": second}
+        return {**constants, "TAPS_A": first, "TAPS_B": second, "ACROSS": across}
     return {**constants, "GROUP": GROUP, "BLOCK_K": config.taps, "SPAN": span_of(dtype)}
 
 
@@ -288,10 +327,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None, 
     config = config or CONFIGS[kernel][0]
     config = config._replace(boxes=config.boxes and _takes_boxes(out))
     rows = triton.cdiv(count, config.tokens)
-    tiles = triton.cdiv(features, config.features)
+    columns = triton.cdiv(features, config.features)
     resident = kernel.startswith("resident")
-    shared = (_share(rows, tiles, config.together),) if resident else ()
-    programs = rows * triton.cdiv(tiles, *shared or (1,))
+    share, across = _share(rows, columns, config.together, config.across) if resident else (1, False)
+    programs = triton.cdiv(rows * columns, share) if across else rows * triton.cdiv(columns, share)
     target: Any = out
     if config.boxes:
         target = TensorDescriptor(out, [count, features], [features, 1], [config.tokens, config.features])
@@ -300,8 +339,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None, 
         (patchify_forward_resident if resident else patchify_forward_tiled)[(programs,)](
             *arguments,
             *geometry.numbers(),
-            *shared,
-            **_forward_constants(kernel, geometry, features, x.dtype, config),
+            *((share,) if resident else ()),
+            **_forward_constants(kernel, geometry, features, x.dtype, config, across),
             num_warps=config.warps,
             num_stages=config.stages,
         )
@@ -352,13 +391,14 @@ def specializations() -> Iterator[Specialization]:
         kernel = kernel_for(geometry, dtype)
         fn = patchify_forward_resident if kernel.startswith("resident") else patchify_forward_tiled
         for config in CONFIGS[kernel][:1] if kernel in seen else CONFIGS[kernel]:
-            constants = _forward_constants(kernel, geometry, features, dtype, config)
-            constants |= {} if pos else {"gPos": None}
             options = {"num_warps": config.warps, "num_stages": config.stages}
             label = f"{fn.__name__}/{name}/{config.tokens}x{config.features}x{config.taps}"
             types = describe(dtype)
             if config.boxes:
                 label += "/boxes"
                 types["out"] = f"tensordesc<{POINTERS[dtype][1:]}[{config.tokens},{config.features}]>"
-            yield Specialization(label, fn, types, constants, options, (*PLAIN, "share"))
+            for across in (False, True) if config.across else (False,):
+                constants = _forward_constants(kernel, geometry, features, dtype, config, across)
+                constants |= {} if pos else {"gPos": None}
+                yield Specialization(label + "/across" * across, fn, types, constants, options, (*PLAIN, "share"))
         seen.add(kernel)

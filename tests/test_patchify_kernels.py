@@ -154,6 +154,28 @@ def test_every_forward_config_gives_the_same_exact_tokens(device, kind):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_programs_that_go_on_in_the_next_row_give_the_same_exact_tokens(device):
+    x, weight, bias, pos, _ = problem((2, 16, (3, 10, 6), (1, 2, 2), 91), torch.float16, device, integers)
+    want = patchify3d(x.double(), weight.double(), bias.double(), pos.double(), impl="reference").half()
+    for boxes in (False, True):  # features that fill no 16 bytes go without
+        for n in (91, 88):
+            config = kernels.Config(16, 16, 64, 4, 3, together=5, boxes=boxes, across=True)
+            assert kernels._share(6, 6, config.together, True) == (8, True)
+            got = kernels.forward(x, weight[:n], bias[:n], pos[:, :n], config)
+            assert torch.equal(got, want[..., :n])
+
+
+@pytest.mark.parametrize("rows, columns, together", [(591, 40, 264), (256, 12, 264), (5, 2, 264), (7, 3, 4), (1, 1, 1)])
+def test_shares_of_tiles_are_even_where_that_is_the_shorter_run(rows, columns, together):
+    within, stays = kernels._share(rows, columns, together, False)
+    assert not stays
+    assert 1 <= within <= columns
+    share, across = kernels._share(rows, columns, together, True)
+    assert across == (share != within)
+    assert not across or (rows * columns - 1) // share < together
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", patchify_bwd.CONFIGS)
 def test_every_backward_config_gives_the_same_exact_gradients(device, kind):
     dtype = torch.float32 if kind.endswith("float32") else torch.float16
