@@ -21,7 +21,7 @@ Found = tuple[dict[str, Any], Callable[[], None]]  # numbers, and what draws the
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the studies and their options."""
-    from stattn.cli import count, positive
+    from stattn.cli import positive
 
     studies = parser.add_subparsers(dest="study", required=True, metavar="study")
     child = studies.add_parser("edits", help="check edits by what they ask for, and a stale cache by its error")
@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for child in studies.choices.values():
         child.add_argument("--model", default="tiny", metavar="NAME", help="shipped weights, or a .safetensors file")
         child.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: out/study-NAME")
-        child.add_argument("--seed", type=count, default=0)
         child.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
 
 
