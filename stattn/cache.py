@@ -18,8 +18,7 @@ from torch import Tensor
 from stattn.grid import Grid, Region, check_positive, is_int
 from stattn.masks import Mask, frame_causal
 from stattn.rope import RopeTables
-
-Masks = Mask | Sequence[Mask]
+from stattn.settings import Masks
 
 
 @dataclass(frozen=True)

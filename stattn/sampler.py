@@ -24,11 +24,10 @@ from stattn.ops import _validate
 from stattn.ops._dispatch import impl_for
 from stattn.ops.denoise import denoise_step
 from stattn.schedules import Diffusion, FlowMatching, Level, Schedule, step_weights
-from stattn.settings import check_impl
+from stattn.settings import Masks, check_impl
 
 __all__ = ["Diffusion", "FlowMatching", "Level", "Schedule", "draw_noise", "sample", "step_weights"]
 
-Masks = masks.Mask | Sequence[masks.Mask]
 PREDICTIONS = ("x", "v", "noise")
 
 
