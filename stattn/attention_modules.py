@@ -82,7 +82,7 @@ class QKNormRope(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, rope: RopeTables | None = None) -> tuple[Tensor, Tensor]:
         """Return q and k [B, N, heads, D] normalised and rotated; rope comes from ``stattn.rope_tables``."""
-        return _norm_and_rotate(self, q, k, rope)
+        return norm_and_rotate(self, q, k, rope)
 
     def extra_repr(self) -> str:
         return (
@@ -91,13 +91,14 @@ class QKNormRope(nn.Module):
         )
 
 
-def _norm_and_rotate(
+def norm_and_rotate(
     module: QKNormRope | SpaceTimeAttention,
     q: Tensor,
     k: Tensor,
     rope: RopeTables | None,
     k_rope: RopeTables | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Normalise q and k [B, N, heads, D] by a module's weights, and rotate them by rope and by k_rope or rope."""
     return qk_norm_rope(
         q,
         k,
@@ -152,6 +153,13 @@ class SpaceTimeAttention(nn.Module):
         self.norm_q = _qk_norm(qk_norm, heads, self.head_dim, eps)
         self.norm_k = _qk_norm(qk_norm, self.kv_heads, self.head_dim, eps)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project x [B, N, dim] to q, k and v [B, N, heads, D], neither normalised nor rotated."""
+        q = self.to_q(x).unflatten(-1, (self.heads, self.head_dim))
+        k = self.to_k(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        v = self.to_v(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        return q, k, v
+
     def forward(
         self,
         x: Tensor,
@@ -171,12 +179,10 @@ class SpaceTimeAttention(nn.Module):
         tokens as x has.
         """
         grid = as_grid(grid)
-        q = self.to_q(x).unflatten(-1, (self.heads, self.head_dim))
-        k = self.to_k(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        v = self.to_v(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        q, k, v = self.project(x)
         if cache is not None:
             return self._attend_to(cache, q, k, v, rope, valid, mask)
-        q, k = _norm_and_rotate(self, q, k, rope)
+        q, k = norm_and_rotate(self, q, k, rope)
         out = attention(
             q,
             k,
@@ -200,7 +206,7 @@ class SpaceTimeAttention(nn.Module):
         mask: Masks | BlockList | None,
     ) -> Tensor:
         k, v = cache.write(k, v)
-        q, k = _norm_and_rotate(self, q, k, rope, cache.rope)
+        q, k = norm_and_rotate(self, q, k, rope, cache.rope)
         out = attention(
             q,
             k,

@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stattn import masks
+from stattn.attention_modules import SpaceTimeAttention, norm_and_rotate
 from stattn.dit import DiT, EncodedText
 from stattn.grid import Grid, Region
-from stattn.modules import SpaceTimeAttention
 from stattn.ops._dispatch import impl_for
 from stattn.ops.attention import attention
 from stattn.ops.patchify import unpatchify3d
-from stattn.ops.qk_norm_rope import qk_norm_rope
 from stattn.rope import RopeTables
 
 
@@ -141,21 +140,8 @@ class _Active:
 
 
 def _project(module: SpaceTimeAttention, x: Tensor, rope: RopeTables | None) -> tuple[Tensor, Tensor, Tensor]:
-    q = module.to_q(x).unflatten(-1, (module.heads, module.head_dim))
-    k = module.to_k(x).unflatten(-1, (module.kv_heads, module.head_dim))
-    v = module.to_v(x).unflatten(-1, (module.kv_heads, module.head_dim))
-    q, k = qk_norm_rope(
-        q,
-        k,
-        None if module.norm_q is None else module.norm_q.weight,
-        None if module.norm_k is None else module.norm_k.weight,
-        rope,
-        across_heads=module.qk_norm == "across_heads",
-        eps=module.eps,
-        interleaved=module.interleaved,
-        impl=impl_for(module.impl, "qk_norm_rope"),
-    )
-    return q, k, v
+    q, k, v = module.project(x)
+    return *norm_and_rotate(module, q, k, rope), v
 
 
 def _attend(
