@@ -462,6 +462,13 @@ BUGS = (
         ("tests/test_attention_cuda_bwd.py::test_parts_of_unions_that_overlap_count_no_pair_twice",),
     ),
     Bug(
+        "cuda-gradients-copy-statistics-from-anywhere",
+        "stattn/ops/_cuda_tiles.py",
+        "multiples = box if apart else (1, 1, unit)",
+        "multiples = box if apart else (1, 1, 1)",
+        ("tests/test_attention_cuda_bwd.py::test_parts_of_a_grid_are_planned_as_parts",),
+    ),
+    Bug(
         "cuda-pieces-of-key-tiles-lose-a-box",
         "stattn/ops/_cuda_bwd_plan.py",
         "size = -(-count[self.tile] // split.parts[tile])",
