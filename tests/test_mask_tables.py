@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-import statistics
 import time
 
 import numpy as np
@@ -150,7 +149,7 @@ def test_packing_at_video_length_is_small_and_quick(name: str) -> None:
             packed = mask.pack(shape)
             seconds.append(time.perf_counter() - start)
         assert len(packed.data) < 1 << 20
-        assert statistics.median(seconds) < 1e-3, mask  # some 0.1 ms on an idle machine
+        assert min(seconds) < 1e-3, mask  # some 0.1 ms; the median would time other processes, too
         assert mask.pack(shape) is packed
 
 
