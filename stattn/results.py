@@ -287,7 +287,7 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a measurement depends on."""
+    """Return the versions that a measurement depends on, and what the environment says about cuBLAS's kernels."""
     from importlib import metadata
 
     found = {"python": platform.python_version(), "torch": torch.__version__}
@@ -298,6 +298,9 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    for name in ("CUBLASLT_WORKSPACE_SIZE", "CUBLAS_WORKSPACE_CONFIG"):
+        if name in os.environ:
+            found[name] = os.environ[name]
     return found
 
 

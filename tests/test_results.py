@@ -240,3 +240,10 @@ def test_gpu_ceilings_are_in_tera_units_and_events_time_the_device():
     a = torch.randn(4096, 4096, device="cuda")
     small, large = (results.time_callable(lambda n=n: a[:n] @ a, rounds=5).median for n in (256, 4096))
     assert large > 2 * small
+
+
+def test_versions_tell_what_chooses_the_kernels_of_cublas(monkeypatch):
+    monkeypatch.delenv("CUBLASLT_WORKSPACE_SIZE", raising=False)
+    assert "CUBLASLT_WORKSPACE_SIZE" not in results.versions()
+    monkeypatch.setenv("CUBLASLT_WORKSPACE_SIZE", "0")
+    assert results.versions()["CUBLASLT_WORKSPACE_SIZE"] == "0"
