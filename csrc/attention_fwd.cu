@@ -10,7 +10,6 @@ namespace stattn {
 namespace {
 
 using attention_fwd::attention_forward;
-using attention_fwd::attention_merge;
 using attention_fwd::Parameters;
 using attention_fwd::Shape;
 
@@ -38,18 +37,12 @@ cudaError_t launch(const AttentionForward& call, cudaStream_t stream) {
     cudaError_t error = attention_fwd::describe<S>(call, &p, &launch);
     if (error == cudaSuccess) error = attention_fwd::allow_shared_memory<attention_forward<S>>(launch.device);
     if (error == cudaSuccess && call.frames) error = place(call, &p, S::WARPGROUPS, stream);
+    const size_t tiles = size_t(call.batch) * call.heads * p.split_tiles;  // in pieces
+    if (error == cudaSuccess && tiles > 0)
+        error = cudaMemsetAsync(p.arrived, 0, tiles * S::WARPGROUPS * sizeof(int), stream);
     if (error != cudaSuccess) return error;
     const int blocks = S::PLANNED ? p.tiles : std::min(p.tiles, launch.processors);
     attention_forward<S><<<blocks, S::THREADS, launch.shared, stream>>>(p);
-    if constexpr (S::PLANNED) {
-        const int64_t merged = int64_t{p.split_tiles} * call.batch * call.heads * S::WARPGROUPS;
-        if (merged > INT32_MAX) return cudaErrorInvalidConfiguration;
-        using Element = typename S::Element;
-        if (merged > 0)
-            attention_merge<S><<<static_cast<int>(merged), 128, 0, stream>>>(
-                p, static_cast<Element*>(const_cast<void*>(call.out.data)), call.out.batch, call.out.token,
-                call.out.head, call.head_dim);
-    }
     return cudaGetLastError();
 }
 

@@ -16,7 +16,7 @@
 // those come first that not every row sees whole: of these each row has a mask, the AND of a mask for every axis.
 #pragma once
 
-#include "attention_tile.cuh"
+#include "attention_store.cuh"
 
 namespace stattn::attention_fwd {
 
@@ -121,16 +121,6 @@ __device__ __forceinline__ void produce_queries(const Parameters& p, uint32_t sh
 
 // --- the consumers ----------------------------------------------------------------------------------------------------
 
-// Names of barriers: 0 is that of the whole block.
-__device__ __forceinline__ uint32_t turn_barrier(int group) { return 1 + group; }
-__device__ __forceinline__ uint32_t store_barrier(int group) { return 4 + group; }
-
-// The state of a thread's two rows, `row` and `row + 8` of its warpgroup.
-struct Rows {
-    float top[2];  // c times the greatest score so far, over the row
-    float sum[2];  // of the weights so far, over this thread's columns
-};
-
 // S = Q K^T, not waited for. Operands are given for their first 16 columns.
 template <typename S>
 __device__ __forceinline__ void issue_scores(float (&scores)[S::BN / 2], uint64_t q, uint64_t k) {
@@ -232,97 +222,6 @@ __device__ __forceinline__ void mask_end(float (&scores)[COUNT], int limit) {
             if (8 * j + i % 2 >= mine) scores[4 * j + i] = -INFINITY;
 }
 
-constexpr float LN_2 = 0.6931471805599453f;
-
-// Where a warpgroup's part of a piece of a tile lies: outputs as threads hold them, [D / 8][128], and LSEs of rows.
-template <typename S>
-struct Piece {
-    static constexpr int OUTS = S::D / 8 * 128;
-    float4* out;
-    float* lse;
-
-    __device__ Piece(const Parameters& p, int sequence, int number, int group) {
-        const int64_t part = (int64_t{sequence} * p.pieces + number) * S::WARPGROUPS + group;
-        const int64_t parts = int64_t{p.batch} * p.heads * p.pieces * S::WARPGROUPS;
-        out = reinterpret_cast<float4*>(p.partial) + part * OUTS;
-        lse = p.partial + parts * OUTS * 4 + part * ROWS;
-    }
-};
-
-// Divides by the sums, stores the output tile from the warpgroup's own rows of Q, and the LSE. What a
-// piece of a tile has goes to its place in `partial`.
-template <typename S>
-__device__ __forceinline__ void store(const Parameters& p, const Tile& tile, float (&out)[S::D / 2], const Rows& rows,
-                                      uint32_t slab, uint32_t empty_q, int group) {
-    const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32 % 4;
-    const bool line = S::PLANNED && tile.kind != VIDEO;
-    const Corner corner = corner_of<S>(p, tile, group);
-    float inverse[2], lse[2];
-    int64_t token[2];  // of the LSE's line; -1 for a row that is none
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float sum = rows.sum[half];
-        sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
-        sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
-        const int row = first_row() + 8 * half;
-        token[half] = token_of<S>(p, tile, corner, row);
-        // A global token that is not real sees nothing.
-        if (line && token[half] >= 0 && p.valid) {
-            const int number = (tile.kind == BEFORE ? 0 : p.before) + corner.w + row;
-            if (!__ldg(p.valid + int64_t{tile.batch} * p.globals + number)) sum = 0.0f;
-        }
-        inverse[half] = sum > 0.0f ? 1.0f / sum : 0.0f;
-        lse[half] = sum > 0.0f ? rows.top[half] + log2f(sum) : -INFINITY;
-    }
-
-    if (S::PLANNED && tile.piece >= 0) {
-        const Piece<S> piece(p, tile.batch * p.heads + tile.head, tile.piece, group);
-#pragma unroll
-        for (int i = 0; i < S::D / 8; ++i)
-            piece.out[i * 128 + threadIdx.x % 128] = make_float4(out[4 * i] * inverse[0], out[4 * i + 1] * inverse[0],
-                                                                 out[4 * i + 2] * inverse[1], out[4 * i + 3] * inverse[1]);
-        if (lane % 4 == 0) {
-            piece.lse[first_row()] = lse[0];
-            piece.lse[first_row() + 8] = lse[1];
-        }
-        return;
-    }
-
-    // Matrices of a store: rows 0-7 and 8-15 of 8 columns, then of the next 8.
-    const int row = warp * 16 + lane % 16;
-    const uint32_t address = slab + row * 128;
-#pragma unroll
-    for (int step = 0; step < S::D / 16; ++step) {
-        const float* o = out + 8 * step;
-        const int column = step % 4 * 2 + lane / 16;  // in words of 16 bytes
-        store_matrices(address + step / 4 * S::SLAB_CHUNK + ((column ^ (row % 8)) * 16),
-                       pack<typename S::Element>(o[0] * inverse[0], o[1] * inverse[0]),
-                       pack<typename S::Element>(o[2] * inverse[1], o[3] * inverse[1]),
-                       pack<typename S::Element>(o[4] * inverse[0], o[5] * inverse[0]),
-                       pack<typename S::Element>(o[6] * inverse[1], o[7] * inverse[1]));
-    }
-    proxy_fence();
-    named_sync(store_barrier(group), 128);
-    if (threadIdx.x % 128 == 0) {
-        const int x = tile.batch * p.o_x.batch + tile.head * p.o_x.head;
-        const CUtensorMap* map = line ? &p.o_line[tile.kind - BEFORE] : &p.o_map;
-#pragma unroll
-        for (int chunk = 0; chunk < S::CHUNKS; ++chunk)
-            copy_out(map, slab + chunk * S::SLAB_CHUNK, EVICT_FIRST, 64 * chunk, corner.w, corner.h, corner.t, x);
-        copy_out_commit();
-        copy_out_wait_read();
-        barrier_arrive(empty_q);
-    }
-
-    if (lane % 4 == 0 && p.lse) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            if (token[half] >= 0)
-                p.lse[(int64_t{tile.batch} * p.heads + tile.head) * p.queries + token[half]] = lse[half] * LN_2;
-    }
-}
-
 // Where a warpgroup finds what it works on; descriptors are those of the first stage.
 struct Operands {
     uint64_t q, k, v;
@@ -408,6 +307,31 @@ __device__ __forceinline__ void leave_out(const Operands& at, Turn& turn) {
     turn.advance();
 }
 
+// Fills the values of global tokens that are not real with 0 once they have come: a weight of 0 does not make up for a NaN.
+// Each warpgroup does it before it reads them, whatever the others do: they write the same. `turn` is that of the box,
+// `box` its number among those of global keys.
+template <typename S>
+__device__ __forceinline__ void clear_unreal(const Operands& at, uint32_t values, Turn turn, int box) {
+    constexpr int WORDS = BoxMask<S>::WORDS;
+    const uint32_t noted = at.barriers + S::VALID + box * WORDS * 4;
+    barrier_wait(S::full_v(at.barriers, turn.stage), turn.parity);
+    const int part = threadIdx.x % 8;  // of the 16-byte words of a row
+#pragma unroll 1
+    for (int row = threadIdx.x % 128 / 8; row < S::BN; row += 16) {
+        uint32_t real;
+        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(real) : "r"(noted + row / 32 * 4));
+        if (real >> row % 32 & 1) continue;
+#pragma unroll
+        for (int chunk = 0; chunk < S::CHUNKS; ++chunk)
+            asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(values + turn.stage * S::BOX +
+                                                                          chunk * S::BOX_CHUNK + row * 128 + part * 16),
+                         "r"(0)
+                         : "memory");
+    }
+    proxy_fence();
+    named_sync(store_barrier(at.group), 128);
+}
+
 template <typename S>
 __device__ __forceinline__ void consume(const Parameters& p, uint32_t shared, uint32_t barriers) {
     Operands at;
@@ -454,6 +378,7 @@ __device__ __forceinline__ void consume(const Parameters& p, uint32_t shared, ui
                     begin<S, true>(p, at, turn, scores, out, weights, rows, record);
                     started = true;
                 }
+                if (record.w > 0) clear_unreal<S>(at, shared + S::V_AT, turn.before(), record.w - 1);
             }
             int number = masked;
             if (!started && number < boxes) {
@@ -507,65 +432,6 @@ __global__ void __launch_bounds__(S::THREADS, 1) attention_forward(const __grid_
     } else {
         registers_grow<S::CONSUMER_REGISTERS>();
         consume<S>(p, shared, barriers);
-    }
-}
-
-// Merges tiles' pieces: a block for each warpgroup's part of a tile, a thread for what it held there. out: of the queries,
-// [B, queries, heads, dim] with strides.
-template <typename S>
-__global__ void __launch_bounds__(128) attention_merge(const __grid_constant__ Parameters p, typename S::Element* out,
-                                                       int64_t out_batch, int64_t out_token, int64_t out_head, int dim) {
-    const int group = blockIdx.x % S::WARPGROUPS, number = blockIdx.x / S::WARPGROUPS % p.split_tiles;
-    const int sequence = blockIdx.x / S::WARPGROUPS / p.split_tiles;
-    Tile tile{};
-    tile.head = sequence % p.heads, tile.batch = sequence / p.heads;
-    const int record = __ldg(p.plan + tile.head) + 2 * (p.tiles_per_head + number);
-    const int4 place = record_at(p, record), pieces = record_at(p, record + 1);
-    if (place.w == NONE) return;
-    tile.t = place.x, tile.h = place.y, tile.w = place.z, tile.kind = place.w;
-    const Corner corner = corner_of<S>(p, tile, group);
-
-    float top[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-    for (int i = pieces.x; i < pieces.x + pieces.y; ++i) {
-        const Piece<S> piece(p, sequence, i, group);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) top[half] = fmaxf(top[half], piece.lse[first_row() + 8 * half]);
-    }
-    float4 merged[S::D / 8] = {};
-    for (int i = pieces.x; i < pieces.x + pieces.y; ++i) {
-        const Piece<S> piece(p, sequence, i, group);
-        float share[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float origin = top[half] == -INFINITY ? 0.0f : top[half];
-            share[half] = exp2f(piece.lse[first_row() + 8 * half] - origin);
-            sum[half] += share[half];
-        }
-#pragma unroll
-        for (int i = 0; i < S::D / 8; ++i) {
-            const float4 found = piece.out[i * 128 + threadIdx.x];
-            merged[i].x = fmaf(found.x, share[0], merged[i].x);
-            merged[i].y = fmaf(found.y, share[0], merged[i].y);
-            merged[i].z = fmaf(found.z, share[1], merged[i].z);
-            merged[i].w = fmaf(found.w, share[1], merged[i].w);
-        }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int64_t token = token_of<S>(p, tile, corner, first_row() + 8 * half);
-        if (token < 0) continue;
-        const float inverse = sum[half] > 0.0f ? 1.0f / sum[half] : 0.0f;
-        typename S::Element* const row = out + tile.batch * out_batch + token * out_token + tile.head * out_head;
-#pragma unroll
-        for (int i = 0; i < S::D / 8; ++i) {
-            const int column = 8 * i + threadIdx.x % 4 * 2;
-            const float low = half == 0 ? merged[i].x : merged[i].z, high = half == 0 ? merged[i].y : merged[i].w;
-            if (column < dim)
-                *reinterpret_cast<uint32_t*>(row + column) = pack<typename S::Element>(low * inverse, high * inverse);
-        }
-        if (threadIdx.x % 4 == 0 && p.lse)
-            p.lse[int64_t{sequence} * p.queries + token] =
-                sum[half] > 0.0f ? (top[half] + log2f(sum[half])) * LN_2 : -INFINITY;
     }
 }
 

@@ -27,6 +27,7 @@ struct Parameters {
     int line_record;     // where their records begin in the plan
     int pieces, split_tiles;  // of each head: pieces of tiles, and the tiles that they are of
     float* partial;      // of all heads' pieces: outputs, then LSEs to base 2
+    int* arrived;        // behind these: of each tile in pieces and warpgroup, how many of its pieces are done
     int q_first;         // rows of q before those of the video
     int before, after;   // global queries; 0 if q has none
     int globals;         // global keys
@@ -57,7 +58,8 @@ enum Kind { VIDEO, BEFORE, AFTER, NONE };
 // is a record: its first key (t, h, w) in the video and 0, or 0, 0, its first token in the line and 1. A mask record belongs to a box of a warpgroup
 // (all boxes of the first warpgroup, then those of the next): the number of its group of masks, 0, 0, and last 0, or -1 if
 // none of the warpgroup's rows sees the box, or for global keys, where a call says which are real, 1 + the number of their
-// box (those before the video first). A group is a mask for each of 64 rows, counted in its own size from the plan's
+// box (those before the video first), or for the video's last box in the line, behind whose keys are global ones, 1 + the
+// number of all boxes of global keys. A group is a mask for each of 64 rows, counted in its own size from the plan's
 // beginning. A mask has a bit for each key of a box, in 8 bytes if boxes have at most 64 keys, else in 16.
 
 }  // namespace stattn::attention_fwd

@@ -120,6 +120,8 @@ cudaError_t describe(const AttentionForward& call, Parameters* parameters, Launc
         p.pieces = plan->pieces;
         p.split_tiles = plan->split_tiles;
         p.partial = call.partial;
+        const int64_t rows = int64_t{call.batch} * call.heads * plan->pieces * S::WARPGROUPS * ROWS;
+        if (call.partial) p.arrived = reinterpret_cast<int*>(call.partial + rows * (S::D + 1));
         p.globals = plan->before + plan->after;
         p.valid = plan->valid;
         p.keys_before = plan->before;
@@ -132,7 +134,7 @@ cudaError_t describe(const AttentionForward& call, Parameters* parameters, Launc
         video_v = behind(call.v, plan->before);
     }
 
-    launch->shared = S::LAUNCHED + (p.valid ? p.global_boxes * ((S::BN + 31) / 32) * 4 : 0);
+    launch->shared = S::LAUNCHED + (p.valid ? (p.global_boxes + 1) * ((S::BN + 31) / 32) * 4 : 0);
     if (launch->shared > SHARED_LIMIT) return cudaErrorInvalidValue;
 
     cudaError_t error = cudaGetDevice(&launch->device);

@@ -20,6 +20,7 @@ using attention_lists::ListShape;
 
 constexpr int JOINERS = 128;  // threads
 constexpr int MOST_TILES = 1 << 15;
+constexpr int64_t FEW_KEYS = 16 << 20;  // bytes of a head's keys and values that stay in the L2 cache in any order
 
 // Gathers, in bits for all key tiles, what three slabs see, and writes it as one list or as three, in ascending order.
 __global__ void __launch_bounds__(JOINERS) join_lists(const __grid_constant__ JoinParameters j) {
@@ -27,6 +28,7 @@ __global__ void __launch_bounds__(JOINERS) join_lists(const __grid_constant__ Jo
     __shared__ int sums[JOINERS / 32][GROUPS + 1];
     const int k_tiles = j.k_tiles[0] * j.k_tiles[1] * j.k_tiles[2], words = (k_tiles + 31) / 32;
     const int triple = blockIdx.x % j.triples, set = blockIdx.x / j.triples;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *j.done = 0;
     const int sample = set / j.list_heads, head = set % j.list_heads;
     for (int i = threadIdx.x; i < 2 * GROUPS * words; i += JOINERS) bits[i] = 0;
     __syncthreads();
@@ -185,16 +187,22 @@ cudaError_t launch(const AttentionForward& call, const AttentionLists& lists, cu
     const int64_t joined = int64_t{l.triples} * lists.samples * lists.heads;
     const int64_t blocks = int64_t{l.triples} * call.batch * call.heads;
     if (joined > INT32_MAX || blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-    if (joined * 4 + joined * GROUPS * j.room > lists.scratch_size) return cudaErrorInvalidValue;
+    if (joined * 4 + joined * GROUPS * j.room + 1 > lists.scratch_size) return cudaErrorInvalidValue;
     j.counts = reinterpret_cast<int4*>(lists.scratch);
     j.lists = lists.scratch + joined * 4;
-    l.counts = j.counts, l.lists = j.lists;
+    j.done = j.lists + joined * GROUPS * j.room;
+    l.counts = j.counts, l.lists = j.lists, l.done = j.done;
     l.tables = lists.tables;
     l.products = lists.products;
 
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = attention_fwd::allow_shared_memory<attention_forward_lists<S>>(device);
+    if (int64_t{call.keys} * S::D * 4 > FEW_KEYS) {
+        if (error == cudaSuccess) error = attention_fwd::multiprocessors(device, &l.processors);
+        l.stragglers = l.processors / 10;
+        l.patience = 100;  // some 4 % of the time of a box
+    }
     const auto map = [&](const Strided& x, int heads, const int(&box)[3], CUtensorMap* to, attention_fwd::Heads* at) {
         if (error == cudaSuccess) error = attention_fwd::map_for(call, x, heads, lists.shape, box, ones, to, at);
     };

@@ -25,6 +25,7 @@ template <typename Element_, int D_>
 struct ListShape {
     using Element = Element_;
     static constexpr bool PLANNED = true;
+    static constexpr bool PIECES = false;
     static constexpr int D = D_;
     static constexpr int WARPGROUPS = GROUPS;
     static constexpr int BN = 64;
@@ -88,6 +89,25 @@ __device__ __forceinline__ Work work_of(const ListParameters& l) {
 
 // --- the producer -----------------------------------------------------------------------------------------------------
 
+// Blocks that begin together walk through the keys together, and then find them in the L2 cache. They drift apart from
+// wave to wave, so a block begins when most of the wave before its own have asked for their last box; but it does not wait
+// for long: where lists differ much in length, no order of blocks helps.
+__device__ __forceinline__ void begin_together(const ListParameters& l, int boxes) {
+    if (l.processors == 0) return;
+    const int before = (static_cast<int>(blockIdx.x / l.processors) * l.processors - l.stragglers) * GROUPS;
+    const int64_t start = clock64(), most = int64_t{boxes} * l.patience;
+    int done;
+    while (true) {
+        asm volatile("ld.relaxed.gpu.b32 %0, [%1];" : "=r"(done) : "l"(l.done));
+        if (done >= before || clock64() - start > most) break;
+        __nanosleep(200);
+    }
+}
+
+__device__ __forceinline__ void end_loads(const ListParameters& l, int producers) {
+    if (l.processors) asm volatile("red.relaxed.gpu.add.u32 [%0], %1;" ::"l"(l.done), "r"(producers) : "memory");
+}
+
 template <typename S>
 struct ListLoader {
     const Parameters& p;
@@ -128,6 +148,7 @@ __device__ __forceinline__ void produce(const ListParameters& l, uint32_t shared
                          work.tile.batch * p.k_x.batch + head * p.k_x.head,
                          work.tile.batch * p.v_x.batch + head * p.v_x.head, {}, joint};
     int next = count > 0 ? __ldg(list) : 0;
+    if (!joint) begin_together(l, count * l.boxes);
     for (int number = 0; number < count; ++number) {
         const int entry = next;
         if (number + 1 < count) next = __ldg(list + number + 1);
@@ -138,6 +159,7 @@ __device__ __forceinline__ void produce(const ListParameters& l, uint32_t shared
                     loader.visit(tile.x * l.k_tile[0] + t, tile.y * l.k_tile[1] + h, tile.z * l.k_tile[2] + w);
     }
     loader.finish();
+    end_loads(l, joint ? GROUPS : 1);
 }
 
 template <typename S>

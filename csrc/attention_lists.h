@@ -30,6 +30,10 @@ struct ListParameters {
     int block[3];             // extents of one
     int k_tile[3], box[3], parts[3], boxes;  // parts: boxes of a key tile on each axis, boxes: in all
     int products;             // of the mask
+    // How blocks keep step: blocks that run at once, or 0 if they do not; of them, those that are not waited for; the clock
+    // cycles that a block waits at most, for each of its boxes; and the producers that have asked for their last box.
+    int processors, stragglers, patience;
+    int* done;
 };
 
 struct JoinParameters {
@@ -45,6 +49,7 @@ struct JoinParameters {
     EntryBits entry;
     int4* counts;
     int* lists;
+    int* done;  // is set to 0
 };
 
 }  // namespace stattn::attention_lists

@@ -17,6 +17,7 @@ template <typename Element_, int D_, int WARPGROUPS_, int BN_, bool PLANNED_>
 struct Shape {
     using Element = Element_;
     static constexpr bool PLANNED = PLANNED_;
+    static constexpr bool PIECES = PLANNED;  // whether tiles may be cut into pieces
     static constexpr int D = D_;                    // columns computed; the tensors may have fewer
     static constexpr int WARPGROUPS = WARPGROUPS_;  // consumers
     static constexpr int BN = BN_;                  // rows of a key box
@@ -83,9 +84,13 @@ __device__ __forceinline__ Tile tile_at(const Parameters& p, int index) {
     const int per_head = line ? p.line_tiles : p.tiles_per_head;
     if (!line) index -= in_lines;
     int number = index % per_head, sequence = index / per_head;
-    if (S::PLANNED && p.pieces > 0) {  // the longest pieces of all heads come first
-        number = index / (p.heads * p.batch);
-        sequence = index % (p.heads * p.batch);
+    if (S::PLANNED && p.pieces > 0) {
+        // The longest pieces of all heads come first, and of these a head's side by side, which read the same keys.
+        const int most = min(p.split_tiles, per_head), first = index / (most * p.heads * p.batch) * most;
+        const int count = min(most, per_head - first);
+        index -= first * p.heads * p.batch;
+        number = first + index % count;
+        sequence = index / count;
     }
     tile.head = sequence % p.heads;
     tile.batch = sequence / p.heads;
@@ -199,16 +204,20 @@ __device__ __forceinline__ void clear_behind_boxes(const Parameters& p, uint32_t
     proxy_fence();
 }
 
-// Writes down, a bit for a key of each box of global keys, which of them are real.
+// Writes down, a bit for a key of each box of global keys, which of them are real; and behind these of the last box of the
+// video in the line, which are the video's.
 template <typename S>
 __device__ __forceinline__ void note_valid(const Parameters& p, uint32_t to) {
     const uint8_t* valid = p.valid + int64_t{tile_at<S>(p, blockIdx.x).batch} * p.globals;
     constexpr int WORDS = BoxMask<S>::WORDS;
-    for (int i = threadIdx.x / 32; i < p.global_boxes * WORDS; i += S::THREADS / 32) {
+    for (int i = threadIdx.x / 32; i < (p.global_boxes + 1) * WORDS; i += S::THREADS / 32) {
         const int box = i / WORDS, column = i % WORDS * 32 + threadIdx.x % 32;
-        const int key = (box < p.boxes_before ? box * p.box_rows : p.keys_before + (box - p.boxes_before) * p.box_rows) +
-                        column;
-        const uint32_t real = __ballot_sync(0xFFFFFFFF, column < p.box_rows && key < p.globals && __ldg(valid + key));
+        const bool early = box < p.boxes_before;
+        const int key = (early ? box * p.box_rows : p.keys_before + (box - p.boxes_before) * p.box_rows) + column;
+        const bool is_real = box == p.global_boxes ? column < (p.keys - p.globals) % p.box_rows
+                                                   : column < p.box_rows && key < (early ? p.keys_before : p.globals) &&
+                                                         __ldg(valid + key);
+        const uint32_t real = __ballot_sync(0xFFFFFFFF, is_real);
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + i * 4), "r"(real) : "memory");
     }
 }

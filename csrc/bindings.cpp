@@ -292,6 +292,13 @@ stattn::AttentionForward attention_call(const Tensor& q, const Tensor& k, const 
     return call;
 }
 
+// The numbers that the pieces of a call's tiles take in `partial`.
+int64_t room_for_pieces(const stattn::AttentionForward& call) {
+    const int64_t dim = call.head_dim > 64 ? 128 : 64;
+    if (!call.plan || call.plan->pieces == 0) return 0;
+    return int64_t{call.batch} * call.heads * (call.plan->pieces * 192 * (dim + 1) + 3 * int64_t{call.plan->split_tiles});
+}
+
 // lse: or null.
 Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t config,
                const std::optional<Tensor>& plan, const std::optional<Tensor>& layout, int64_t grid_frames,
@@ -321,9 +328,8 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale, 
             call.placed_plan = static_cast<int32_t*>(placed->mutable_data_ptr());
             call.plan_size = plan->numel();
         }
-        const int64_t dim = call.head_dim > 64 ? 128 : 64;
         if (planned.pieces > 0) {
-            partial = new_tensor({q.size(0) * q.size(2) * planned.pieces * 192 * (dim + 1)}, aoti_torch_dtype_float32(), device);
+            partial = new_tensor({room_for_pieces(call)}, aoti_torch_dtype_float32(), device);
             call.partial = static_cast<float*>(partial->mutable_data_ptr());
         }
     }
@@ -345,6 +351,23 @@ Tensor attention_output_cuda(Tensor q, Tensor k, Tensor v, double scale, int64_t
                              std::optional<Tensor> layout, int64_t grid_frames, std::optional<Tensor> valid,
                              std::optional<Tensor> frames) {
     return forward(q, k, v, scale, config, plan, layout, grid_frames, valid, frames, nullptr);
+}
+
+// Checks a call for csrc/attention_direct.cpp. Returns the number by which it is kept, and the size of `partial`.
+std::tuple<int64_t, int64_t> attention_prepare_cuda(Tensor q, Tensor k, Tensor v, double scale, int64_t config,
+                                                    std::optional<Tensor> plan, std::optional<Tensor> layout,
+                                                    std::optional<Tensor> valid) {
+    STD_TORCH_CHECK(q.is_cuda() && q.dim() == 4, "stattn::attention_prepare: q must be [B, N, heads, D] on a CUDA device");
+    const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    stattn::AttentionForward call = attention_call(q, k, v, new_output(q), scale);
+    call.config = static_cast<int>(config);
+    stattn::AttentionPlan planned{};
+    if (plan) {
+        STD_TORCH_CHECK(layout.has_value(), "stattn::attention_prepare: a plan has a layout");
+        planned = attention_plan(*plan, q, k, integers(*layout), valid);
+        call.plan = &planned;
+    }
+    return {static_cast<int64_t>(stattn::attention_keep(call, q.get_device_index())), room_for_pieces(call)};
 }
 
 void attention_backward_prepare_cuda(Tensor dout, std::optional<Tensor> dlse, Tensor out, Tensor lse, Tensor stats,
@@ -571,6 +594,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stattn, m) {
         "attention_output(Tensor q, Tensor k, Tensor v, float scale, int config, Tensor? plan, Tensor? layout, "
         "int grid_frames, Tensor? valid, Tensor? frames) -> Tensor");
     m.def(
+        "attention_prepare(Tensor q, Tensor k, Tensor v, float scale, int config, Tensor? plan, Tensor? layout, "
+        "Tensor? valid) -> (int, int)");
+    m.def(
         "attention_forward_lists(Tensor q, Tensor k, Tensor v, float scale, Tensor count, Tensor index, "
         "Tensor? partial, Tensor tables, Tensor layout, int room) -> (Tensor, Tensor)");
     m.def(
@@ -597,6 +623,7 @@ STABLE_TORCH_LIBRARY_IMPL(stattn, CUDA, m) {
     m.impl("copy_bytes", TORCH_BOX(&copy_bytes_cuda));
     m.impl("attention_forward", TORCH_BOX(&attention_forward_cuda));
     m.impl("attention_output", TORCH_BOX(&attention_output_cuda));
+    m.impl("attention_prepare", TORCH_BOX(&attention_prepare_cuda));
     m.impl("attention_forward_lists", TORCH_BOX(&attention_forward_lists_cuda));
     m.impl("attention_backward_prepare", TORCH_BOX(&attention_backward_prepare_cuda));
     m.impl("attention_backward_dq", TORCH_BOX(&attention_backward_dq_cuda));

@@ -43,7 +43,8 @@ struct AttentionForward {
     bool bf16;  // else fp16
     int config;
     const AttentionPlan* plan;  // or null
-    float* partial;  // for tiles in pieces: B * heads * pieces * 192 * (head dimension, 64 or 128, + 1) numbers; or null
+    // For tiles in pieces: B * heads * (pieces * 192 * (head dimension, 64 or 128, + 1) + 3 * split_tiles) numbers; or null.
+    float* partial;
     // Of a plan whose boxes lie in frames of a grid: the frame that each key slot holds, and room for the plan of slots.
     const int32_t* frames;  // [slots], -1 for none; or null
     int grid_frames;
@@ -51,6 +52,10 @@ struct AttentionForward {
     int64_t plan_size;      // int32
 };
 cudaError_t attention_forward(const AttentionForward& call, cudaStream_t stream);
+
+// csrc/attention_direct.cpp: keeps a call that was checked, on a device, for callers that know it by this number. What it
+// says of where tensors begin, and of the stream, they say anew each time.
+uint64_t attention_keep(const AttentionForward& call, int device);
 
 // Block lists on the device, of tiles of a video without global tokens. Tiles of queries are cut into slabs, tiles of keys
 // into boxes, of at most 64 tokens each, whose extents divide theirs; three slabs side by side on the axis `stacked` are

@@ -5,8 +5,11 @@ for, never on import, so that `import stattn` works where it was not built. Its 
 kernels on compute capability 9.0.
 """
 
+import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +37,29 @@ def _failure() -> str | None:
         for key in ("AutogradCUDA", "ADInplaceOrView"):  # gradients are those of stattn::attention
             _IMPLEMENTATIONS.impl(name, torch.library.fallthrough_kernel, key)
     return None
+
+
+class Direct(NamedTuple):
+    """Functions of csrc/attention_direct.cpp, which calls past PyTorch's dispatcher take.
+
+    call: takes a call's numbers, 8 bytes each, and returns a CUDA error. forget: takes a call that was kept. error:
+    says what an error is.
+    """
+
+    call: Callable[[bytes], int]
+    forget: Callable[[int], None]
+    error: Callable[[int], bytes]
+
+
+@functools.cache
+def direct() -> Direct:
+    """Give the functions of the loaded library that are called past the dispatcher."""
+    library = ctypes.CDLL(str(LIBRARY))
+    call, forget, error = library.stattn_attention, library.stattn_attention_forget, library.stattn_error
+    call.argtypes, call.restype = (ctypes.c_char_p,), ctypes.c_int
+    forget.argtypes, forget.restype = (ctypes.c_uint64,), None
+    error.argtypes, error.restype = (ctypes.c_int,), ctypes.c_char_p
+    return Direct(call, forget, error)
 
 
 def _attention_results(q: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:

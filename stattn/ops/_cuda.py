@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import struct
+import weakref
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
 
 from stattn import extension
-from stattn.masks import full
 from stattn.ops import _cuda_bwd_lists, _cuda_bwd_plan, _cuda_lists, _cuda_plan
 from stattn.ops._cuda_plan import is_split, on_device
 from stattn.ops._dispatch import lacks
@@ -20,7 +22,10 @@ HEAD_DIMS = (64, 128)
 ALIGNMENT = 16  # bytes: what a tensor copy asks of addresses and strides
 LEAST_SCALE = 1e-37  # stands for 0, with which masked scores of -inf would turn into NaN
 
-_FULL = full()
+_PACK = struct.Struct("=9Q").pack
+# Of a build with CUDA.
+_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -62,7 +67,7 @@ def _mask_obstacle(problem: Problem, extras: Extras, grad: bool) -> str | None:
 @lru_cache(maxsize=1024)
 def is_dense(problem: Problem, valid: bool) -> bool:
     """Say whether every query sees every key. valid: whether the call says which global tokens are real."""
-    if any(mask != _FULL for mask in problem.masks):
+    if not all(_cuda_plan.sees_all(mask, problem) for mask in problem.masks):
         return False
     if problem.grid.globals == 0:
         return True
@@ -107,7 +112,7 @@ def run(
     if extras.block_index is not None:
         assert extras.block_count is not None
         cut, (samples, list_heads, _, most) = _cuda_lists.layout(problem), extras.block_index.shape
-        room = samples * list_heads * cut.triples * (4 + _cuda_lists.GROUPS * min(most, cut.k_tiles))
+        room = samples * list_heads * cut.triples * (4 + _cuda_lists.GROUPS * min(most, cut.k_tiles)) + 1
         lists = (extras.block_count, extras.block_index, extras.block_partial)
         tables = _cuda_lists.on_device(problem, q.device)
         return _list_operation()(q, k, v, max(problem.scale, LEAST_SCALE), *lists, tables, cut.integers, room)
@@ -132,6 +137,73 @@ def _call(which: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem
         frames = frames.contiguous()
     operations, plan = _launch(problem, q.shape[2], q.shape[3], valid is not None, frames is not None, q.device)
     return operations[which](q, k, v, *plan, valid, frames)
+
+
+class Launch:
+    """Calls the kernels past the dispatcher, for tensors like those that it was made of.
+
+    The library checked these and keeps what is left to say: where tensors begin.
+    """
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, valid: torch.Tensor | None
+    ) -> None:
+        _, (scale, config, self._plan, layout, _) = _launch(
+            problem, q.shape[2], q.shape[3], valid is not None, False, q.device
+        )
+        self._kept, room = torch.ops.stattn.attention_prepare(q, k, v, scale, config, self._plan, layout, valid)
+        batch, queries, heads, _ = q.shape
+        self._device, self._index, self._dtype = q.device, q.device.index, q.dtype
+        self._out, self._lse = _contiguous(q.shape), _contiguous((batch, heads, queries))
+        self._room = _contiguous((room,)) if room else None
+        # Allocates on the current device, past the dispatcher as well; but does not fill what is to be filled.
+        quick = getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None)
+        self._here: Callable[..., torch.Tensor] = quick or self._there
+        self._alone = torch.cuda.device_count() == 1
+        self._direct = extension.direct()
+        weakref.finalize(self, self._direct.forget, self._kept).atexit = False
+
+    def _there(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=self._device)
+
+    def __call__(
+        self, places: tuple[int, int, int], valid: torch.Tensor | None, lse: bool, fill: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Give the output, and LSE if asked for. places: where q, k and v begin. fill: whether new memory is filled."""
+        here = not fill and (self._alone or _current_device() == self._index)
+        new = self._here if here else self._there
+        out = new(*self._out, self._dtype)
+        sums = new(*self._lse, torch.float32) if lse else None
+        room = new(*self._room, torch.float32) if self._room is not None else None
+        error = self._direct.call(
+            _PACK(
+                self._kept,
+                *places,
+                out.data_ptr(),
+                0 if sums is None else sums.data_ptr(),
+                0 if valid is None else valid.data_ptr(),
+                0 if room is None else room.data_ptr(),
+                _stream(self._index),
+            )
+        )
+        if error:
+            raise RuntimeError(f"stattn.attention: {self._direct.error(error).decode()}")
+        return out, sums
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Give a shape and its strides."""
+    return tuple(shape), tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def launch_for(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras
+) -> Callable[..., Any] | None:
+    """Give what calls the kernels past the dispatcher for tensors like these, None for calls that go by it."""
+    if extras.block_index is not None or extras.k_frames is not None or q.numel() == 0 or k.numel() == 0:
+        return None
+    valid = extras.valid if problem.grid.globals else None
+    return Launch(q, k, v, problem, valid) if valid is None or valid.is_contiguous() else None
 
 
 @lru_cache(maxsize=4096)

@@ -15,7 +15,7 @@ import torch
 
 from stattn import plan
 from stattn.grid import Region, Triple
-from stattn.masks import Mask
+from stattn.masks import Mask, full
 from stattn.ops._cuda_tiles import (
     AXES,
     ROWS,
@@ -40,6 +40,7 @@ from stattn.tables import Product, intersect, whole
 BEFORE, AFTER, NONE = 1, 2, 3  # kinds of tiles
 DENSE_BOX = 80  # keys
 MOST_FRAMES = 8192  # of a ring cache's grid
+_FULL = full()
 UNSEEN = -1  # marks a box of which a warpgroup sees nothing
 
 
@@ -123,10 +124,26 @@ def on_device(
     return number, integers, torch.from_numpy(array).to(device)
 
 
+@lru_cache(maxsize=1024)
+def sees_all(mask: Mask, problem: Problem, frames: bool = False) -> bool:
+    """Say whether a product of a mask lets every query of q's box see every key of k's, or of all frames."""
+    ends = _stops(problem.k_box)
+    last = triple((problem.grid.t if frames and axis == 0 else end) - 1 for axis, end in enumerate(ends))
+    rows = [slice(first, end) for first, end in zip(problem.q_box.origin, _stops(problem.q_box), strict=True)]
+    return any(
+        all(
+            rule.step == 1 and (rule.lo[row] <= first).all() and (rule.hi[row] >= end).all()
+            for rule, row, first, end in zip(product, rows, problem.k_box.origin, last, strict=True)
+        )
+        for product in mask.products(problem.grid)
+    )
+
+
 def _geometry(
     problem: Problem, masks: Sequence[Mask], frames: bool = False
 ) -> tuple[Region, Region, list[tuple[Product, ...]]]:
     """Lay the masks out on common axes: those of all, if they merge the same ones. frames: keys are of all frames."""
+    masks = [_FULL if sees_all(mask, problem, frames) else mask for mask in masks]
     laid = [plan.geometry(mask, problem.grid, problem.q_box, problem.k_box, frames) for mask in masks]
     q_box, k_box, products = laid[0].q_box, laid[0].k_box, [each.products for each in laid]
     if len({(each.shape, each.q_box, each.k_box) for each in laid}) > 1:
@@ -318,21 +335,22 @@ def _line_boxes(tiling: Tiling, table: _MaskTable, line: Line, tiles: int, with_
     """Cut the line's keys into boxes, the same for each of ``tiles`` tiles."""
     rows, full = product_of(tiling.box), tiling.config.box
     boxes: list[tuple[int, ...]] = []
-    masked, masks, number = [], [], 0
+    masked, masks = [], []
+    before, after = -(-line.before // rows), -(-line.after // rows)  # boxes
 
-    def add_line(start: int, length: int, is_global: bool) -> None:
-        nonlocal number
+    def add_line(start: int, length: int, number: int, is_global: bool = True) -> None:
         for first in range(0, length, rows):
             count = min(rows, length - first)
-            number += is_global
             boxes.append((0, 0, start + first, 1))
             masked.append(count < full or (is_global and line.valid))
             sees = [table.line(axis, tiling.slab[axis], count) for axis in AXES]
-            masks.append((*sees, number if is_global and line.valid else 0))
+            # What a box of the video brings of the tokens behind it may not be real either.
+            noted = line.valid and (is_global or count < rows)
+            masks.append((*sees, number + (first // rows if is_global else 0) if noted else 0))
 
-    add_line(0, line.before, True)
+    add_line(0, line.before, 1)
     if with_video and not line.frames:
-        add_line(line.before, line.video, False)
+        add_line(line.before, line.video, 1 + before + after, is_global=False)
     elif with_video:  # not in a line: some slots may hold no frame
         cuts = [range(0, n, extent) for n, extent in zip(tiling.k_box.extent, tiling.box, strict=True)]
         for first in itertools.product(*cuts):
@@ -341,7 +359,7 @@ def _line_boxes(tiling: Tiling, table: _MaskTable, line: Line, tiles: int, with_
             masked.append(product_of(counts) < full)
             spans = [np.broadcast_to([0, n], (1, tiling.slab[axis], 2)) for axis, n in enumerate(counts)]
             masks.append((*(int(table.find(axis, each)[0]) for axis, each in enumerate(spans)), 0))
-    add_line(line.before + line.video, line.after, True)
+    add_line(line.before + line.video, line.after, 1 + before)
     found = np.array(masks, np.int64).reshape(-1, 1, 4)
     return _Entries(
         np.repeat(np.arange(tiles), len(boxes)),
