@@ -427,6 +427,27 @@ BUGS = (
         ("tests/test_integrations.py::test_the_first_steps_are_dense_by_the_changes_of_the_timestep",),
     ),
     Bug(
+        "warm-calls-do-not-mind-where-tensors-begin",
+        "stattn/ops/_attention_memo.py",
+        "if aligned == (not (q_at | k_at | v_at) & 15):",
+        "if places:",
+        ("tests/test_attention_memo.py::test_where_a_tensor_starts_is_part_of_the_choice",),
+    ),
+    Bug(
+        "warm-calls-forget-whether-gradients-are-wanted",
+        "stattn/ops/_attention_memo.py",
+        "modes = deterministic, ranges.enabled(), _is_grad_enabled()",
+        "modes = deterministic, ranges.enabled()",
+        ("tests/test_attention_memo.py::test_a_warm_call_is_recalled",),
+    ),
+    Bug(
+        "cuda-queries-of-a-region-see-every-key-where-the-first-does",
+        "stattn/ops/_cuda_plan.py",
+        "(rule.lo[row] <= first).all() and (rule.hi[row] >= end).all()",
+        "rule.lo[row][0] <= first and rule.hi[row][0] >= end",
+        ("tests/test_attention_cuda.py::test_queries_that_see_every_key_of_a_region_are_planned_and_run_as_dense",),
+    ),
+    Bug(
         "cuda-boxes-partly-seen-go-without-masks",
         "stattn/ops/_cuda_tiles.py",
         "np.maximum(visits.whole_to // extent, whole_from))\n",

@@ -372,7 +372,7 @@ def test_explain_says_who_serves_and_why_others_do_not(monkeypatch: pytest.Monke
     meta = [x.to("meta") for x in (q, k, v)]
     for capability, served in (((9, 0), "triton"), ((8, 0), "triton"), ((7, 5), "nothing")):
         # Not by its dotted name, which is that of the function.
-        monkeypatch.setitem(stattn.explain.__globals__, "_capability", lambda device, found=capability: found)
+        monkeypatch.setitem(stattn.explain.__globals__, "capability_of", lambda device, found=capability: found)
         on_gpu = stattn.explain(*meta, GRID, masks.window(1, 3, 3), device="cuda")
         assert f"auto takes {served}" in on_gpu
         assert "auto takes the reference on CPU tensors only" in on_gpu
@@ -382,7 +382,7 @@ def test_explain_says_who_serves_and_why_others_do_not(monkeypatch: pytest.Monke
 def test_kernels_that_add_up_in_no_fixed_order_are_refused_where_one_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(stattn.explain.__globals__, "_capability", lambda device: (9, 0))
+    monkeypatch.setitem(stattn.explain.__globals__, "capability_of", lambda device: (9, 0))
     monkeypatch.setattr("stattn.ops._dense.flash_version", lambda: 3)
     meta = [x.to("meta").bfloat16() for x in draw(1, 24, 2, 64)]
 

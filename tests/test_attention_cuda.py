@@ -19,7 +19,7 @@ from stattn.blocks import lower
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import CONSTRUCTORS, Mask
 from stattn.ops import _cuda, _cuda_plan, _cuda_tiles
-from stattn.ops.attention import AttentionCall
+from stattn.ops._attention_choice import AttentionCall
 from stattn.problem import Extras, Problem
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == extension.CAPABILITY
@@ -154,7 +154,7 @@ def read_plan(
     for head in range(heads):
         seen, written = np.zeros((queries, total), np.int64), np.zeros(queries, np.int64)
         listed = [array[head] + 2 * tile for tile in range(tiles)]
-        merged = {}  # the tile of each piece, as the merging pass sees it
+        merged = {}  # the tile of each piece
         for record in (array[head] + 2 * (tiles + number) for number in range(split_tiles)):
             first, count, *_ = records[record + 1]
             merged |= {int(first) + piece: tuple(records[record]) for piece in range(count)}
@@ -169,6 +169,13 @@ def read_plan(
             if piece >= 0:
                 pieces_of.remove(piece)
                 assert merged[piece] == (*corner, kind)
+                cuts = records[array[head] + 2 * tiles + 1 :][: 2 * split_tiles : 2].tolist()
+                number = piece * split_tiles // pieces  # as the last one to be done looks for it
+                while not cuts[number][1] or piece < cuts[number][0]:
+                    number -= 1
+                while piece >= sum(cuts[number][:2]):
+                    number += 1
+                assert tuple(records[array[head] + 2 * (tiles + number)]) == (*corner, kind)
             once = piece < 0 or piece == min(each for each, tile in merged.items() if tile == merged[piece])
             for group in range(3):
                 if kind:  # rows of 64 global queries
@@ -203,14 +210,20 @@ def read_plan(
                         assert not allowed[:, len(keys) :].any()
                         if mark < 0:  # the warpgroup leaves the box out
                             continue
-                        if mark:
+                        if mark > -(-before // len(keys)) - (-after // len(keys)):  # the video's last one in the line
+                            noted = np.arange(len(keys)) < k_shape.prod() % len(keys)
+                        elif mark:
                             assert valid is not None
                             end = before if mark - 1 < boxes_before else before + after
                             index = mark - 1 if mark - 1 < boxes_before else mark - 1 - boxes_before
                             base = index * len(keys) + (0 if mark - 1 < boxes_before else before)
                             noted = np.array([base + c < end and valid[base + c] for c in range(len(keys))])
                             assert (global_keys[base] == key[0]).all()
+                        if mark:
                             allowed[:, : len(keys)] &= noted
+                    if line and valid is not None:  # what is not real is noted as such, wherever a box brings it
+                        brought = np.isin(key, global_keys[~valid])
+                        assert not brought.any() or (number < masked and mark and not noted[brought].any())
                     assert not allowed[real][:, : len(keys)][:, ~inside].any()
                     seen[query[real][:, None], key[inside]] += allowed[real][:, : len(keys)][:, inside]
         assert (written == 1).all()
@@ -361,6 +374,26 @@ def test_parts_of_a_grid_are_planned_as_parts() -> None:
     for mask in planned_masks(shape):
         (seen,) = read_plan(problem(shape, mask, q_box=q_box, k_box=k_box), 1, 128)
         assert (seen == mask.allowed(shape).numpy()[np.ix_(q, k)]).all(), f"{mask}"
+
+
+def test_queries_that_see_every_key_of_a_region_are_planned_and_run_as_dense() -> None:
+    shape, last, first = (6, 5, 7), Region((4, 0, 0), (2, 5, 7)), Region((0, 0, 0), (2, 5, 7))
+    causal = masks.frame_causal(2)
+    for see_all, q_box, k_box in ((True, last, None), (False, first, None), (True, first, first), (False, None, None)):
+        given, whole = (problem(shape, mask, q_box=q_box, k_box=k_box) for mask in (causal, masks.full()))
+        plans = [_cuda_plan.layout(each, 1, 128) for each in (given, whole)]
+        assert _cuda.is_dense(given, False) == see_all
+        assert (plans[0][1] == plans[1][1] and np.array_equal(plans[0][2], plans[1][2])) == see_all
+    near = problem(shape, masks.window(3, None, None), q_box=Region((0, 0, 0), (4, 5, 7)), k_box=first)
+    assert not _cuda.is_dense(near, False)  # the first queries see every key, the last ones do not
+    even = Region((0, 0, 0), (6, 5, 1)), Region((0, 0, 0), (6, 5, 7))  # whose bounds are those of all keys
+    dilated = problem((6, 5, 8), masks.window(None, None, 4, dilation=(1, 1, 2)), q_box=even[0], k_box=even[1])
+    assert not _cuda.is_dense(dilated, False)
+    # All frames of the grid count beside a ring cache, not those that there are slots for.
+    slots = Region((0, 0, 0), (3, 5, 7))
+    assert _cuda_plan.sees_all(causal, problem(shape, causal, q_box=last, k_box=slots), True)
+    early = problem(shape, causal, q_box=Region((2, 0, 0), (1, 5, 7)), k_box=slots)
+    assert not _cuda_plan.sees_all(causal, early, True)
 
 
 def test_sliding_tiles_that_boxes_divide_need_no_masks() -> None:

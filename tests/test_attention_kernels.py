@@ -458,7 +458,7 @@ def refusals() -> Iterator[tuple[dict[str, Any], str]]:
 
 @pytest.mark.parametrize("changes, reason", list(refusals()))
 def test_what_the_kernels_do_not_serve_is_said_in_a_sentence(changes: dict[str, Any], reason: str) -> None:
-    from stattn.ops.attention import OPERATION, AttentionCall
+    from stattn.ops._attention_choice import OPERATION, AttentionCall
 
     (triton,) = [each for each in OPERATION.implementations if each.name == "triton"]
     call = AttentionCall("cuda", (8, 0), torch.bfloat16, 128, 4, 2, "mask spatial()", True, None, False)

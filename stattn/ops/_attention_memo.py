@@ -1,7 +1,9 @@
 """Calls of attention that were checked before: a call like one of them is neither checked nor chosen for again.
 
 Two calls are alike when their *signatures* are equal. A signature holds all that the check and the choice of an
-implementation read, but for the values of tensors; it is a few microseconds' work, where they are some fifty.
+implementation read, but for the values of tensors; it is a few microseconds' work, where they are some fifty. What was
+found by a signature twice is then recalled by its *frame*, the part that is about no tensor, and by PyTorch's guards,
+which compare tensors with those of before in one call of C++: a microsecond's work.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from stattn.masks import Mask
 from stattn.problem import Extras, Problem
 
 MOST = 4096  # signatures that are kept: a long-running server sees many
+FEW = 8  # calls that are recalled by one frame: all their guards are asked
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 NO_EXTRAS = Extras()
 
@@ -37,7 +40,8 @@ class Known(NamedTuple):
     """What a call is known to be.
 
     static: the problem as arguments of the operation. run: the implementation's. direct: whether the dispatcher has
-    nothing to do for tensors like these but to call it.
+    nothing to do for tensors like these but to call it. grad: whether a gradient is needed. launch: what calls the
+    kernels past the dispatcher, if there is such a way.
     """
 
     problem: Problem
@@ -45,10 +49,80 @@ class Known(NamedTuple):
     name: str
     run: Callable[..., Any]
     direct: bool
+    grad: bool
+    launch: Callable[..., Any] | None = None
+
+
+class Alike(NamedTuple):
+    """Guards of the tensors of a call, whether they are on a GPU and begin at units of 16 bytes, and what is known."""
+
+    check: Callable[..., bool]
+    on_gpu: bool
+    aligned: bool
+    known: Known
+
+
+Places = tuple[int, int, int]  # where q, k and v begin
 
 
 _known: dict[Hashable, Known] = {}
-clear = _known.clear
+_alike: dict[Hashable, list[Alike]] = {}
+
+
+def clear() -> None:
+    """Forget all calls."""
+    _known.clear()
+    _alike.clear()
+
+
+def recall(frame: Hashable, q: Any, k: Any, v: Any, valid: Any) -> tuple[Known | None, Places | None]:
+    """Give what is known of a call by its frame and its tensors, if that is found so, and where they begin on a GPU."""
+    try:
+        calls = _alike.get(frame)
+    except TypeError:  # an argument that cannot be hashed is none that the check lets pass
+        return None, None
+    if calls is None or _function_modes() or _profiler_enabled():
+        return None, None
+    for check, on_gpu, aligned, known in calls:
+        if check(q, k, v) if valid is None else check(q, k, v, valid):
+            if not on_gpu:
+                return known, None
+            places = q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
+            if aligned == (not (q_at | k_at | v_at) & 15):
+                return known, places
+    return None, None
+
+
+def remember(frame: Hashable, known: Known, q: Any, k: Any, v: Any, valid: Any) -> None:
+    """Let a call that was found right, and that nobody looked at, be recalled: guards see to it that nobody does then.
+
+    They are PyTorch's own; without them nothing is recalled.
+    """
+    guards = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
+    tensors = (q, k, v) if valid is None else (q, k, v, valid)
+    if guards is None or not all(type(x) in PLAIN for x in tensors):
+        return
+    try:
+        check = guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    except (TypeError, RuntimeError):
+        return
+    if sum(map(len, _alike.values())) >= MOST:
+        _alike.clear()
+    calls = _alike.setdefault(frame, [])
+    if len(calls) >= FEW:
+        calls.clear()
+    aligned = is_aligned(places_of(q, k, v))
+    calls.append(Alike(check, q.is_cuda, aligned, known))
+
+
+def places_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Places:
+    """Say where tensors begin."""
+    return q.data_ptr(), k.data_ptr(), v.data_ptr()
+
+
+def is_aligned(places: Places) -> bool:
+    """Say whether tensors begin where the CUDA kernels ask them to; which of them does not is of no account here."""
+    return not (places[0] | places[1] | places[2]) & 15
 
 
 def find(signature: Hashable) -> Known | None:
@@ -66,28 +140,22 @@ def keep(signature: Hashable, known: Known) -> None:
     _known[signature] = known
 
 
-def signature(
-    q: Any,
-    k: Any,
-    v: Any,
+def frame(
     grid: Any,
     mask: Any,
     q_region: Any,
     k_region: Any,
-    k_frames: Any,
-    valid: Any,
+    valid: bool,
     globals_see: Any,
     scale: Any,
     impl: Any,
     deterministic: bool,
 ) -> tuple[Any, ...] | None:
-    """Gather all that is read of a call but the values of its tensors; None for a call that is to be checked always.
+    """Gather all that is read of a call but its tensors; None for a call that is to be checked always.
 
-    Its last entry says whether a gradient is needed. Values that are equal but of other types (2 and 2.0, 1 and True)
-    are told apart: not all of them are right.
+    valid: whether the call says which global tokens are real. Values that are equal but of other types (2 and 2.0, 1
+    and True) are told apart: not all of them are right.
     """
-    if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN or _transforms_active():
-        return None
     if type(grid) is tuple and len(grid) == 3:
         kinds: Any = tuple(map(type, grid))
         places: Any = grid
@@ -95,18 +163,32 @@ def signature(
         kinds, places = None, (grid.t, grid.h, grid.w, grid.before, grid.after)
     else:
         return None
-    seen = _mask_signature(mask)
+    seen = mask.key if type(mask) is Mask else _mask_signature(mask)
     if seen is None or (scale is not None and type(scale) is not float and type(scale) is not int):
         return None
+    regions: Any = None
+    if q_region is not None or k_region is not None:
+        regions = (_region(q_region), _region(k_region))
+        if False in regions:
+            return None
+    modes = deterministic, ranges.enabled(), _is_grad_enabled()  # what was chosen without ranges opens none
+    return places, kinds, seen, regions, valid, globals_see, scale, impl, modes
+
+
+def signature(frame: tuple[Any, ...], q: Any, k: Any, v: Any, k_frames: Any, valid: Any) -> tuple[Any, ...] | None:
+    """Gather all that is read of a call but the values of its tensors; None for a call that is to be checked always."""
+    if type(q) not in PLAIN or type(k) not in PLAIN or type(v) not in PLAIN or _transforms_active():
+        return None
     rest: Any = None
-    if q_region is not None or k_region is not None or k_frames is not None or valid is not None:
-        rest = (_region(q_region), _region(k_region), _tensor(k_frames), _tensor(valid))
+    if k_frames is not None or valid is not None:
+        rest = (_tensor(k_frames), _tensor(valid))
         if False in rest:
             return None
     try:
         if q.is_neg() or k.is_neg() or v.is_neg() or q._is_zerotensor() or k._is_zerotensor() or v._is_zerotensor():
             return None  # tensors by name alone: the dispatcher makes them up
         return (
+            *frame,
             q.shape,
             k.shape,
             v.shape,
@@ -119,26 +201,15 @@ def signature(
             q.device,
             k.device,
             v.device,
-            # The CUDA kernels ask for whole units of 16 bytes; which tensor has none is of no account here.
-            not q.is_cuda or not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15,
-            places,
-            kinds,
-            seen,
+            not q.is_cuda or is_aligned(places_of(q, k, v)),
             rest,
-            globals_see,
-            scale,
-            impl,
-            deterministic,
-            ranges.enabled(),  # what was chosen without them opens none
-            _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+            q.requires_grad or k.requires_grad or v.requires_grad,
         )
     except RuntimeError:  # nested tensors have no shape, tensors of other layouts may have no strides
         return None
 
 
 def _mask_signature(mask: Any) -> Hashable | None:
-    if type(mask) is Mask:
-        return mask.key
     if type(mask) is tuple or type(mask) is list:
         return tuple([each.key for each in mask]) if {Mask}.issuperset(map(type, mask)) else None
     if type(mask) is not BlockList:

@@ -1,10 +1,10 @@
-"""Attention: the public function, its torch.library operations with autograd, and the choice of implementation."""
+"""Attention: the public functions, and the torch.library operations with autograd."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 
@@ -13,12 +13,11 @@ from stattn.blocks import BlockList
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import Mask
 from stattn.ops import _attention_memo as _memo
-from stattn.ops import _cuda, _cuda_bwd, _dense, _triton, _validate
+from stattn.ops import _cuda, _cuda_bwd, _dense, _validate
 from stattn.ops._attention_check import check as _check
 from stattn.ops._attention_check import real_globals as _real_globals
-from stattn.ops._dispatch import Implementation, Operation, lacks
+from stattn.ops._attention_choice import OPERATION, call_of, capability_of, needs_grad
 from stattn.problem import Extras, Problem
-from stattn.reference.attention import attention as _reference_forward
 from stattn.reference.attention import attention_backward as _reference_backward
 from stattn.reference.attention import merge as _reference_merge
 
@@ -86,9 +85,9 @@ def attention(
 
     A query that may see nothing returns 0, LSE -inf and zero gradients. Tokens lie in row-major (t, h, w) order between
     ``grid.before`` and ``grid.after`` global tokens; nothing is permuted or padded, and any strides with a unit last
-    stride are used as they are. Numbers must be finite, in invalid global tokens and empty slots as well: a NaN or an
-    infinity in a token of k or v may reach queries that do not see it, as 0 times itself (by ``cuda``; the others
-    do not read what is invalid or empty).
+    stride are used as they are. Numbers must be finite: a NaN or an infinity in a token of k or v may reach queries
+    that do not see it, as 0 times itself. Invalid global tokens and empty slots may hold anything, but for gradients
+    by ``cuda``, which ask for finite numbers there as well.
 
     q: [B, Nq, heads, D]. k, v: [B, Nk, key heads, D], where key heads divide heads (GQA). bf16, fp16, fp32 or fp64.
     grid: (T, H, W) or a Grid with global tokens. Nq is the tokens of q's region with all global tokens or without any
@@ -119,28 +118,33 @@ def attention(
         return (out, lse) if return_lse else out
 
     deterministic = _flags(deterministic, return_lse)
-    signature = _memo.signature(
-        q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, scale, impl, deterministic
-    )
-    known = None if signature is None else _memo.find(signature)
-    if signature is None or known is None:
-        problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, scale)
-        grad = _needs_grad(q, k, v)
-        chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, grad, deterministic))
-        direct = signature is not None and _memo.direct(q, k, v, *extras)
-        known = _memo.Known(problem, _flatten(problem), chosen.name, chosen.run, direct)
-        # Whether Triton's interpreter is on is for the environment to say, each time.
-        if signature is not None and not (chosen.name == "triton" and q.device.type == "cpu"):
-            _memo.keep(signature, known)
+    frame = _memo.frame(grid, mask, q_region, k_region, valid is not None, globals_see, scale, impl, deterministic)
+    known, places = (None, None) if frame is None or k_frames is not None else _memo.recall(frame, q, k, v, valid)
+    if known is not None:
+        extras = _memo.NO_EXTRAS if valid is None else _extras(known.problem, mask, None, valid)
+        direct = True
     else:
-        extras = _extras(known.problem, mask, k_frames, valid)
-        grad = signature[-1]
+        signature = None if frame is None else _memo.signature(frame, q, k, v, k_frames, valid)
+        known = None if signature is None else _memo.find(signature)
+        if known is not None:
+            extras = _extras(known.problem, mask, k_frames, valid)
+        else:
+            problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, scale)
+            known = _found(q, k, v, problem, extras, impl, deterministic, signature is not None)
+        direct = known.direct and _memo.nobody_looks(q.device, known.grad)
+        # Whether Triton's interpreter is on is for the environment to say, each time.
+        if signature is not None and not (known.name == "triton" and q.device.type == "cpu"):
+            _memo.keep(signature, known)
+            if direct and frame is not None and k_frames is None and not isinstance(mask, BlockList):
+                _memo.remember(frame, known, q, k, v, valid)
     if known.name == "flash":  # has an autograd of its own
         return _dense.flash(q, k, v, known.problem.scale, return_lse)
-    if not known.direct or not _memo.nobody_looks(q.device, grad):
+    if not direct:
         out, lse = torch.ops.stattn.attention(q, k, v, *known.static, *extras, deterministic, known.name)
-    elif grad:
-        out, lse = _Direct.apply(q, k, v, known, extras, deterministic)
+    elif known.grad:
+        out, lse = _apply_direct(q, k, v, known, extras, deterministic, places)
+    elif known.launch is not None:
+        out, lse = known.launch(places or _memo.places_of(q, k, v), extras.valid, return_lse, deterministic)
     elif known.run is _cuda.run:  # whose operations have nothing to do with autograd
         if not return_lse:
             return _cuda.output(q, k, v, known.problem, extras)
@@ -149,6 +153,24 @@ def attention(
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = known.run(q, k, v, known.problem, extras)
     return (out, lse) if return_lse else out
+
+
+def _found(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    problem: Problem,
+    extras: Extras,
+    impl: str,
+    deterministic: bool,
+    plain: bool,
+) -> _memo.Known:
+    """Choose what serves a checked call. plain: whether its tensors may be seen by the memo."""
+    grad = needs_grad(q, k, v)
+    chosen = OPERATION.choose(impl, call_of(q, k, v, problem, extras, grad, deterministic))
+    direct = plain and _memo.direct(q, k, v, *extras)
+    launch = _cuda.launch_for(q, k, v, problem, extras) if direct and chosen.run is _cuda.run else None
+    return _memo.Known(problem, _flatten(problem), chosen.name, chosen.run, direct, grad, launch)
 
 
 def _flags(deterministic: bool | None, return_lse: bool) -> bool:
@@ -221,10 +243,10 @@ def explain(
     than q's. Returns a table, one line an implementation. Raises what ``attention`` raises for its arguments.
     """
     problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, None)
-    call = _call(q, k, v, problem, extras, _needs_grad(q, k, v), _flags(deterministic, False))
+    call = call_of(q, k, v, problem, extras, needs_grad(q, k, v), _flags(deterministic, False))
     if device is not None:
         other = _validate.device("device", device, present=False)
-        call = call._replace(device=other.type, capability=_capability(other))
+        call = call._replace(device=other.type, capability=capability_of(other))
     rows = OPERATION.table(call)
     served = next((name for name, reason in rows if reason is None), None)
     width = max(len(name) for name, _ in rows)
@@ -233,119 +255,6 @@ def explain(
         mark = "*" if name == served else " "
         lines.append(f" {mark} {name:<{width}}  {'serves it' if reason is None else reason}")
     return "\n".join(lines)
-
-
-# --- choice of implementation ----------------------------------------------------------------------------------------
-
-
-class AttentionCall(NamedTuple):
-    """The metadata by which implementations say whether they serve a call."""
-
-    device: str
-    capability: tuple[int, int]
-    dtype: torch.dtype
-    head_dim: int
-    heads: int
-    key_heads: int
-    dense: str | None  # None when every query sees every key, else what stands against it
-    lists: bool
-    obstacle: str | None  # what in tensors, masks or a needed gradient stands against the CUDA kernels
-    ordered: bool  # whether gradients are needed that are bitwise reproducible
-    grad: bool = False  # whether gradients are needed
-
-
-def _call(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    problem: Problem,
-    extras: Extras,
-    grad: bool,
-    deterministic: bool,
-) -> AttentionCall:
-    return AttentionCall(
-        q.device.type,
-        _capability(q.device),
-        q.dtype,
-        q.shape[3],
-        q.shape[2],
-        k.shape[2],
-        _not_dense(problem, extras),
-        extras.block_index is not None,
-        _cuda.obstacle(q, k, v, problem, extras, grad),
-        grad and deterministic,
-        grad,
-    )
-
-
-def _needs_grad(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _not_dense(problem: Problem, extras: Extras) -> str | None:
-    if extras.block_index is not None:
-        return "block lists"
-    if any(mask != _FULL for mask in problem.masks):
-        return f"mask {next(mask for mask in problem.masks if mask != _FULL)}"
-    if extras.k_frames is not None:
-        return "k_frames"
-    if extras.valid is not None:
-        return "valid"
-    if problem.globals_see != "all" and problem.grid.globals and problem.q_globals:
-        return "globals_see='globals'"
-    return None
-
-
-@lru_cache(maxsize=64)
-def _capability(device: torch.device) -> tuple[int, int]:
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return (0, 0)
-    return torch.cuda.get_device_capability(device)
-
-
-def _reference_why_not(call: AttentionCall) -> str | None:
-    return None
-
-
-def _no_masks(call: AttentionCall) -> str | None:
-    return None if call.dense is None else f"serves dense attention only, the call has {call.dense}"
-
-
-def _triton_why_not(call: AttentionCall) -> str | None:
-    if call.head_dim % 8 or not 16 <= call.head_dim <= 256:
-        return f"head dimension {call.head_dim} must be a multiple of 8 from 16 to 256"
-    if call.device == "cuda" and call.capability < (8, 0):
-        return lacks(call.capability, (8, 0))
-    return _triton.why_not(call.device, call.dtype)
-
-
-def _triton_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from stattn.kernels import attention_runs as kernels
-
-    return kernels.attention(q, k, v, problem, extras)
-
-
-def _triton_backward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from stattn.kernels import attention_runs as kernels
-
-    return kernels.attention_backward(*arguments)
-
-
-OPERATION = Operation(
-    "attention",
-    tuple(
-        {
-            "cuda": Implementation("cuda", _cuda.why_not, _cuda.run, _cuda.asked_for),
-            "flash": Implementation("flash", lambda call: _no_masks(call) or _dense.flash_why_not(call), _dense.flash),
-            "sdpa": Implementation("sdpa", lambda call: _no_masks(call) or _dense.sdpa_why_not(call), _dense.sdpa),
-            "triton": Implementation("triton", _triton_why_not, _triton_forward),
-            "reference": Implementation("reference", _reference_why_not, _reference_forward),
-        }[name]
-        for name in ("cuda", *_dense.order(), "triton", "reference")
-    ),
-)
 
 
 # --- torch.library ---------------------------------------------------------------------------------------------------
@@ -413,10 +322,16 @@ def _triple(values: tuple[int, ...]) -> Triple:
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *arguments, deterministic, impl = rest
     problem, extras = _problem(*arguments[:7]), Extras(*arguments[7:])
-    chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, False, deterministic))
+    chosen = OPERATION.choose(impl, call_of(q, k, v, problem, extras, False, deterministic))
     if chosen.name == "flash":
         raise ValueError("impl='flash' is not available under torch.compile; call it eagerly or choose another impl")
     return chosen.run(q, k, v, problem, extras)
+
+
+def _triton_backward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from stattn.kernels import attention_runs as kernels
+
+    return kernels.attention_backward(*arguments)
 
 
 def _backward(
@@ -431,7 +346,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     *arguments, deterministic, impl = rest
     problem, extras = _problem(*arguments[:7]), Extras(*arguments[7:])
-    chosen = OPERATION.choose(impl, _call(q, k, v, problem, extras, True, deterministic))
+    chosen = OPERATION.choose(impl, call_of(q, k, v, problem, extras, True, deterministic))
     if chosen.name == "cuda":
         return _cuda_bwd.run(dout, dlse, q, k, v, out, lse, problem, extras, deterministic)
     backward = {"sdpa": _dense.sdpa_backward, "triton": _triton_backward, "reference": _reference_backward}
@@ -475,19 +390,31 @@ class _Direct(_Attention):
         known: _memo.Known,
         extras: Extras,
         deterministic: bool,
+        places: _memo.Places | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = known.run(q, k, v, known.problem, extras)
-        ctx.save_for_backward(q, k, v, out, lse, *(x for x in extras if x is not None))
-        kept = (None if x is None else ... for x in extras)
+        if known.launch is not None:
+            out, lse = known.launch(places or _memo.places_of(q, k, v), extras.valid, True, deterministic)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                out, lse = known.run(q, k, v, known.problem, extras)
+        if extras is _memo.NO_EXTRAS:
+            ctx.save_for_backward(q, k, v, out, lse)
+            kept: Sequence[Any] = extras
+        else:
+            ctx.save_for_backward(q, k, v, out, lse, *(x for x in extras if x is not None))
+            kept = [None if x is None else ... for x in extras]
         ctx.rest = [*known.static, *kept, deterministic, known.name]
-        ctx.others = 3
+        ctx.others = 4
         ctx.set_materialize_grads(False)
         return out, lse
 
 
+# Past what torch.autograd.Function looks after in Python, which is for transforms: there are none where nobody looks.
+_apply_direct = super(torch.autograd.Function, _Direct).apply
+
+
 def _autograd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    if _needs_grad(q, k, v):
+    if needs_grad(q, k, v):
         return _Attention.apply(q, k, v, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.stattn.attention(q, k, v, *rest)
