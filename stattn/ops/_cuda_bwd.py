@@ -2,7 +2,8 @@
 
 First the statistics of the queries are prepared. Then one kernel walks the queries of each tile of keys and sums dK and
 dV; dQ it adds up in fp32 in memory, in no fixed order. Where results are to be reproducible, tiles add to dQ in their
-order if there is no mask; under masks another kernel walks the keys of each tile of queries for it.
+order if there is no mask; under masks another kernel walks the keys of each tile of queries for it, as it always does
+for block lists: where lists are strangers, the sums of dQ would not stay in the L2 (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -27,16 +28,18 @@ _PIECES = 22  # where a layout of dK and dV says how many there are
 class Plan(NamedTuple):
     """A plan on a device: the kernel's configuration, the integers of its layout, the array.
 
-    apart: whether boxes of queries begin at multiples of their extents.
+    apart: whether boxes of queries begin at multiples of their extents. listed: whether tiles see what lists say.
     """
 
     config: int
     layout: list[int]
     array: torch.Tensor | None
     apart: bool = False
+    listed: bool = False
 
 
 Plans = Callable[[str], Plan]
+
 
 def run(
     dout: torch.Tensor | None,
@@ -109,7 +112,7 @@ def _launch(call: Call, stats_layout: list[int], plans: Plans, scale: float, det
     partial = call.lse.new_empty(pieces * 2 * KEY_TILE * dim) if pieces else None
     rest = (partial, stats_layout, scale)
     plan = (by_key.array, by_key.layout, call.valid)
-    if by_key.layout and deterministic:
+    if by_key.layout and (deterministic or by_key.listed):
         of_keys(*given, call.dk, call.dv, None, *rest, 0, *plan)
         by_query = plans("dq")
         of_queries(*given, call.dq, stats_layout, scale, by_query.config, by_query.array, by_query.layout, call.valid)
@@ -185,8 +188,8 @@ def _listed(problem: Problem, extras: Extras, sample: int, heads: int, dim: int)
     assert extras.block_index is not None
     count, index = extras.block_count[sample], extras.block_index[sample]
     partial = None if extras.block_partial is None else extras.block_partial[sample]
-    # Boxes are parts of the tiles that are listed, and divide them.
-    return lambda kernel: Plan(*_cuda_bwd_lists.write(problem, heads, dim, kernel, count, index, partial), True)
+    written = (problem, heads, dim)
+    return lambda kernel: Plan(*_cuda_bwd_lists.write(*written, kernel, count, index, partial), listed=True)
 
 
 @cache
