@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -66,6 +67,31 @@ def test_each_condition_of_the_kernels_is_a_sentence(
 def test_a_library_that_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "why_not", lambda device=None: "the CUDA library was not built")
     assert _cuda.why_not(SERVED) == "the CUDA library was not built"
+
+
+def test_gradients_that_are_proved_in_parts_only_are_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "why_not", lambda device=None: None)
+    shape, window = (2, 3, 4), masks.window(1, 3, 3)
+    part = Region((0, 0, 0), (1, 3, 4))
+    beside = dataclasses.replace(problem(shape, window), grid=Grid(*shape, 0, 2))
+    lists = Extras(block_index=torch.zeros(1, 1, 1, 1, dtype=torch.int32))
+    for given, extras, grouped, words in (
+        (problem(shape, masks.full()), Extras(), True, None),
+        (problem(shape, window), Extras(), False, None),
+        (problem(shape, window), Extras(), True, "of shared heads"),
+        (problem(shape, window, masks.spatial()), Extras(), False, "under masks of several heads"),
+        (problem(shape, masks.temporal() | masks.spatial()), Extras(), False, "under unions"),
+        (problem(shape, window, q_box=part), Extras(), False, "of parts of a grid"),
+        (beside, Extras(), False, "of global tokens"),
+        (dataclasses.replace(beside, masks=(masks.full(),)), Extras(valid=torch.ones(1, 2)), False, "of global"),
+        (problem(shape, masks.full()), lists, False, "of block lists"),
+    ):
+        found = _cuda.unproved(given, extras, grouped)
+        assert (found is None) == (words is None)
+        assert words is None or words in found
+        call = SERVED._replace(unproved=found)
+        assert _cuda.why_not(call) is None
+        assert (_cuda.asked_for(call) is None) == (words is None)
 
 
 def half(*shape: int) -> torch.Tensor:

@@ -341,7 +341,7 @@ def video(case: Case) -> int:
 
 
 def refusal(case: Case, dtype: torch.dtype, dim: int) -> str | None:
-    """Say why the kernels do not serve a case with gradients, or None."""
+    """Say why the kernels do not serve a case with gradients, not even when asked for, or None."""
     shapes = ((1, len(each), case.heads, dim) for each in (case.rows(), case.columns(), case.columns()))
     q, k, v = (torch.empty(shape, dtype=dtype, device=DEVICE, requires_grad=True) for shape in shapes)
     options = {name: each for name, each in case.options.items() if name not in ("deterministic", "scale")}
@@ -355,7 +355,7 @@ def refusal(case: Case, dtype: torch.dtype, dim: int) -> str | None:
         found = BlockList(found.shape, found.q_tile, found.k_tile, *tables, found.mask)
     line = stattn.explain(q, k, v, case.grid, found, **options).splitlines()[1]
     reason = line[2:].strip().removeprefix("cuda").strip()
-    return None if reason == "serves it" else reason
+    return None if reason == "serves it" or reason.startswith("auto leaves gradients") else reason
 
 
 def both_ways(case: Case, dtype: torch.dtype, dim: int, only: list[int] | None = None) -> Covered:
@@ -615,8 +615,7 @@ def test_nothing_outside_the_tensors_is_read_or_written() -> Covered:
 
 
 # racecheck orders what the arriving thread itself did before a barrier: here all lanes of a warp read, then __syncwarp,
-# then one lane arrives for them, and only then may the producer write again. Where each lane arrives, it finds nothing
-# (benchmarks/NOTES.md).
+# then one lane arrives for them, and only then may the producer write again.
 READ_BY_WARPS = {
     ("Read", "stattn::attention_bwd::mask_weights"),
     ("Read", "stattn::attention_bwd::masks_of"),

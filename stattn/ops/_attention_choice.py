@@ -29,7 +29,7 @@ class AttentionCall(NamedTuple):
     lists: bool
     obstacle: str | None  # what in tensors, masks or a needed gradient stands against the CUDA kernels
     ordered: bool  # whether gradients are needed that are bitwise reproducible
-    grad: bool = False  # whether gradients are needed
+    unproved: str | None = None  # what of a needed gradient auto does not ask the CUDA kernels for
 
 
 def call_of(
@@ -52,7 +52,7 @@ def call_of(
         extras.block_index is not None,
         _cuda.obstacle(q, k, v, problem, extras, grad),
         grad and deterministic,
-        grad,
+        _cuda.unproved(problem, extras, q.shape[2] != k.shape[2]) if grad else None,
     )
 
 
