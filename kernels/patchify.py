@@ -116,34 +116,43 @@ def finish_tokens(acc, out, gBias, gPos, m, valid, e, first, e0, tokens, E: tl.c
 
 
 @triton.jit
-def _project_row(
-    gX, gW, gBias, gPos, out, M, tokens, grid_h, grid_w, sizes, steps, row, begin, end,
-    E: tl.constexpr, TAPS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, RAGGED_T: tl.constexpr,
+def _patches(
+    gX, first, M, tokens, grid_h, grid_w, sizes, steps,
+    TAPS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, RAGGED_T: tl.constexpr,
     RAGGED_H: tl.constexpr, RAGGED_W: tl.constexpr, RUN: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
-    TAPS_A: tl.constexpr, TAPS_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BOXES: tl.constexpr,
+    TAPS_A: tl.constexpr, TAPS_B: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Project the patches of a row of tiles on to the tiles of features from ``begin`` to ``end``."""
-    first = row * BLOCK_M
+    """Read the patches of tokens from ``first`` on as TAPS_A and TAPS_B columns; give the tokens, which there are."""
     m = first + tl.arange(0, BLOCK_M)
     valid = m < M
     at = place(m, tokens, grid_h, grid_w, steps, PT, PH, PW, VEC)
     x_a = read_patches(
         gX, at, valid, 0, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, TAPS_A
     )
-    k_a = tl.arange(0, TAPS_A)
+    x_b = x_a
     if TAPS_B > 0:
         x_b = read_patches(
             gX, at, valid, TAPS_A, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, TAPS_B
         )
+    return m, valid, x_a, x_b
+
+
+@triton.jit
+def _project(
+    x_a, x_b, gW, gBias, gPos, out, m, valid, first, e0, tokens,
+    E: tl.constexpr, TAPS: tl.constexpr, TAPS_A: tl.constexpr, TAPS_B: tl.constexpr, BLOCK_E: tl.constexpr,
+    BOXES: tl.constexpr,
+):  # fmt: skip
+    """Project patches on to the features from e0 on, and write them."""
+    e = e0 + tl.arange(0, BLOCK_E)
+    k_a = tl.arange(0, TAPS_A)
+    w_a = tl.load(gW + e[None, :] * TAPS + k_a[:, None], mask=(e < E)[None, :] & (k_a < TAPS)[:, None], other=0.0)
+    acc = tl.dot(x_a, w_a)
+    if TAPS_B > 0:
         k_b = TAPS_A + tl.arange(0, TAPS_B)
-    for e0 in tl.range(begin * BLOCK_E, min(end * BLOCK_E, E), BLOCK_E):
-        e = e0 + tl.arange(0, BLOCK_E)
-        w_a = tl.load(gW + e[None, :] * TAPS + k_a[:, None], mask=(e < E)[None, :] & (k_a < TAPS)[:, None], other=0.0)
-        acc = tl.dot(x_a, w_a)
-        if TAPS_B > 0:
-            mask = (e < E)[None, :] & (k_b < TAPS)[:, None]
-            acc = tl.dot(x_b, tl.load(gW + e[None, :] * TAPS + k_b[:, None], mask=mask, other=0.0), acc)
-        finish_tokens(acc, out, gBias, gPos, m, valid, e, first, e0, tokens, E, BOXES)
+        mask = (e < E)[None, :] & (k_b < TAPS)[:, None]
+        acc = tl.dot(x_b, tl.load(gW + e[None, :] * TAPS + k_b[:, None], mask=mask, other=0.0), acc)
+    finish_tokens(acc, out, gBias, gPos, m, valid, e, first, e0, tokens, E, BOXES)
 
 
 @triton.jit(do_not_specialize=[*PLAIN, "share"])
@@ -184,10 +193,7 @@ def patchify_forward_resident(
     BOXES: tl.constexpr,
     ACROSS: tl.constexpr,
 ):
-    """One program: ``share`` tiles of tokens and features, of a row, or with ACROSS of as many rows as it takes.
-
-    Patches of a row are read once, as TAPS_A and TAPS_B columns.
-    """
+    """One program: ``share`` tiles of tokens and features, of a row, or with ACROSS of as many rows as it takes."""
     COLUMNS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     steps = patch_steps(stride_b, stride_c, stride_t, stride_h, stride_w, VEC)
     sizes = (size_t, size_h, size_w)
@@ -195,21 +201,28 @@ def patchify_forward_resident(
         begin = tl.program_id(0) * share
         end = min(begin + share, tl.cdiv(M, BLOCK_M) * COLUMNS)
         for row in range(begin // COLUMNS, tl.cdiv(end, COLUMNS)):
-            _project_row(
-                gX, gW, gBias, gPos, out, M, tokens, grid_h, grid_w, sizes, steps, row,
-                max(begin - row * COLUMNS, 0), min(end - row * COLUMNS, COLUMNS),
-                E, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE,
-                TAPS_A, TAPS_B, BLOCK_M, BLOCK_E, BOXES,
+            first = row * BLOCK_M
+            m, valid, x_a, x_b = _patches(
+                gX, first, M, tokens, grid_h, grid_w, sizes, steps,
+                TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, TAPS_A, TAPS_B, BLOCK_M,
             )  # fmt: skip
+            for column in tl.range(max(begin - row * COLUMNS, 0), min(end - row * COLUMNS, COLUMNS)):
+                e0 = column * BLOCK_E
+                _project(
+                    x_a, x_b, gW, gBias, gPos, out, m, valid, first, e0, tokens, E, TAPS, TAPS_A, TAPS_B, BLOCK_E, BOXES
+                )
     else:
         shares = tl.cdiv(COLUMNS, share)
-        begin = tl.program_id(0) % shares * share
-        _project_row(
-            gX, gW, gBias, gPos, out, M, tokens, grid_h, grid_w, sizes, steps, tl.program_id(0) // shares,
-            begin, begin + share,
-            E, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE,
-            TAPS_A, TAPS_B, BLOCK_M, BLOCK_E, BOXES,
+        first = tl.program_id(0) // shares * BLOCK_M
+        begin = tl.program_id(0) % shares * share * BLOCK_E
+        m, valid, x_a, x_b = _patches(
+            gX, first, M, tokens, grid_h, grid_w, sizes, steps,
+            TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, TAPS_A, TAPS_B, BLOCK_M,
         )  # fmt: skip
+        for e0 in tl.range(begin, min(begin + share * BLOCK_E, E), BLOCK_E):
+            _project(
+                x_a, x_b, gW, gBias, gPos, out, m, valid, first, e0, tokens, E, TAPS, TAPS_A, TAPS_B, BLOCK_E, BOXES
+            )
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -324,7 +337,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None, 
     if out.numel() == 0:
         return out
     kernel = kernel_for(geometry, x.dtype)
-    config = config or CONFIGS[kernel][0]
+    if config is None:
+        # What goes on in the next row was compared with float64 on a GPU for such calls alone.
+        whole = not any(n % p for n, p in zip(x.shape[2:], patch, strict=True))
+        config = CONFIGS[kernel][0]
+        config = config._replace(across=config.across and whole and pos is None and x.dtype == torch.bfloat16)
     config = config._replace(boxes=config.boxes and _takes_boxes(out))
     rows = triton.cdiv(count, config.tokens)
     columns = triton.cdiv(features, config.features)
