@@ -2,8 +2,8 @@
 //
 // The kernels of the backward read plans (attention_fwd.h, attention_bwd.h). Here one is written on the device: the rows of
 // a tile are slabs side by side, one for each warpgroup, of the tiles of queries or keys of the lists; the tiles of the
-// other side are cut into boxes. A tile visits what any of its slabs is listed with, in row-major order but for the turns
-// of two slabs, boxes with masks first. How tiles are cut, and the groups of masks, come from the host (stattn/ops/_cuda_bwd_lists.py).
+// other side are cut into boxes. A tile visits what any of its slabs is listed with, in row-major order, boxes with masks
+// first. How tiles are cut, and the groups of masks, come from the host (stattn/ops/_cuda_bwd_lists.py).
 #include "stattn.h"
 
 namespace stattn {
@@ -159,11 +159,8 @@ write_boxes(const __grid_constant__ AttentionListPlan l, const uint32_t* listed,
         const int2 mine = boxes_of(l, word, place);
         int to_masked = next_masked + sum_below(mine.x), to_whole = next_whole + sum_below(mine.y);
         next_masked += sum_of_warp(mine.x), next_whole += sum_of_warp(mine.y);
-        bool turn = false;
-        for (uint32_t rest = word.any, bit; rest; rest &= ~(1u << bit), turn = !turn) {
-            // What one slab alone sees takes turns with what the other alone sees: their warpgroups then work side by side.
-            const uint32_t alone = rest & (turn ? word.seen[1] & ~word.seen[0] : word.seen[0] & ~word.seen[1]);
-            bit = __ffs(l.by_key && alone ? alone : rest) - 1;
+        for (uint32_t rest = word.any; rest; rest &= rest - 1) {
+            const int bit = __ffs(rest) - 1;
             const Column column(l, place * 32 + bit);
             const bool masked = (word.masked >> bit & 1) || !column.whole;
             for (int i = 0; i < column.count(); ++i) {
