@@ -24,8 +24,6 @@ from torch import Tensor
 # How a vector varies.
 ABSENT, GROUP, TOKEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-NORMAL = tl.constexpr("")  # the policy of the cache; Triton 3.6 takes no string as a default that is no constexpr
-
 # Bytes of shared memory that the tiles in flight may take: every GPU since sm_80 has them.
 IN_FLIGHT = 96 << 10
 
@@ -72,7 +70,7 @@ def group_address(base, group, groups, stride_b, stride_g):
 
 
 @triton.jit
-def load_row(address, live, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, POLICY: tl.constexpr = NORMAL):
+def load_row(address, live, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, POLICY: tl.constexpr):
     """Load rows as fp32, 0 outside. address: one, or [ROWS, 1]. live: None when all rows exist, else [ROWS, 1]."""
     ALL: tl.constexpr = live is None or len(address.shape) == 0
     row = ()

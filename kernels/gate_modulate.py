@@ -105,8 +105,8 @@ def gate_residual_modulate_forward(
     local = rows_of(tl.program_id(0) - group * tiles, ROWS)
     live = None if ROWS == 1 else local < rows
     row = group * rows + local
-    values = load_row(row_address(x, row, tokens, x_b, x_n), live, C, CHUNK, CHUNKS)
-    update = load_row(row_address(y, row, tokens, y_b, y_n), live, C, CHUNK, CHUNKS)
+    values = load_row(row_address(x, row, tokens, x_b, x_n), live, C, CHUNK, CHUNKS, "evict_first")
+    update = load_row(row_address(y, row, tokens, y_b, y_n), live, C, CHUNK, CHUNKS, "evict_first")
     if GATE != ABSENT:
         at_gate = vector_address(gate, GATE, group, groups, row, tokens, gate_b, gate_r)
         gates = load_row(at_gate, live, C, CHUNK, CHUNKS, "evict_last")
@@ -167,8 +167,8 @@ def gate_residual_modulate_backward(
         live = None if ROWS == 1 else local < rows
         row = group * rows + local
         at_values = row_address(residual, row, tokens, residual_b, residual_n)
-        values = load_row(at_values, live, C, CHUNK, CHUNKS)
-        grad = load_row(row_address(dout, row, tokens, dout_b, dout_n), live, C, CHUNK, CHUNKS)
+        values = load_row(at_values, live, C, CHUNK, CHUNKS, "evict_first")
+        grad = load_row(row_address(dout, row, tokens, dout_b, dout_n), live, C, CHUNK, CHUNKS, "evict_first")
         unit = normalised(values, row_mean, row_rstd, LAYER, CHUNKS)
         if not HOIST:
             factor = load_factor(group_scale, weight, None, C, CHUNK, CHUNKS)
@@ -180,7 +180,7 @@ def gate_residual_modulate_backward(
         )  # fmt: skip
         if dresidual is not None:
             at_dresidual = row_address(dresidual, row, tokens, dresidual_b, dresidual_n)
-            direct = load_row(at_dresidual, live, C, CHUNK, CHUNKS)
+            direct = load_row(at_dresidual, live, C, CHUNK, CHUNKS, "evict_first")
             total = ()
             for i in tl.static_range(CHUNKS):
                 total = append(total, before[i] + direct[i])
@@ -194,7 +194,7 @@ def gate_residual_modulate_backward(
             for i in tl.static_range(CHUNKS):
                 store_chunk(dy + row.to(tl.int64) * C, before[i] * gates[i], live, i, C, CHUNK)
         if y is not None:
-            branch = load_row(row_address(y, row, tokens, y_b, y_n), live, C, CHUNK, CHUNKS)
+            branch = load_row(row_address(y, row, tokens, y_b, y_n), live, C, CHUNK, CHUNKS, "evict_first")
             added = ()
             for i in tl.static_range(CHUNKS):
                 product = before[i] * branch[i]

@@ -124,7 +124,7 @@ def modulate_forward(
         local = rows_of(tile, ROWS)
         live = None if ROWS == 1 else local < rows
         row = group * rows + local
-        values = load_row(row_address(x, row, tokens, x_b, x_n), live, C, CHUNK, CHUNKS)
+        values = load_row(row_address(x, row, tokens, x_b, x_n), live, C, CHUNK, CHUNKS, "evict_first")
         unit, row_mean, row_rstd = normalise(values, eps, LAYER, C, CHUNK, CHUNKS)
         if not HOIST:
             at_scale, at_shift = None, None
@@ -168,8 +168,8 @@ def modulate_backward(
         local = rows_of(tile, ROWS)
         live = None if ROWS == 1 else local < rows
         row = group * rows + local
-        values = load_row(row_address(x, row, tokens, x_b, x_n), live, C, CHUNK, CHUNKS)
-        grad = load_row(row_address(dy, row, tokens, dy_b, dy_n), live, C, CHUNK, CHUNKS)
+        values = load_row(row_address(x, row, tokens, x_b, x_n), live, C, CHUNK, CHUNKS, "evict_first")
+        grad = load_row(row_address(dy, row, tokens, dy_b, dy_n), live, C, CHUNK, CHUNKS, "evict_first")
         unit = normalised(values, row_mean, row_rstd, LAYER, CHUNKS)
         if not HOIST:
             factor = load_factor(group_scale, weight, None, C, CHUNK, CHUNKS)
