@@ -227,8 +227,8 @@ def cut_list(boxes: int, queries: int | None) -> list[int]:
     """Cut the list of a tile into pieces that different blocks walk: the number of boxes of each, the longest first.
 
     It is cut if its head has few tiles beside it, which might not keep all blocks busy; a matter of the list and of the
-    queries of a head alone, None if lists are never cut. Four, three, two and one tenths let blocks end together
-    (simulated for many numbers of tiles); few tiles are cut into more pieces.
+    queries of a head alone, None if lists are never cut. Half, a third and a sixth let blocks end together (simulated
+    for many numbers of tiles); few tiles are cut into more pieces.
     """
     if queries is None:
         return [boxes]
@@ -237,10 +237,10 @@ def cut_list(boxes: int, queries: int | None) -> list[int]:
         return [boxes]
     longest = max(SHORTEST, min(boxes // 2, boxes * tiles // SHARES))
     pieces, rest = [], boxes
-    while 2 * rest > 5 * longest:
+    while rest > 2 * longest:
         pieces.append(longest)
         rest -= longest
-    pieces += [2 * rest // 5, 3 * rest // 10, rest // 5]
+    pieces += [rest // 2, rest // 3]
     return [*pieces, boxes - sum(pieces)]
 
 
