@@ -4,7 +4,8 @@
     stattn bench step --shape wan2.1-1.3b-480p           # the same from the command line
 
 Contenders are those of `stattn.bench_models`, rows those of `stattn.bench_runs.measure_step`. What is compiled is
-compiled by blocks, so that it takes seconds and not minutes; benchmarks/NOTES.md says what that costs diffusers.
+compiled by blocks, so that it takes seconds and not minutes; benchmarks/notes/operations.md says what that costs
+diffusers.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 First the statistics of the queries are prepared. Then one kernel walks the queries of each tile of keys and sums dK and
 dV; dQ it adds up in fp32 in memory, in no fixed order. Where results are to be reproducible, tiles add to dQ in their
 order if there is no mask; under masks another kernel walks the keys of each tile of queries for it, as it always does
-for block lists: where lists are strangers, the sums of dQ would not stay in the L2 (benchmarks/NOTES.md).
+for block lists: where lists are strangers, the sums of dQ would not stay in the L2
+(benchmarks/notes/attention-cuda.md).
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Kernel(NamedTuple):
     astray: float = 1.0
 
 
-# Fitted to windows and sliding tiles on an H200, see benchmarks/NOTES.md.
+# Fitted to windows and sliding tiles on an H200, see benchmarks/notes/attention-cuda.md.
 CONFIGS = {128: (Config(0, 64, 1.0), Config(1, 80, 1.15)), 64: (Config(0, 128, 1.0),)}
 KERNELS = {
     "forward": Kernel(3, CONFIGS),
