@@ -4,7 +4,8 @@
 
 Every output is compared with float64 rows before it is timed. Names are attention/cuda/<mask>/<shape>; the baseline is
 cuDNN on dense shapes, one's own dense attention of as many pairs on masks, and a copy of q, k, v and the output on
-temporal attention.
+temporal attention. Where text lies beside a window, what the launches with it and without it visit is counted in pairs
+of a query tile and a key box, and their time is given by the pair: those masks' names end in _pairs and _per_pair.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from stattn import extension, masks, results
 from stattn.blocks import BlockList, tile_of
 from stattn.grid import Grid, Region
 from stattn.masks import Mask
+from stattn.ops import _cuda_plan
+from stattn.problem import Problem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,6 +83,7 @@ MASKED = (
     Case("window_7_15_15/hunyuan-720p", Grid(33, 45, 80), 24, 128, masks.window(7, 15, 15)),
     Case("joint_256/hunyuan-720p", Grid(33, 45, 80, 0, 256), 24, 128, masks.window(7, 15, 15)),
 )
+ALONE, JOINT = MASKED[-2:]
 
 
 def tensors(case: Case) -> tuple[torch.Tensor, ...]:
@@ -167,3 +171,39 @@ def test_masks_beside_dense_attention_and_a_copy(benchmark: Any, report: results
         share = pairs / (dense.grid.tokens**2 * dense.heads)
         beside = results.Timing(tuple(sample * share for sample in beside.samples))
     report.results.append(results.Result.of(ours, timings[ours], baseline=(other, beside), checked=True))
+
+
+def tile_pairs(case: Case) -> int:
+    """Count the pairs of a query tile and a key box that a launch visits, by its plan."""
+    assert isinstance(case.mask, Mask)
+    everything = Region((0, 0, 0), case.grid.shape)
+    problem = Problem(case.grid, (case.mask,), everything, everything, True, "all", 1.0)
+    _, integers, array = _cuda_plan.layout(problem, case.heads, case.dim)
+    records, tiles, (line_tiles, line_record) = array.reshape(-1, 4), integers[16], integers[20:22]
+    lists = [*((first, tiles) for first in array[: case.heads]), *[(line_record, line_tiles)] * case.heads]
+    return sum(int(records[first + 1 : first + 2 * count : 2, 1].sum()) for first, count in lists)
+
+
+def test_text_beside_a_window_by_the_pairs_that_are_visited(benchmark: Any, report: results.Report) -> None:
+    contenders: dict[str, Callable[[], Any]] = {}
+    for case in (JOINT, ALONE):
+        assert isinstance(case.mask, Mask)
+        qkv = tensors(case)
+        contenders[case.name] = partial(stattn.attention, *qkv, case.grid, case.mask, impl="cuda")
+        assert_right(contenders[case.name](), qkv, case, case.mask)
+    timings = measure(benchmark, report, contenders, rounds=15)
+    pairs = {case.name: tile_pairs(case) for case in (JOINT, ALONE)}
+    of_pair = {
+        name: results.Timing(tuple(sample * 1e6 / pairs[name] for sample in timing.samples))
+        for name, timing in timings.items()
+    }
+    for what, unit, of in (
+        ("pairs", "pairs", {name: results.Timing((float(count),)) for name, count in pairs.items()}),
+        ("per_pair", "ns", of_pair),
+    ):
+        ours, theirs = (f"attention/cuda/{case.name.replace('/', f'_{what}/')}" for case in (JOINT, ALONE))
+        mine, other = of[JOINT.name], of[ALONE.name]
+        baseline, ratio = results.Baseline(theirs, other.median), other.median / mine.median
+        report.results.append(
+            results.Result(ours, unit, mine.median, mine.p20, mine.p80, baseline, ratio, checked=True)
+        )

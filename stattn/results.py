@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 # Whether less or more of a unit is better: it fixes the direction of `ratio`.
-LOWER_IS_BETTER = {"ns", "us", "ms", "s", "MiB", "GiB"}
+LOWER_IS_BETTER = {"ns", "us", "ms", "s", "MiB", "GiB", "pairs"}
 HIGHER_IS_BETTER = {"GFLOP/s", "TFLOP/s", "GB/s", "TB/s", "tokens/s", "frames/s", "clips/s", "fraction", "dB"}
 RATIO_TOLERANCE = 1e-3
 
