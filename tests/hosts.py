@@ -116,6 +116,10 @@ def hunyuan15(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
     }
 
 
+def hunyuan15_image(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    return hunyuan15(grid, batch) | {"image_embeds": randn(batch, 3, 8)}
+
+
 def cogvideox(grid: tuple[int, int, int], batch: int, patch_t: int = 1, head_dim: int = 16) -> dict[str, Any]:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
@@ -126,6 +130,12 @@ def cogvideox(grid: tuple[int, int, int], batch: int, patch_t: int = 1, head_dim
         "encoder_hidden_states": randn(batch, TEXT, 10),
         "image_rotary_emb": get_3d_rotary_pos_embed(head_dim, ((0, 0), (h, w)), (h, w), t),
     }
+
+
+def cogvideox_image(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    t, h, w = grid
+    call = cogvideox(grid, batch, patch_t=2)
+    return call | {"hidden_states": randn(batch, 2 * t, 8, 2 * h, 2 * w), "ofs": torch.full((1,), 2.0)}
 
 
 def ltx(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
@@ -141,6 +151,11 @@ def ltx(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
     }
 
 
+def ltx_image(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    t, h, w = grid
+    return ltx(grid, batch) | {"timestep": torch.full((batch, t * h * w), 500.0) * (torch.arange(t * h * w) >= h * w)}
+
+
 def ltx2(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
     call = ltx(grid, batch)
     return call | {
@@ -149,6 +164,11 @@ def ltx2(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
         "audio_encoder_attention_mask": lengths(batch),
         "audio_num_frames": 9,
     }
+
+
+def ltx2_image(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    call = ltx_image(grid, batch)
+    return ltx2(grid, batch) | {"timestep": call["timestep"], "audio_timestep": torch.full((batch,), 500.0)}
 
 
 def mochi(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
@@ -173,6 +193,11 @@ def kandinsky(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
     }
 
 
+def kandinsky_image(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    t, h, w = grid
+    return kandinsky(grid, batch) | {"hidden_states": randn(batch, t, 2 * h, 2 * w, 9)}
+
+
 def cosmos(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
     t, h, w = grid
     return {
@@ -192,6 +217,17 @@ def stand_in_for_torchvision() -> None:
         resize = types.SimpleNamespace(resize=lambda x, size, interpolation: F.interpolate(x, size))
         nearest = types.SimpleNamespace(NEAREST="nearest")
         transformer_cosmos.transforms = types.SimpleNamespace(functional=resize, InterpolationMode=nearest)
+
+
+def cosmos_image(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    t, h, w = grid
+    given = torch.zeros(batch, 1, t, 2 * h, 2 * w)
+    given[:, :, 0] = 1
+    return cosmos(grid, batch) | {"condition_mask": given, "timestep": torch.rand(batch, 1, t, 1, 1)}
+
+
+def cosmos25(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    return cosmos_image(grid, batch) | {"encoder_hidden_states": (randn(batch, TEXT, 10), randn(batch, 5, 8))}
 
 
 def ltx2_perturbed(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
@@ -273,6 +309,13 @@ COSMOS = {
     "patch_size": (1, 2, 2),
     "extra_pos_embed_type": None,
 }
+COSMOS_25 = {
+    "use_crossattn_projection": True,
+    "crossattn_proj_in_channels": 10,
+    "encoder_hidden_states_channels": 24,
+    "img_context_dim_in": 8,
+    "img_context_dim_out": 24,
+}
 ROTARY = {"use_rotary_positional_embeddings": True}
 HUNYUAN_VIDEO_15 = {"text_embed_dim": 10, "text_embed_2_dim": 1472, "image_embed_dim": 8}
 LTX_23 = {"perturbed_attn": True, "gated_attn": True, "rope_type": "split"}
@@ -284,6 +327,9 @@ FAMILIES: dict[str, Family] = {
     "wan-vace": Family("WanVACETransformer3DModel", {**WAN, "vace_layers": [0], "vace_in_channels": 6}, vace),
     "chronoedit": Family("ChronoEditTransformer3DModel", WAN, wan),
     "skyreels-v2": Family("SkyReelsV2Transformer3DModel", WAN, wan),
+    "skyreels-v2-i2v": Family(
+        "SkyReelsV2Transformer3DModel", {**WAN, "image_dim": 8, "added_kv_proj_dim": 24}, wan_image
+    ),
     "hunyuanvideo": Family("HunyuanVideoTransformer3DModel", {**HUNYUAN, **HUNYUAN_VIDEO}, hunyuan, "after"),
     "hunyuanvideo-i2v": Family(
         "HunyuanVideoTransformer3DModel",
@@ -294,6 +340,15 @@ FAMILIES: dict[str, Family] = {
     "hunyuanvideo-1.5": Family(
         "HunyuanVideo15Transformer3DModel", {**HUNYUAN, **HUNYUAN_VIDEO_15}, hunyuan15, "after", fullgraph=False
     ),
+    "hunyuanvideo-1.5-i2v": Family(
+        "HunyuanVideo15Transformer3DModel", {**HUNYUAN, **HUNYUAN_VIDEO_15}, hunyuan15_image, "after", fullgraph=False
+    ),
+    "cogvideox-2b": Family(
+        "CogVideoXTransformer3DModel",
+        COGVIDEOX,
+        lambda grid, batch: cogvideox(grid, batch) | {"image_rotary_emb": None},
+        "before",
+    ),
     "cogvideox": Family("CogVideoXTransformer3DModel", {**COGVIDEOX, **ROTARY}, cogvideox, "before"),
     "cogvideox-1.5": Family(
         "CogVideoXTransformer3DModel",
@@ -301,13 +356,26 @@ FAMILIES: dict[str, Family] = {
         lambda grid, batch: cogvideox(grid, batch, patch_t=2),
         "before",
     ),
+    "cogvideox-1.5-i2v": Family(
+        "CogVideoXTransformer3DModel",
+        {**COGVIDEOX, **ROTARY, "patch_size_t": 2, "in_channels": 8, "ofs_embed_dim": 8},
+        cogvideox_image,
+        "before",
+    ),
     "consisid": Family("ConsisIDTransformer3DModel", {**COGVIDEOX, **ROTARY}, cogvideox, "before"),
     "ltx": Family("LTXVideoTransformer3DModel", LTX, ltx),
+    "ltx-i2v": Family("LTXVideoTransformer3DModel", LTX, ltx_image),
     "ltx-2": Family("LTX2VideoTransformer3DModel", {**LTX, **LTX2}, ltx2),
+    "ltx-2-i2v": Family("LTX2VideoTransformer3DModel", {**LTX, **LTX2}, ltx2_image),
     "ltx-2.3": Family("LTX2VideoTransformer3DModel", {**LTX, **LTX2, **LTX_23}, ltx2_perturbed, fullgraph=False),
     "mochi": Family("MochiTransformer3DModel", MOCHI, mochi, "after", fullgraph=False),
     "kandinsky-5": Family("Kandinsky5Transformer3DModel", KANDINSKY, kandinsky),
+    "kandinsky-5-i2v": Family("Kandinsky5Transformer3DModel", {**KANDINSKY, "visual_cond": True}, kandinsky_image),
     "cosmos": Family("CosmosTransformer3DModel", COSMOS, cosmos),
+    "cosmos-i2v": Family(
+        "CosmosTransformer3DModel", {**COSMOS, "in_channels": 5, "extra_pos_embed_type": "learnable"}, cosmos_image
+    ),
+    "cosmos-2.5": Family("CosmosTransformer3DModel", {**COSMOS, **COSMOS_25, "in_channels": 5}, cosmos25),
 }
 
 

@@ -6,13 +6,13 @@ import pickle
 import pytest
 import torch
 import torch.utils._python_dispatch
-from hosts import COGVIDEOX, FAMILIES, LTX, WAN, cogvideox, first, ltx, model, run, run_masked, wan
+from hosts import COGVIDEOX, FAMILIES, LTX, WAN, Masked, cogvideox, first, ltx, model, run, run_masked, wan
 from torch import nn
 
 import stattn
 from stattn import masks
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 
 MASK = masks.window(1, 2, 3)
 GRID = (3, 4, 6)
@@ -274,28 +274,59 @@ def test_adapters_of_lora_act(tiny):
         torch.testing.assert_close(run(tiny, call), want, **CLOSE)
 
 
-def test_caches_skip_and_repeat_attention(tiny):
-    from diffusers import PyramidAttentionBroadcastConfig
-
-    call = wan(GRID, 1)
-    config = PyramidAttentionBroadcastConfig(
+CACHES = {
+    "pyramid": lambda timestep: diffusers.PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(0, 1000),
         spatial_attention_block_identifiers=["blocks"],
-        current_timestep_callback=lambda: 500,
-    )
+        current_timestep_callback=lambda: float(timestep),
+    ),
+    "faster": lambda timestep: diffusers.FasterCacheConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 800),
+        spatial_attention_block_identifiers=["blocks"],
+        current_timestep_callback=lambda: float(timestep),
+        is_guidance_distilled=True,
+    ),
+    "first_block": lambda timestep: diffusers.FirstBlockCacheConfig(threshold=10.0),
+    "mag": lambda timestep: diffusers.MagCacheConfig(
+        threshold=10.0, retention_ratio=0.25, num_inference_steps=4, mag_ratios=[0.9, 1.1, 1.0, 0.9]
+    ),
+    "taylor": lambda timestep: diffusers.TaylorSeerCacheConfig(
+        cache_interval=2,
+        disable_cache_before_step=1,
+        taylor_factors_dtype=torch.float32,
+        cache_identifiers=[r"blocks\.\d+\.attn1"],
+    ),
+    "sea": lambda timestep: diffusers.SeaCacheConfig(
+        threshold=10.0, raw_vision_callback=lambda module, args, kwargs: list(kwargs["hidden_states"])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_caches_skip_and_repeat_attention_as_without_us(tiny, name):
+    calls = [wan(GRID, 1)]
+    calls += [calls[0] | {"hidden_states": calls[0]["hidden_states"] + 0.1 * step} for step in range(1, 4)]
 
     def outputs():
-        with tiny.cache_context("cond"):
-            return [run(tiny, call), run(tiny, call | {"hidden_states": call["hidden_states"] + 1})]
-
-    with stattn.accelerate(tiny, MASK) as handle:
-        tiny.enable_cache(config)
-        outputs()
-        assert [each.calls for each in handle.report()] == [1, 1]
+        found, timestep = [], torch.tensor(900.0)
+        tiny.enable_cache(CACHES[name](timestep))
+        for step, call in enumerate(calls):
+            timestep.fill_(900 - 200 * step)
+            with tiny.cache_context("cond", step_index=step, sigma=1 - step / 4, num_inference_steps=4):
+                found.append(run(tiny, call))
         tiny.disable_cache()
-        run(tiny, call)
-        assert [each.calls for each in handle.report()] == [2, 2]
+        return found
+
+    with Masked(MASK, GRID, None) as mode:
+        want = outputs()
+    assert 2 <= mode.calls < 8
+    with stattn.accelerate(tiny, MASK) as handle:
+        torch.testing.assert_close(outputs(), want, **CLOSE)
+        assert sum(each.calls for each in handle.report()) == mode.calls
+        run(tiny, calls[0])
+        assert sum(each.calls for each in handle.report()) == mode.calls + 2
 
 
 @pytest.mark.parametrize("skipped", ["attention", "attention_scores"])
@@ -427,8 +458,6 @@ def test_weights_and_names_are_not_touched(tiny):
 
 
 def test_models_and_processors_that_are_not_served_are_refused_by_name(tiny):
-    import diffusers
-
     class HunyuanVideoFramepackTransformer3DModel(nn.Linear):
         __module__ = "diffusers.models.transformers.transformer_hunyuan_video_framepack"
 
