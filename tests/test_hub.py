@@ -1,7 +1,9 @@
 """The layout for the Hub of kernels: a package that runs under any name, with operations in a namespace of its own."""
 
 import importlib.util
+import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -82,6 +84,30 @@ for each in layers:
 """
 
 
+# The same by Hugging Face's own package: loaded from a folder, and put into a model.
+KERNELIZE = """
+import sys, torch
+from pathlib import Path
+from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_forward_from_hub, use_kernel_mapping
+
+@use_kernel_forward_from_hub("SpaceTimeAttention")
+class Attention(torch.nn.Module):
+    mask = "window(1, 3, 3)"
+
+    def forward(self, q, k, v, grid):
+        raise NotImplementedError
+
+layer = LocalLayerRepository(Path(sys.argv[1]), layer_name="SpaceTimeAttention")
+with use_kernel_mapping({"SpaceTimeAttention": {"cpu": layer}}):
+    model = kernelize(Attention(), mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu")
+q, k, v = torch.randn(3, 1, 60, 2, 16)
+out = model(q, k, v, (3, 4, 5))
+kernel = sys.modules["stattn_0123abcd"]
+assert torch.equal(out, kernel.attention(q, k, v, (3, 4, 5), kernel.masks.window(1, 3, 3)))
+assert not torch.equal(out, kernel.attention(q, k, v, (3, 4, 5)))
+"""
+
+
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("export", ROOT / "hub" / "export.py")
@@ -96,6 +122,20 @@ def test_the_package_runs_under_another_name_without_stattn(package, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(package)], cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""}
     )
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernelize_takes_its_layers(package, tmp_path):
+    found = importlib.util.find_spec("kernels")
+    if found is None or found.origin is None:  # the folder of this project is no package
+        pytest.skip("Hugging Face's kernels is not installed")
+    shutil.copytree(package, tmp_path / "build" / "torch-cpu")
+    metadata = {"id": "stattn_0123abcd", "name": "stattn", "version": 1, "license": "Apache-2.0"}
+    metadata |= {"python-depends": [], "backend": {"type": "cpu"}}
+    (tmp_path / "build" / "torch-cpu" / "metadata.json").write_text(json.dumps(metadata))
+    command = [sys.executable, "-c", KERNELIZE, str(tmp_path)]
+    env = {"PATH": "", "PYTHONPATH": str(Path(found.origin).parents[1]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
 
 
