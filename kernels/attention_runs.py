@@ -2,7 +2,7 @@
 
 What no mask cuts within a run needs none of what ``_walk`` keeps in registers: boxes of columns are brought by tensor
 copies (TMA), whole ones without a mask, and the last of a run with one. Boxes of keys end where their run does: what
-lies behind it is not read, and what lies before it only if the run is shorter than a box. ``stattn.plan.runs`` lists,
+lies behind it is not read, and what lies before it only if the run is shorter than a box. ``stattn.plan_runs`` lists,
 for each tile of rows, the runs that it visits. Otherwise the kernels are those of ``attention`` and ``attention_bwd``:
 the same numbers in another order, sums in fp32 and in an order of their own, P and dS rounded to the inputs' dtype,
 results once. On sm_90 ``attention_runs_hopper`` has another forward pass.
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stattn import plan
+from stattn import plan_runs
 from stattn.kernels import _walk as walking
 from stattn.kernels import attention as general
 from stattn.kernels import attention_bwd as general_bwd
@@ -250,7 +250,7 @@ def make_plan(
         return None
     config = able[0]
     boxes = (problem.q_box, problem.k_box, problem.q_globals, problem.globals_see)
-    table = plan.runs(problem.masks[0], problem.grid, *boxes, config.rows, by_key)
+    table = plan_runs.runs(problem.masks[0], problem.grid, *boxes, config.rows, by_key)
     if table is None:
         return None
     visited = int((-(-table[:, 3::2] // config.columns)).sum()) + 2 * len(table)

@@ -351,7 +351,7 @@ BUGS = (
     ),
     Bug(
         "runs-that-touch-are-lost",
-        "stattn/plan.py",
+        "stattn/plan_runs.py",
         "joined[-1] = (joined[-1][0], joined[-1][1] + length)\n",
         "joined[-1] = (joined[-1][0], joined[-1][1])\n",
         (f"{RUNS}[frame causal]",),

@@ -32,7 +32,8 @@ from test_attention import (
 )
 from test_attention_cuda import HOPPER, SHAPES, planned_masks, problem
 from test_attention_kernels import NUMBERS, check_numbers, check_strides_of_dout, gradients, random_call, same
-from test_attention_proof import AROUND, LENGTHS, check_sampled, option_cases
+from test_attention_proof import AROUND, option_cases
+from test_attention_proof_numbers import LENGTHS, check_sampled
 from test_probes import UNIONS
 
 import stattn

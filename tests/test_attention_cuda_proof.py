@@ -22,7 +22,8 @@ from probes import BIG_GRIDS, GRIDS, Case, check, counts_by_axis
 from test_attention import SHIFTS, assert_rule_1, dense, draw
 from test_attention_cuda import HOPPER, problem
 from test_attention_kernels import NUMBERS
-from test_attention_proof import CASES, LENGTHS, Covered, Seen, option_cases, video
+from test_attention_proof import Covered, option_cases, video
+from test_attention_proof_numbers import CASES, LENGTHS, Seen
 
 import stattn
 from stattn import extension, masks

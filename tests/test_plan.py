@@ -12,7 +12,7 @@ import torch
 from mask_definitions import Triple
 from probes import Case
 
-from stattn import masks, plan
+from stattn import masks, plan, plan_runs
 from stattn.grid import Grid, Region
 from stattn.kernels import attention as forward
 from stattn.kernels import attention_bwd as backward
@@ -325,7 +325,7 @@ def test_runs_are_what_the_mask_allows_in_parts_of_the_grid_and_beside_global_to
             grid = Grid(*shape, before, after)
             options = {"q_region": q_box, "k_region": k_box, "globals_see": see}
             want = Case(grid, mask, heads=1, options=options, q_globals=q_globals).truth()[0].numpy()
-            table = plan.runs(mask, grid, q_box, k_box, q_globals, see, 8, by_key)
+            table = plan_runs.runs(mask, grid, q_box, k_box, q_globals, see, 8, by_key)
             assert table is not None
             assert table.dtype == np.int32
             found = np.zeros(want.T.shape if by_key else want.shape, np.int64)
@@ -345,7 +345,7 @@ def test_masks_that_cut_a_run_have_no_runs() -> None:
     box = whole((4, 3, 5))
     for mask in (masks.temporal(), masks.window(1, 3, 3), masks.window(2, 1, 5, dilation=(2, 1, 1)), UNIONS[3]):
         for by_key in (False, True):
-            assert plan.runs(mask, Grid(4, 3, 5), box, box, True, "all", 8, by_key) is None
+            assert plan_runs.runs(mask, Grid(4, 3, 5), box, box, True, "all", 8, by_key) is None
 
 
 def test_coordinates_that_take_more_bits_than_an_integer_has_are_refused() -> None:
