@@ -6,6 +6,7 @@ Blocks of one file share their names. A block marked text behind one of Python i
 
 import contextlib
 import io
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ BLOCK = re.compile(r"^```([\w ]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 def blocks(text: str) -> Iterator[tuple[int, bool, str, str | None]]:
     """List the Python of a guide: the line of each block, whether it is for a GPU, its code, and what it prints."""
     found = list(BLOCK.finditer(text))
-    for block, after in zip(found, [*found[1:], None], strict=True):
+    for block, after in itertools.zip_longest(found, found[1:]):
         if block[1] in ("python", "python gpu"):
             says = after is not None and after[1] == "text" and not text[block.end() : after.start()].strip()
             line = text[: block.start()].count("\n") + 1

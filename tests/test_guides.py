@@ -3,7 +3,6 @@
 Models that would be downloaded are tiny ones with random weights here.
 """
 
-import json
 import re
 import types
 from pathlib import Path
@@ -65,26 +64,3 @@ def test_links_and_commands_of_a_guide_exist(path):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for name in re.findall(r"`((?:stattn|kernels|csrc|benchmarks|tests)/[\w/.-]+\.(?:py|cuh|cu|md|json))`", text):
         assert (ROOT / name).exists(), name
-
-
-NUMBER = r"\d+\.\d+|\d+(?= (?:ms|s|GiB)\b)"
-
-
-def unmeasured(text, known):
-    """The numbers of a page's tables of measurements that are none of the known ones, rounded as they are."""
-    tables = re.findall(r"^\| measured.*\n\|[-| :]+\n((?:\|.*\n)+)", text, re.MULTILINE)
-    rows = [row.strip("|").split("|") for table in tables for row in table.splitlines()]
-    numbers = [number for row in rows for cell in row[1:] for number in re.findall(NUMBER, cell)]
-    assert numbers
-    steps = {number: 10.0 ** -len(number.partition(".")[2]) for number in numbers}
-    return [n for n in numbers if not any(abs(float(n) - each) <= 0.501 * steps[n] for each in known)]
-
-
-def test_what_the_readme_says_was_measured_is_in_a_results_file():
-    files = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*/*.json")]
-    results = [each for file in files for each in file.get("results", ()) if "unit" in each]
-    known = {each[name] for each in results for name in ("value", "ratio") if each[name] is not None}
-    known |= {each["baseline"]["value"] for each in results if each["baseline"]}
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert unmeasured(text, known) == []
-    assert unmeasured(text + "\n| measured | result |\n|---|---|\n| wishes | 0.12345 ms |\n", known) == ["0.12345"]
