@@ -81,15 +81,19 @@ def tiny():
     return model("WanTransformer3DModel", **WAN)
 
 
-def test_blocks_that_are_compiled_for_themselves_share_one_graph(tiny):
-    call = wan(GRID, 1)
-    with stattn.accelerate(tiny, MASK):
-        want = run(tiny, call)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wan", "hunyuanvideo-1.5", "mochi"])
+def test_blocks_that_are_compiled_for_themselves_share_one_graph(name):
+    family = FAMILIES[name]
+    transformer, call = family.build(num_layers=2), family.inputs(GRID, 1)
+    blocks = transformer.blocks if name == "wan" else transformer.transformer_blocks
+    with stattn.accelerate(transformer, MASK):
+        want = run(transformer, call)
         torch._dynamo.reset()
-        for block in tiny.blocks:
+        for block in blocks:
             block.compile(backend="eager", fullgraph=True)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            torch.testing.assert_close(run(tiny, call), want, **CLOSE)
+        with torch._dynamo.config.patch(error_on_recompile=name != "mochi"):  # the last of Mochi has no text behind it
+            torch.testing.assert_close(run(transformer, call), want, **CLOSE)
 
 
 def test_the_report_knows_what_compiled_blocks_run(tiny):
@@ -239,14 +243,17 @@ def test_the_causal_blocks_of_skyreels_are_part_of_the_mask():
 # --- beside what else diffusers does to a model ----------------------------------------------------------------------
 
 
-def test_fused_projections_work_before_and_after(tiny):
-    call = wan(GRID, 1)
-    with stattn.accelerate(tiny, MASK):
-        want = run(tiny, call)
-        tiny.fuse_qkv_projections()
-        torch.testing.assert_close(run(tiny, call), want, **CLOSE)
-    with stattn.accelerate(tiny, MASK):
-        torch.testing.assert_close(run(tiny, call), want, **CLOSE)
+@pytest.mark.parametrize("name", ["wan", "wan-i2v", "skyreels-v2", "ltx"])
+def test_fused_projections_work_before_and_after(name):
+    family = FAMILIES[name]
+    transformer, call = family.build(), family.inputs(GRID, 1)
+    with stattn.accelerate(transformer, MASK) as handle:
+        want = run(transformer, call)
+        transformer.fuse_qkv_projections()
+        assert all(layer.module.fused_projections for layer in handle._host.layers)
+        torch.testing.assert_close(run(transformer, call), want, **CLOSE)
+    with stattn.accelerate(transformer, MASK):
+        torch.testing.assert_close(run(transformer, call), want, **CLOSE)
 
 
 def test_a_processor_that_is_set_later_is_taken_over_and_given_back():

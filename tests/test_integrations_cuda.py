@@ -34,6 +34,7 @@ CHANGES = {
     "Kandinsky5Transformer3DModel": {"model_dim": 128, "axes_dims": (16, 24, 24)},
 }
 NORM_ROPE = {
+    "cogvideox-2b": "norm by the model (LayerNorm), no RoPE",
     "consisid": "norm by the model (LayerNorm), RoPE fused",
     "cogvideox": "norm by the model (LayerNorm), RoPE fused",
     "mochi": "norm by the model (MochiRMSNorm), RoPE by itself",
@@ -47,8 +48,7 @@ def build(name):
     """Make a model in bf16 on the GPU, and the same in fp32 on the CPU."""
     family = FAMILIES[name]
     changes = CHANGES.get(family.kind, WIDE)
-    if "added_kv_proj_dim" in family.config:
-        changes = {**changes, "added_kv_proj_dim": 128}
+    changes = changes | {name: 128 for name in ("added_kv_proj_dim", "img_context_dim_out") if name in family.config}
     made = family.build(**changes)
     wide = made._keep_in_fp32_modules or []  # as from_pretrained would load it
     for path, tensor in (*made.named_parameters(), *made.named_buffers()):
@@ -60,22 +60,25 @@ def build(name):
 def inputs(name, grid=GRID, batch=2):
     """Draw inputs that bf16 holds, in both forms."""
     call = FAMILIES[name].inputs(grid, batch)
-    if "image_rotary_emb" in call:
+    if call.get("image_rotary_emb") is not None:
         call["image_rotary_emb"] = cogvideox(grid, batch, head_dim=64)["image_rotary_emb"]
-    wide = {key: value.to(DTYPE).float() if is_float(value) else value for key, value in call.items()}
-    return {key: placed(value) for key, value in wide.items()}, wide
+    angles = "image_rotary_emb"
+    wide = {key: value if key == angles else rounded(value) for key, value in call.items()}
+    return {key: placed(value, narrow=key != angles) for key, value in wide.items()}, wide
 
 
-def is_float(value):
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+def rounded(value):
+    if isinstance(value, tuple):
+        return tuple(map(rounded, value))
+    return value.to(DTYPE).float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def placed(value):
-    if isinstance(value, list | tuple):  # positions and angles
-        return type(value)(each.to(DEVICE) if isinstance(each, torch.Tensor) else each for each in value)
+def placed(value, narrow):
+    if isinstance(value, list | tuple):
+        return type(value)(placed(each, narrow) for each in value)
     if not isinstance(value, torch.Tensor):
         return value
-    return value.to(DEVICE, DTYPE if is_float(value) else value.dtype)
+    return value.to(DEVICE, DTYPE if narrow and value.is_floating_point() else value.dtype)
 
 
 def results(name, transformer, truth, mask, calls):
