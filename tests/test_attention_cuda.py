@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from stattn.blocks import lower
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import CONSTRUCTORS, Mask
 from stattn.ops import _cuda, _cuda_plan, _cuda_tiles
-from stattn.ops._attention_choice import AttentionCall
+from stattn.ops._attention_choice import OPERATION, AttentionCall
 from stattn.problem import Extras, Problem
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == extension.CAPABILITY
@@ -69,29 +68,13 @@ def test_a_library_that_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch
     assert _cuda.why_not(SERVED) == "the CUDA library was not built"
 
 
-def test_gradients_that_are_proved_in_parts_only_are_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_kernels_for_gradients_that_they_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "why_not", lambda device=None: None)
-    shape, window = (2, 3, 4), masks.window(1, 3, 3)
-    part = Region((0, 0, 0), (1, 3, 4))
-    beside = dataclasses.replace(problem(shape, window), grid=Grid(*shape, 0, 2))
-    lists = Extras(block_index=torch.zeros(1, 1, 1, 1, dtype=torch.int32))
-    for given, extras, grouped, words in (
-        (problem(shape, masks.full()), Extras(), True, None),
-        (problem(shape, window), Extras(), False, None),
-        (problem(shape, window), Extras(), True, "of shared heads"),
-        (problem(shape, window, masks.spatial()), Extras(), False, "under masks of several heads"),
-        (problem(shape, masks.temporal() | masks.spatial()), Extras(), False, "under unions"),
-        (problem(shape, window, q_box=part), Extras(), False, "of parts of a grid"),
-        (beside, Extras(), False, "of global tokens"),
-        (dataclasses.replace(beside, masks=(masks.full(),)), Extras(valid=torch.ones(1, 2)), False, "of global"),
-        (problem(shape, masks.full()), lists, False, "of block lists"),
-    ):
-        found = _cuda.unproved(given, extras, grouped)
-        assert (found is None) == (words is None)
-        assert words is None or words in found
-        call = SERVED._replace(unproved=found)
-        assert _cuda.why_not(call) is None
-        assert (_cuda.asked_for(call) is None) == (words is None)
+    for dense, lists in ((None, False), ("mask window(3, 3, 3)", False), ("block lists", True)):
+        for ordered in (True, False):
+            call = SERVED._replace(dense=dense, lists=lists, ordered=ordered)
+            assert OPERATION.choose("auto", call).name == "cuda"
+            assert OPERATION.choose("auto", call._replace(obstacle="does not serve that")).name != "cuda"
 
 
 def half(*shape: int) -> torch.Tensor:

@@ -29,7 +29,6 @@ class AttentionCall(NamedTuple):
     lists: bool
     obstacle: str | None  # what in tensors, masks or a needed gradient stands against the CUDA kernels
     ordered: bool  # whether gradients are needed that are bitwise reproducible
-    unproved: str | None = None  # what of a needed gradient auto does not ask the CUDA kernels for
 
 
 def call_of(
@@ -52,7 +51,6 @@ def call_of(
         extras.block_index is not None,
         _cuda.obstacle(q, k, v, problem, extras, grad),
         grad and deterministic,
-        _cuda.unproved(problem, extras, q.shape[2] != k.shape[2]) if grad else None,
     )
 
 
@@ -109,7 +107,7 @@ OPERATION = Operation(
     "attention",
     tuple(
         {
-            "cuda": Implementation("cuda", _cuda.why_not, _cuda.run, _cuda.asked_for),
+            "cuda": Implementation("cuda", _cuda.why_not, _cuda.run),
             "flash": Implementation("flash", lambda call: _no_masks(call) or _dense.flash_why_not(call), _dense.flash),
             "sdpa": Implementation("sdpa", lambda call: _no_masks(call) or _dense.sdpa_why_not(call), _dense.sdpa),
             "triton": Implementation("triton", _triton_why_not, _triton_forward),

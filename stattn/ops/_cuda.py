@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from stattn import extension
-from stattn.grid import Region
 from stattn.ops import _cuda_bwd_lists, _cuda_bwd_plan, _cuda_lists, _cuda_plan
 from stattn.ops._cuda_plan import is_split, on_device
 from stattn.ops._dispatch import lacks
@@ -90,38 +89,6 @@ def why_not(call: Any) -> str | None:
         return f"head dimension {call.head_dim} must be 64 or 128"
     obstacle: str | None = call.obstacle
     return obstacle
-
-
-def asked_for(call: Any) -> str | None:
-    """Say why ``auto`` leaves a call that the kernels serve to others, or None."""
-    if call.unproved is not None:
-        return f"auto leaves gradients {call.unproved} to others for now; ask for them with impl='cuda'"
-    return None
-
-
-def unproved(problem: Problem, extras: Extras, grouped: bool) -> str | None:
-    """Say what in a call whose gradients are needed has not been proved on a GPU bit by bit, or None.
-
-    Dense calls have, and one mask of a whole grid, for every constructor. The rest is proved in parts: plans against
-    masks, kernels against plans. grouped: whether query heads share heads of the keys.
-    """
-    if extras.block_index is not None:
-        return "of block lists"
-    return None if is_dense(problem, extras.valid is not None) else _beside_a_mask(problem, grouped)
-
-
-@lru_cache(maxsize=1024)
-def _beside_a_mask(problem: Problem, grouped: bool) -> str | None:
-    whole = Region((0, 0, 0), problem.grid.shape)
-    if problem.grid.globals:
-        return "of global tokens beside a mask"
-    if len(set(problem.masks)) > 1:
-        return "under masks of several heads"
-    if "|" in problem.masks[0].key:
-        return "under unions of masks"
-    if (problem.q_box, problem.k_box) != (whole, whole):
-        return "of parts of a grid under a mask"
-    return "of shared heads under a mask" if grouped else None
 
 
 def run(

@@ -32,13 +32,11 @@ class Implementation:
     """One way to compute an operation.
 
     name: one of ``NAMES``. why_not: pure; None when the call is served, else a sentence. run: what computes it.
-    asked_for: pure; a sentence when a call that is served is one only for those who ask by name.
     """
 
     name: str
     why_not: Callable[[Any], str | None]
     run: Callable[..., Any]
-    asked_for: Callable[[Any], str | None] = lambda call: None
 
 
 class Operation:
@@ -73,7 +71,7 @@ class Operation:
             return "auto takes the reference on CPU tensors only; ask for it with impl='reference'"
         if reason is None and each.name == "triton" and call.device != "cuda":
             return "auto takes Triton on CUDA tensors only; ask for the interpreter with impl='triton'"
-        return each.asked_for(call) if reason is None else reason
+        return reason
 
     def _choose_uncached(self, impl: str, call: Any) -> Implementation:
         if impl == "auto":
