@@ -26,6 +26,11 @@ def _qk_norm_width(qk_norm: str | None, heads: int, head_dim: int) -> int | None
     return widths[qk_norm]
 
 
+def _check_width(name: str, x: Tensor, dim: int) -> None:
+    if x.ndim != 3 or x.shape[2] != dim:
+        raise ValueError(f"{name} of shape {tuple(x.shape)} must be [B, N, dim] with dim = {dim}")
+
+
 def _head_dim(dim: int, heads: int, head_dim: int | None) -> int:
     check_positive("dim", dim)
     check_positive("heads", heads)
@@ -155,6 +160,7 @@ class SpaceTimeAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project x [B, N, dim] to q, k and v [B, N, heads, D], neither normalised nor rotated."""
+        _check_width("x", x, self.dim)
         q = self.to_q(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.to_k(x).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.to_v(x).unflatten(-1, (self.kv_heads, self.head_dim))
@@ -260,6 +266,7 @@ class CrossAttention(nn.Module):
 
     def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [B, L, heads, D] of text [B, L, dim]: they depend on nothing else."""
+        _check_width("text", text, self.dim)
         return self._normalised(self.to_k(text), self.norm_k), self.to_v(text).unflatten(-1, (self.heads, -1))
 
     def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], valid: Tensor | None = None) -> Tensor:
@@ -268,6 +275,7 @@ class CrossAttention(nn.Module):
         valid: [B] counts or [B, L] booleans of real text tokens. A sample without text attends to nothing: its
         attention is 0, and the output the bias of the last projection.
         """
+        _check_width("x", x, self.dim)
         k, v = self.keys_and_values(text) if isinstance(text, Tensor) else text
         q = self._normalised(self.to_q(x), self.norm_q)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))

@@ -193,7 +193,11 @@ def test_clips_that_do_not_fit_are_refused() -> None:
         (lambda: metrics.warp_error(clip, torch.zeros(3, 2, 8, 8), torch.zeros(3, 1, 8, 8)), ValueError, "hidden of"),
         (lambda: metrics.psnr(clip, clip[:, :2]), ValueError, "must be equal"),
         (lambda: metrics.psnr(clip, clip, torch.zeros(1, 4, 8, 8, dtype=torch.bool)), ValueError, "where leaves"),
-        (lambda: metrics.phase_correlation(clip[0], clip[0]), ValueError, "pictures of shape"),
+        (lambda: metrics.phase_correlation(clip[0], clip[0]), ValueError, "a of shape"),
+        (lambda: metrics.optical_flow(clip, clip[:, :2]), ValueError, r"b of shape \(3, 2, 8, 8\) must"),
+        (lambda: metrics.affine_motion("a", clip), TypeError, "a of type str must be a tensor"),
+        (lambda: metrics.camera_track(clip), ValueError, r"video of shape \(3, 4, 8, 8\) must be \[B, 3, T, H, W\]"),
+        (lambda: metrics.camera_track(clip[None, :, :1]), ValueError, "T >= 2"),
     ):
         with pytest.raises(kind, match=name):
             call()

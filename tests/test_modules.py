@@ -352,6 +352,9 @@ def test_unknown_implementations_and_stems_are_refused_by_every_module(kind):
         (TypeError, "mask='full'", lambda: SpaceTimeAttention(8, 2, mask="full")),
         (TypeError, "mask=3", lambda: SpaceTimeAttention(8, 2, mask=3)),
         (ValueError, "3 masks for 2 heads", lambda: SpaceTimeAttention(8, 2, mask=[masks.full()] * 3)),
+        (ValueError, r"x of shape \(1, 24, 7\)", lambda: SpaceTimeAttention(8, 2)(randn(1, 24, 7), (2, 3, 4))),
+        (ValueError, r"x of shape \(4, 8\)", lambda: CrossAttention(8, 2)(randn(4, 8), randn(2, 4, 8))),
+        (ValueError, r"text of shape \(2, 4, 9\)", lambda: CrossAttention(8, 2)(randn(2, 4, 8), randn(2, 4, 9))),
         (ValueError, r"\(3,\)", lambda: CrossAttention(8, 2)(randn(2, 4, 8), randn(2, 4, 8), torch.tensor([1, 2, 3]))),
     ],
 )

@@ -19,7 +19,8 @@ def phase_correlation(a: Tensor, b: Tensor) -> Tensor:
     a, b: [B, C, H, W]. The peak of the whitened cross-correlation (Kuglin and Hines 1975) under a Hann window, refined
     to fractions of a pixel by the peak's neighbours.
     """
-    a, b = _grey(a), _grey(b)
+    _pair(a, b)
+    a, b = a.double().mean(1), b.double().mean(1)
     height, width = a.shape[-2:]
     window = _hann(height, a)[:, None] * _hann(width, a)
     fa, fb = (torch.fft.rfft2((x - x.mean((-2, -1), keepdim=True)) * window) for x in (a, b))
@@ -49,6 +50,7 @@ def affine_motion(
     pixel of a counts. Least squares by Gauss-Newton from coarse to fine, started from the phase correlation; a pixel
     counts less the worse it fits (Geman-McClure), so that objects that move on their own do not pull the scenery's fit.
     """
+    _pair(a, b)
     a, b = a.double(), b.double()
     weight = torch.ones_like(a[:, :1]) if weight is None else weight.to(a)
     matrix = torch.eye(2, 3, dtype=a.dtype, device=a.device).repeat(len(a), 1, 1)
@@ -75,6 +77,10 @@ def camera_track(video: Tensor, *, weight: Tensor | None = None) -> Tensor:
     video: [B, 3, T, H, W]; weight: [B, 1, T, H, W] in 0..1, 0 on what is not scenery. Fits neighbouring frames and
     chains the maps.
     """
+    if not isinstance(video, Tensor):
+        raise TypeError(f"video of type {type(video).__name__} must be a tensor [B, 3, T, H, W]")
+    if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] < 2:
+        raise ValueError(f"video of shape {tuple(video.shape)} must be [B, 3, T, H, W] with T >= 2")
     batch, _, frames = video.shape[:3]
     a, b = (x.transpose(1, 2).flatten(0, 1) for x in (video[:, :, :-1], video[:, :, 1:]))
     counts = None if weight is None else weight[:, :, :-1].transpose(1, 2).flatten(0, 1)
@@ -92,6 +98,7 @@ def optical_flow(a: Tensor, b: Tensor, *, radius: int = 3, levels: int = 4, iter
     a, b: [B, C, H, W]. Lucas and Kanade's least squares over windows of 2 * radius + 1 pixels in all channels, coarse
     to fine, each level smoothed by a median of 3 x 3.
     """
+    _pair(a, b)
     a, b = a.float(), b.float()
     levels = max(1, min(levels, 1 + int(math.log2(min(a.shape[-2:]) / 8))))
     pyramid = [(a, b)]
@@ -136,10 +143,14 @@ def occlusion(forward: Tensor, backward: Tensor) -> Tensor:
     return apart | edge | gone
 
 
-def _grey(x: Tensor) -> Tensor:
-    if x.ndim != 4:
-        raise ValueError(f"pictures of shape {tuple(x.shape)} must be [B, C, H, W]")
-    return x.double().mean(1)
+def _pair(a: Tensor, b: Tensor) -> None:
+    for name, x in (("a", a), ("b", b)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} of type {type(x).__name__} must be a tensor [B, C, H, W]")
+        if x.ndim != 4:
+            raise ValueError(f"{name} of shape {tuple(x.shape)} must be [B, C, H, W]")
+    if a.shape != b.shape:
+        raise ValueError(f"b of shape {tuple(b.shape)} must have the shape of a, {tuple(a.shape)}")
 
 
 def _hann(size: int, like: Tensor) -> Tensor:

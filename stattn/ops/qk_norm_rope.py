@@ -86,8 +86,8 @@ def check(
     if k_rope is rope and k.shape[1] != q.shape[1]:
         raise ValueError(f"k has {k.shape[1]} tokens, q {q.shape[1]}: k needs angles of its own, k_rope")
     _check_pair(q, k, q_weight, k_weight, across_heads, interleaved)
-    _check_rope("rope", rope, q)
-    _check_rope("k_rope", k_rope, k)
+    _check_rope("rope", rope, "q", q)
+    _check_rope("k_rope", k_rope, "k", k)
     return k_rope, _validate.epsilon(eps), _call(q, k, q_weight, k_weight, across_heads, interleaved)
 
 
@@ -136,7 +136,7 @@ def qk_norm_rope_(
     if any(stride == 0 and size > 1 for stride, size in zip(qkv.stride(), qkv.shape, strict=True)):
         raise ValueError(f"qkv of strides {qkv.stride()} is expanded: several elements share one place in memory")
     _check_pair(q, k, q_weight, k_weight, across_heads, interleaved)
-    _check_rope("rope", rope, q)
+    _check_rope("rope", rope, "qkv", q)
     eps = _validate.epsilon(eps)
     call = _call(q, k, q_weight, k_weight, across_heads, interleaved)
     QK_NORM_ROPE_IN_PLACE.choose(impl, call).run(
@@ -161,7 +161,7 @@ def _check_pair(
     _validate.one_device("q", q, k=k, q_weight=q_weight, k_weight=k_weight)
 
 
-def _check_rope(name: str, rope: RopeTables | None, x: Tensor) -> None:
+def _check_rope(name: str, rope: RopeTables | None, of: str, x: Tensor) -> None:
     """Check that the tables describe the tokens and the head dimension of x [B, N, heads, D]."""
     if rope is None:
         return
@@ -171,7 +171,7 @@ def _check_rope(name: str, rope: RopeTables | None, x: Tensor) -> None:
         raise ValueError(f"{name} turns {rope.head_dim} features, a head has {x.shape[3]}")
     # Not rope.grid.tokens: a Grid checks its sizes, and torch.compile would take them for constants.
     if rope.before + rope.t.shape[1] * rope.h.shape[1] * rope.w.shape[1] + rope.after != x.shape[1]:
-        raise ValueError(f"{name} holds {rope.grid.tokens} tokens ({rope.grid}), x {x.shape[1]}")
+        raise ValueError(f"{name} holds {rope.grid.tokens} tokens ({rope.grid}), {of} {x.shape[1]}")
     if rope.device != x.device:
         raise ValueError(f"{name} is on {rope.device}, the tokens on {x.device}")
 
@@ -184,7 +184,7 @@ def _queries_and_keys(qkv: Tensor, kv_heads: int | None) -> tuple[Tensor, Tensor
     return qkv[:, :, :heads], qkv[:, :, heads : heads + kv_heads]
 
 
-# --- choice of implementation ----------------------------------------------------------------------------------------
+# Choice of implementation.
 
 
 def _call(
@@ -256,7 +256,7 @@ QK_NORM_ROPE_IN_PLACE = Operation(
 )
 
 
-# --- torch.library: the Triton kernels; the reference is differentiable PyTorch, called directly ----------------------
+# torch.library: the Triton kernels; the reference is differentiable PyTorch, called directly.
 
 _LIBRARY = torch.library.Library("stattn", "FRAGMENT")
 _ROPE = "Tensor[] tables, SymInt[] before, bool across_heads, float eps, bool interleaved"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +44,11 @@ class Move:
 
     def __post_init__(self) -> None:
         for name in CAMERA_FIELDS:
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)} must be finite")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"{name}={value!r} must be a number")
+            if not math.isfinite(value):
+                raise ValueError(f"{name}={value} must be finite")
         if abs(self.dolly) >= 2 * min(DEPTHS):
             raise ValueError(f"dolly={self.dolly} must stay before the nearest scenery, within {2 * min(DEPTHS)}")
 
