@@ -61,7 +61,7 @@ def versions() -> dict[str, str]:
     }
 
 
-# --- PyTorch's fused kernels -----------------------------------------------------------------------------------------
+# PyTorch's fused kernels.
 
 BACKENDS = {
     "torch-sdpa": None,  # the default choice among them
@@ -124,7 +124,7 @@ def torch_peers(**options: Any) -> dict[str, Make]:
     return {name: partial(sdpa, backend=backend, **options) for name, backend in BACKENDS.items()}
 
 
-# --- tokens in tile order, which most packages need ------------------------------------------------------------------
+# Tokens in tile order, which most packages need.
 
 
 def to_tiles(x: Tensor, grid: Grid, tile: Triple, heads_first: bool = True) -> Tensor:
@@ -158,7 +158,7 @@ def permutes(grid: Grid, tile: Triple, heads_first: bool = True) -> dict[str, Ca
     return {"permutes": in_tiles(lambda q, k, v: q, grid, tile, heads_first)}
 
 
-# --- FlexAttention ---------------------------------------------------------------------------------------------------
+# FlexAttention.
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -243,7 +243,7 @@ def _block_mask(
     )  # fmt: skip
 
 
-# --- packages --------------------------------------------------------------------------------------------------------
+# Packages.
 
 
 def _first(result: Any) -> Tensor:

@@ -111,7 +111,7 @@ def test_sparse_masks_beside_dense_attention_on_a_cpu(benchmark: Any, report: re
     measure(benchmark, report, contenders, f"attention/sdpa/dense_fwd/{shape}", device, rounds=5)
 
 
-# --- on a GPU --------------------------------------------------------------------------------------------------------
+# On a GPU.
 
 LIMITS_TFLOPS = 807  # the bf16 8192^3 matrix product of the card on which limits in milliseconds were set
 BACKWARD_ROUNDS = 9

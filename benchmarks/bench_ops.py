@@ -215,7 +215,7 @@ def test_backward(
         touch(benchmark, lambda: backward(operation, 0), device)
 
 
-# ---- tuning
+# Tuning.
 
 
 class Tuned(NamedTuple):

@@ -267,7 +267,7 @@ def test_unpatchify(benchmark: Any, report: results.Report, device: str, name: s
     touch(benchmark, lambda: contenders[f"unpatchify/fwd/{name}"](0), device)
 
 
-# ---- tuning
+# Tuning.
 
 
 def tune(name: str, shape: Shape) -> None:

@@ -70,7 +70,7 @@ struct DqShape {
     __device__ static uint32_t full_q(uint32_t base, int group) { return base + 8 * (4 * STAGES + group); }
 };
 
-// --- the producer -----------------------------------------------------------------------------------------------------
+// The producer.
 
 template <typename S>
 struct BoxLoader {
@@ -136,7 +136,7 @@ __device__ __forceinline__ void produce_rows(const DqParameters& p, uint32_t sha
     }
 }
 
-// --- the consumers ----------------------------------------------------------------------------------------------------
+// The consumers.
 
 __device__ __forceinline__ uint32_t store_barrier(int group) { return 1 + group; }
 

@@ -24,7 +24,7 @@
 
 namespace stattn::attention_bwd {
 
-// --- the producer -----------------------------------------------------------------------------------------------------
+// The producer.
 
 // Writes down what the consumers need to know of a box.
 template <typename S>
@@ -152,7 +152,7 @@ __device__ __forceinline__ void add_in_order(const KvParameters& p, uint32_t sha
     }
 }
 
-// --- the consumers ----------------------------------------------------------------------------------------------------
+// The consumers.
 
 template <typename S>
 __device__ __forceinline__ void consume(const KvParameters& p, uint32_t shared, uint32_t barriers) {

@@ -20,7 +20,7 @@
 
 namespace stattn::attention_fwd {
 
-// --- the producer -----------------------------------------------------------------------------------------------------
+// The producer.
 
 // The place of box `number` of a line of `boxes`: a last box that is not whole comes first, so that only the first one
 // has keys to be masked.
@@ -119,7 +119,7 @@ __device__ __forceinline__ void produce_queries(const Parameters& p, uint32_t sh
     }
 }
 
-// --- the consumers ----------------------------------------------------------------------------------------------------
+// The consumers.
 
 // S = Q K^T, not waited for. Operands are given for their first 16 columns.
 template <typename S>

@@ -87,7 +87,7 @@ __device__ __forceinline__ Work work_of(const ListParameters& l) {
     return work;
 }
 
-// --- the producer -----------------------------------------------------------------------------------------------------
+// The producer.
 
 // Blocks that begin together walk through the keys together, and then find them in the L2 cache. They drift apart from
 // wave to wave, so a block begins when most of the wave before its own have asked for their last box; but it does not wait
@@ -177,7 +177,7 @@ __device__ __forceinline__ void produce_slabs(const ListParameters& l, uint32_t 
     }
 }
 
-// --- the consumers ----------------------------------------------------------------------------------------------------
+// The consumers.
 
 // Notes where the rows of all slabs lie, for masks.
 template <typename S>

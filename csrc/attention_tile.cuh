@@ -142,7 +142,7 @@ __device__ __forceinline__ int64_t token_of(const Parameters& p, const Tile& til
     return real ? p.q_first + (t * p.q_shape[1] + h) * p.q_shape[2] + w : -1;
 }
 
-// --- masks of a plan --------------------------------------------------------------------------------------------------
+// Masks of a plan.
 
 // The masks of a box for a thread's two rows: bit n of a row stands for key n.
 template <typename S>

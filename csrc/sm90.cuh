@@ -15,7 +15,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// --- mbarrier: a phase ends when `count` arrivals and all announced bytes are in --------------------------------------
+// mbarrier: a phase ends when `count` arrivals and all announced bytes are in.
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -48,7 +48,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
     } while (!done);
 }
 
-// --- named barriers ---------------------------------------------------------------------------------------------------
+// Named barriers.
 
 __device__ __forceinline__ void named_sync(uint32_t id, uint32_t threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -69,7 +69,7 @@ __device__ __forceinline__ void named_arrive(uint32_t id, uint32_t threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// --- registers --------------------------------------------------------------------------------------------------------
+// Registers.
 
 template <int COUNT>
 __device__ __forceinline__ void registers_grow() {
@@ -81,7 +81,7 @@ __device__ __forceinline__ void registers_shrink() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// --- tensor copies ----------------------------------------------------------------------------------------------------
+// Tensor copies.
 
 // How long a line should stay in the L2 cache: the operands that createpolicy would compute.
 constexpr uint64_t EVICT_FIRST = 0x12F0000000000000ull;
@@ -169,7 +169,7 @@ __device__ __forceinline__ void store_release(int* to, int value) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 
-// --- matrix products --------------------------------------------------------------------------------------------------
+// Matrix products.
 
 // Describes an operand in shared memory: rows of 128 bytes, swizzled in groups of eight rows (1,024 bytes), as a tensor
 // copy with a box of 128-byte rows leaves them. chunk: the bytes between chunks of 64 columns; matters N-major only.
@@ -204,7 +204,7 @@ __device__ __forceinline__ void pin(float (&c)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
 
-// --- elements ---------------------------------------------------------------------------------------------------------
+// Elements.
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# ---- launchers' parts
+# Launchers' parts.
 
 
 def power_of_two(size: int) -> int:
@@ -102,7 +102,7 @@ PLAIN = ["M", "tokens", "grid_h", "grid_w", "size_t", "size_h", "size_w"]
 PLAIN += ["stride_b", "stride_c", "stride_t", "stride_h", "stride_w"]
 
 
-# ---- kernels' parts
+# Kernels' parts.
 
 
 @triton.jit

@@ -28,7 +28,7 @@ ABSENT, GROUP, TOKEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 IN_FLIGHT = 96 << 10
 
 
-# ---- kernels' parts
+# Kernels' parts.
 
 
 @triton.jit
@@ -313,7 +313,7 @@ def modulated_backward(
     return plain, factored, unit_sum, before
 
 
-# ---- launchers' parts
+# Launchers' parts.
 
 
 class Vector(NamedTuple):

@@ -78,7 +78,7 @@ def programs_for(groups: int, tiles: int, at_once: int) -> int:
     return min(range(1, min(tiles, max(1, 4 * at_once // groups)) + 1), key=time)
 
 
-# ---- kernels
+# Kernels.
 
 
 @triton.jit
@@ -217,7 +217,7 @@ def finish_sums(
             _store_row(dbias, task, value, cols, C)
 
 
-# ---- launchers
+# Launchers.
 
 
 def sums_by_columns(

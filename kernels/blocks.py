@@ -41,7 +41,7 @@ class Config:
 CONFIGS = (Config(), Config(list_entries=512, key_tiles=32))
 
 
-# --- joining a mask --------------------------------------------------------------------------------------------------
+# Joining a mask.
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -121,7 +121,7 @@ def join(
             )  # fmt: skip
 
 
-# --- transposition ---------------------------------------------------------------------------------------------------
+# Transposition.
 
 
 @triton.jit
@@ -228,7 +228,7 @@ def transpose(
     return offset, item, flags
 
 
-# --- what launchers compile ------------------------------------------------------------------------------------------
+# What launchers compile.
 
 
 def specializations() -> Iterator[Specialization]:

@@ -55,7 +55,7 @@ MOST_PARTIALS = 256
 MOST_CHANNELS = 16  # of a tile of tokens
 
 
-# --- the step --------------------------------------------------------------------------------------------------------
+# The step.
 
 
 @triton.jit
@@ -300,7 +300,7 @@ def denoise_advance(
     tl.store(target_ptr + at, p.to(target_ptr.dtype.element_ty), mask=mask)
 
 
-# --- launchers -------------------------------------------------------------------------------------------------------
+# Launchers.
 
 
 def _strides(x: Tensor | None, size: torch.Size) -> tuple[int | None, ...]:
@@ -405,7 +405,7 @@ def advance(
     return following, target
 
 
-# --- compiled ahead of time ------------------------------------------------------------------------------------------
+# Compiled ahead of time.
 
 TENSORS = ("sample", "output", "uncond", "past", "older", "oldest", "noise", "known", "generated")
 

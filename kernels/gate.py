@@ -61,7 +61,7 @@ CONFIGS = (
 )
 
 
-# ---- kernels
+# Kernels.
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def gate_residual_backward(
         tl.store(sums + program.to(tl.int64) * C + flat, tl.sum(total, 0), mask=flat < C)
 
 
-# ---- launchers
+# Launchers.
 
 
 class Block(NamedTuple):

@@ -88,7 +88,7 @@ FEW_ELEMENTS = 12
 MAX_FUSED_CHANNELS = 6144
 
 
-# ---- kernels
+# Kernels.
 
 
 @triton.jit(do_not_specialize=["tokens", "groups", "rows"])
@@ -209,7 +209,7 @@ def gate_residual_modulate_backward(
     store_sums(sums, gate_sum, GATED, SLOTS, C, CHUNK)
 
 
-# ---- launchers
+# Launchers.
 
 
 def forward(

@@ -100,7 +100,7 @@ BACKWARD_CONFIGS = (
 MAX_FUSED_CHANNELS = 8192
 
 
-# ---- kernels
+# Kernels.
 
 
 @triton.jit(do_not_specialize=["tokens", "groups", "rows", "programs"])
@@ -187,7 +187,7 @@ def modulate_backward(
     store_sums(sums, unit_sum, UNIT, SLOTS, C, CHUNK)
 
 
-# ---- launchers
+# Launchers.
 
 
 def forward(

@@ -51,7 +51,7 @@ MAX_FEATURES = 256
 VECTOR_FEATURES, VECTOR_CHANNELS = 8, 512
 
 
-# ---- kernels
+# Kernels.
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def modulate_linear(
     tl.store(at, result.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
-# ---- launchers
+# Launchers.
 
 
 def forward(

@@ -33,7 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from stattn.kernels._compile import Specialization
 from stattn.kernels._patches import PLAIN, Geometry, check_count, on, patch_steps, place, power_of_two, read_patches
 
-# ---- launch parameters
+# Launch parameters.
 
 
 class Config(NamedTuple):
@@ -112,7 +112,7 @@ def finish_tokens(acc, out, gBias, gPos, m, valid, e, first, e0, tokens, E: tl.c
         tl.store(where, acc.to(out.dtype.element_ty), mask=mask)
 
 
-# ---- forward
+# Forward.
 
 
 @triton.jit
@@ -370,7 +370,7 @@ def _takes_boxes(out: Tensor) -> bool:
     return wide and (not out.is_cuda or torch.cuda.get_device_capability(out.device) >= (9, 0))
 
 
-# ---- what is compiled
+# What is compiled.
 
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}

@@ -38,7 +38,7 @@ from stattn.kernels._patches import (
 )
 from stattn.kernels.patchify import POINTERS, cases, span_of
 
-# ---- launch parameters
+# Launch parameters.
 
 
 class Config(NamedTuple):
@@ -82,7 +82,7 @@ def kernel_for(kind: str, taps: int, dtype: torch.dtype) -> str:
     return kind + ("-float32" if dtype.itemsize == 4 else "" if taps <= 64 else "-wide")
 
 
-# ---- kernels
+# Kernels.
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -273,7 +273,7 @@ def sum_parts(gParts, gOut, parts, columns, part_stride, row_stride, BLOCK: tl.c
     tl.store(gOut + row * columns + column, acc.to(gOut.dtype.element_ty), mask=column < columns)
 
 
-# ---- launchers
+# Launchers.
 
 
 def _constants(geometry: Geometry, features: int, dtype: torch.dtype, config: Config) -> dict[str, Any]:
@@ -386,7 +386,7 @@ def _sum(parts: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
     return out
 
 
-# ---- what is compiled
+# What is compiled.
 
 
 def specializations() -> Iterator[Specialization]:

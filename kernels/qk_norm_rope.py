@@ -43,7 +43,7 @@ CONFIGS = (Config(64, 1), Config(32, 1), Config(64, 4), Config(32, 4))
 MOST_WARPS = 16
 
 
-# --- kernels ---------------------------------------------------------------------------------------------------------
+# Kernels.
 
 
 @triton.jit
@@ -273,7 +273,7 @@ def qk_norm_rope_forward(
         )  # fmt: skip
 
 
-# --- launchers -------------------------------------------------------------------------------------------------------
+# Launchers.
 
 class Angles(NamedTuple):
     """Axis tables [2, extent, pairs] of cosines and sines, and the number of global tokens before the video."""
@@ -378,7 +378,7 @@ def forward(
         )  # fmt: skip
 
 
-# --- compiled ahead of time ------------------------------------------------------------------------------------------
+# Compiled ahead of time.
 
 
 # q heads, k heads, head dim, pairs, across heads, interleaved, type

@@ -62,7 +62,7 @@ SMS, REGISTERS = 132, 65536  # of an H200
 IN_FLIGHT = 96 << 10
 
 
-# --- kernels ---------------------------------------------------------------------------------------------------------
+# Kernels.
 
 
 @triton.jit
@@ -226,7 +226,7 @@ def qk_norm_rope_weight_gradient(
             add_partials(k_partial, k_out, first - q_columns, k_programs, k_length, ROWS, COLUMNS)
 
 
-# --- launchers -------------------------------------------------------------------------------------------------------
+# Launchers.
 
 PARTIAL_TILE = {"ROWS": 64, "COLUMNS": 32}
 
@@ -315,7 +315,7 @@ def _backward_of(
     return dx, dweight, partial
 
 
-# --- compiled ahead of time ------------------------------------------------------------------------------------------
+# Compiled ahead of time.
 
 
 def specializations() -> Iterator[Specialization]:

@@ -125,7 +125,7 @@ def qk_norm_rope_tile(
         store_pairs(at, a, b, tiles * DIM, 1, j * CHUNK, HEADS, DIM, HALF, CHUNK, INTERLEAVED)
 
 
-# --- launchers -------------------------------------------------------------------------------------------------------
+# Launchers.
 
 
 def forward_with_means(

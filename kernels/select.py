@@ -69,7 +69,7 @@ CONFIGS = (
 )
 
 
-# --- selection -------------------------------------------------------------------------------------------------------
+# Selection.
 
 
 @triton.jit
@@ -271,7 +271,7 @@ def means(x: torch.Tensor, shape: Triple, tile: Triple, config: Config) -> torch
     return found
 
 
-# --- what launchers compile ------------------------------------------------------------------------------------------
+# What launchers compile.
 
 
 def specializations() -> Iterator[Specialization]:

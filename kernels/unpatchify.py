@@ -149,7 +149,7 @@ def unpatchify_backward(
     tl.store(gTokens + target, values.permute(1, 2, 0), mask=written)
 
 
-# ---- launchers
+# Launchers.
 
 
 def _constants(geometry: Geometry, values: int) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def backward(video: Tensor, rows: int, before: int, patch: tuple[int, int, int],
     return tokens
 
 
-# ---- what is compiled
+# What is compiled.
 
 _CASES = (
     ("wan", (1, 16, 21, 90, 160), (1, 2, 2), torch.bfloat16),

@@ -136,7 +136,7 @@ def sharing(model: DiT, **settings: Any) -> DiT:
     return twin.eval().requires_grad_(False)
 
 
-# --- contenders ------------------------------------------------------------------------------------------------------
+# Contenders.
 
 
 @dataclass
@@ -272,7 +272,7 @@ class _FlexAttention(nn.Module):
         return own.to_out[0](out.transpose(1, 2).flatten(2))
 
 
-# --- what is right ---------------------------------------------------------------------------------------------------
+# What is right.
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

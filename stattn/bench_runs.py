@@ -76,7 +76,7 @@ def decibels(error: float) -> float:
     return min(-20 * math.log10(max(error, 1e-12)), 240.0) if error < 1 else 0.0
 
 
-# --- one denoising step ----------------------------------------------------------------------------------------------
+# One denoising step.
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def attention_inputs(shape: ModelShape, device: str, dtype: torch.dtype) -> tupl
     return q, k, v
 
 
-# --- attention alone -------------------------------------------------------------------------------------------------
+# Attention alone.
 
 
 def measure_attention(
@@ -224,7 +224,7 @@ def check_attention(made: Contender, shape: ModelShape, qkv: tuple[Tensor, Tenso
         raise WrongResult(f"{made.name}: relative error {error:.2e} of sampled rows of attention")
 
 
-# --- the operations around it ----------------------------------------------------------------------------------------
+# The operations around it.
 
 
 def measure_ops(report: results.Report, shape: ModelShape, device: str, *, rounds: int = 20) -> None:
@@ -344,7 +344,7 @@ def _operations(shape: ModelShape, device: str) -> dict[str, Operation]:
     }  # fmt: skip
 
 
-# --- a whole sample --------------------------------------------------------------------------------------------------
+# A whole sample.
 
 
 def measure_sampler(

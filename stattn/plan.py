@@ -400,7 +400,7 @@ def _paint(
     return table[0]
 
 
-# --- what kernels read -----------------------------------------------------------------------------------------------
+# What kernels read.
 
 
 def encode(walks: Sequence[Walk], heads: Sequence[int]) -> np.ndarray:

@@ -177,7 +177,7 @@ def action_entries(sources: Sequence[Source]) -> tuple[list[dict[str, Any]], lis
     return smaller, bigger
 
 
-# ---- what a row reaches of the machine
+# What a row reaches of the machine.
 
 
 def rates(rows: Sequence[Row]) -> tuple[list[tuple[Row, float, str]], list[tuple[Row, float, str]]]:
@@ -260,7 +260,7 @@ def series(rows: Sequence[Row]) -> dict[str, list[tuple[int, Row]]]:
     }
 
 
-# ---- roofline, breakdown, error
+# Roofline, breakdown, error.
 
 
 @dataclass(frozen=True)

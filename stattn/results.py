@@ -110,7 +110,7 @@ def _percentile(samples: tuple[float, ...], p: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
-# ---- the file
+# The file.
 
 
 def validate(data: Any) -> Report:
@@ -248,7 +248,7 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-# ---- the machine
+# The machine.
 
 
 def new_report(command: str | None = None, device: str | torch.device | None = None, *, limits: bool = True) -> Report:
@@ -304,7 +304,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-# ---- timing
+# Timing.
 
 
 def _device(device: str | torch.device | None) -> torch.device:

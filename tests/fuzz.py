@@ -53,7 +53,7 @@ class Call:
         return f"{self.grid} {self.mask} {self.q.dtype} {shapes} {self.options}"
 
 
-# --- drawing calls ---------------------------------------------------------------------------------------------------
+# Drawing calls.
 
 
 def random_mask(rng: random.Random, shape: Triple, depth: int = 0) -> Mask:
@@ -252,7 +252,7 @@ def tokens_of(grid: Grid, region: Region | None, frames: list[int] | None, with_
     return torch.cat([around[0], video.reshape(-1), around[1]])
 
 
-# --- checking them ---------------------------------------------------------------------------------------------------
+# Checking them.
 
 
 NAMES = ("out", "lse", "dq", "dk", "dv")

@@ -160,7 +160,7 @@ DEFINITIONS: dict[str, Callable[..., Definition]] = {
 }
 
 
-# --- what the tests look at ------------------------------------------------------------------------------------------
+# What the tests look at.
 
 RAGGED = (3, 5, 7)
 

@@ -359,7 +359,7 @@ def test_a_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
-# --- choice of implementation ----------------------------------------------------------------------------------------
+# Choice of implementation.
 
 
 def test_explain_says_who_serves_and_why_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,7 +421,7 @@ def test_every_reason_against_dense_attention_is_named() -> None:
         assert f"the call has {reason}" in stattn.explain(q, k, v, grid, **options)  # type: ignore[arg-type]
 
 
-# --- torch.library, compile ------------------------------------------------------------------------------------------
+# torch.library, compile.
 
 
 def operator_arguments(grad: bool, impl: str, device: str, heads: int, dim: int, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -40,7 +40,7 @@ def planned_masks(shape: Triple) -> list[Mask]:
     return [mask for mask in examples if _cuda_plan.why_not(problem(shape, mask)) is None]
 
 
-# --- what is served ---------------------------------------------------------------------------------------------------
+# What is served.
 
 SERVED = AttentionCall("cuda", (9, 0), torch.bfloat16, 128, 4, 2, None, False, None, False)
 
@@ -134,7 +134,7 @@ def test_an_explicit_request_on_a_cpu_is_refused() -> None:
         stattn.attention(q, q, q, (2, 3, 4), impl="cuda")
 
 
-# --- plans ------------------------------------------------------------------------------------------------------------
+# Plans.
 
 
 def read_plan(
@@ -414,7 +414,7 @@ def test_sliding_tiles_that_boxes_divide_need_no_masks() -> None:
     assert pairs == 30 * 48 * 80 * 18 * 24 * 24
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
+# Results.
 
 
 def assert_right(

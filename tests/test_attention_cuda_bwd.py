@@ -15,7 +15,7 @@ from stattn.ops import _cuda_bwd, _cuda_bwd_lists, _cuda_bwd_plan, _cuda_tiles
 from stattn.ops._cuda_tiles import KERNELS
 from stattn.problem import Problem
 
-# --- plans ------------------------------------------------------------------------------------------------------------
+# Plans.
 
 
 def read_plan(given: Problem, heads: int, head_dim: int) -> list[np.ndarray]:
@@ -231,7 +231,7 @@ def test_statistics_are_padded_as_the_kernels_expect() -> None:
     assert _cuda_bwd.stats_rows([2, 3, 10, 3, 5, 1]) == 8 + 2 * 3 * 3 * 4 + 4
 
 
-# --- block lists ------------------------------------------------------------------------------------------------------
+# Block lists.
 
 LISTS: list[tuple[Triple, Triple, Triple]] = [
     ((5, 6, 7), (2, 3, 4), (3, 2, 4)),

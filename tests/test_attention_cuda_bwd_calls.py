@@ -36,7 +36,7 @@ hopper = pytest.mark.skipif(not HOPPER or not extension.LIBRARY.exists(), reason
 Covered = dict[str, int]
 WAYS = (True, False)  # of ``deterministic``
 
-# --- memory and layout: proof 9 to 12 --------------------------------------------------------------------------------
+# Memory and layout: proof 9 to 12.
 
 
 @gpu
@@ -181,7 +181,7 @@ def test_a_call_without_queries_has_gradients_of_zero() -> None:
     assert [len(x) for x in found] == [0] * 5
 
 
-# --- order, streams, graphs, compile: proof 16 to 19, 22 -------------------------------------------------------------
+# Order, streams, graphs, compile: proof 16 to 19, 22.
 
 
 @gpu

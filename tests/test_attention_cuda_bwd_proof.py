@@ -42,7 +42,7 @@ hopper = pytest.mark.skipif(not HOPPER or not extension.LIBRARY.exists(), reason
 Covered = dict[str, int]
 WAYS = (True, False)  # of ``deterministic``
 
-# --- masks bit by bit: proof -----------------------------------------------------------------------------------------
+# Masks bit by bit: proof.
 
 
 def video(case: Case) -> int:
@@ -160,7 +160,7 @@ def test_every_length_around_each_tile_is_seen_whole(dim: int) -> Covered:
     return covered
 
 
-# --- numbers: proof 1, 3, 5, 6 ---------------------------------------------------------------------------------------
+# Numbers: proof 1, 3, 5, 6.
 
 UNSERVED = {"frames", "frames of a region", "negative scale"}
 

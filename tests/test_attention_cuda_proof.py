@@ -69,7 +69,7 @@ def served(case: Case) -> bool:
     return "* cuda" in stattn.explain(rows, columns, columns, case.grid, found, **options)
 
 
-# --- masks ------------------------------------------------------------------------------------------------------------
+# Masks.
 
 
 @pytest.mark.parametrize("dim, number", EVERY)
@@ -126,7 +126,7 @@ def test_every_length_around_each_tile_is_seen_whole(dim: int) -> Covered:
     return covered | {"lengths": len(AROUND)}
 
 
-# --- production lengths: proof 3 --------------------------------------------------------------------------------------
+# Production lengths: proof 3.
 
 
 @pytest.mark.parametrize("shape, number", CASES, ids=lambda value: str(value).replace(" ", ""))
@@ -172,7 +172,7 @@ def test_a_long_forward_takes_the_memory_of_its_output_and_lse() -> Covered:
     return {"masks": len(LENGTHS[shape])}
 
 
-# --- numbers: proof 1, 2, 4, 6 ----------------------------------------------------------------------------------------
+# Numbers: proof 1, 2, 4, 6.
 
 
 def hold(name: str, case: Case, tensors: tuple[torch.Tensor, ...]) -> None:
@@ -250,7 +250,7 @@ def test_whole_numbers_are_summed_exactly() -> Covered:
     return {"dtypes": len(DTYPES)}
 
 
-# --- memory and layout: proof 5, 9, 12 --------------------------------------------------------------------------------
+# Memory and layout: proof 5, 9, 12.
 
 
 def test_nothing_outside_the_tensors_is_read_or_written() -> Covered:
@@ -303,7 +303,7 @@ def test_compute_sanitizer_finds_nothing_in_tiny_calls(tool: str) -> Covered:
     return {"calls": int(done.stdout.split(" calls")[0].split()[-1])}
 
 
-# --- order, streams, graphs: proof 16 to 19 ---------------------------------------------------------------------------
+# Order, streams, graphs: proof 16 to 19.
 
 
 def calls_of(grid: Grid, dim: int) -> list[tuple[object, dict[str, object]]]:

@@ -50,7 +50,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-# --- masks -----------------------------------------------------------------------------------------------------------
+# Masks.
 
 
 @pytest.mark.parametrize("name", CONSTRUCTORS)
@@ -118,7 +118,7 @@ def test_block_lists_are_walked_as_listed(tiles: pytest.MonkeyPatch) -> None:
     check_numbers(Case(Grid(2, 5, 4), listed(partial=False)))
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
+# Numbers.
 
 WINDOW, DILATED = masks.window(2, 3, 3), masks.window(1, 2, 2, dilation=(1, 2, 2))
 VALID = torch.tensor([True, False, True, True, False])
@@ -254,7 +254,7 @@ def test_whole_numbers_are_summed_exactly() -> None:
     assert torch.equal(out * 64, v.sum(1, keepdim=True).expand_as(v))
 
 
-# --- memory and layout -----------------------------------------------------------------------------------------------
+# Memory and layout.
 
 
 def gradients(
@@ -412,7 +412,7 @@ def test_an_empty_batch_returns_without_a_launch(monkeypatch: pytest.MonkeyPatch
         gradients(draw(1, GRID.tokens, 2, 16), None, torch.randn(1, 2, GRID.tokens), GRID, MASK)
 
 
-# --- order -----------------------------------------------------------------------------------------------------------
+# Order.
 
 
 def test_a_sample_depends_on_nothing_but_itself_bitwise() -> None:
@@ -436,7 +436,7 @@ def test_reruns_give_the_same_bits(plain: Plain) -> None:
     assert same(gradients(tensors, dout, dlse, GRID, mask, deterministic=True), first)
 
 
-# --- registration and choice -----------------------------------------------------------------------------------------
+# Registration and choice.
 
 
 def test_the_operations_pass_opcheck() -> None:

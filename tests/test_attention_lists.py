@@ -60,7 +60,7 @@ def on(lists: BlockList, device: str) -> BlockList:
     return BlockList(*shapes, lists.count.to(device), lists.index.to(device), partial, lists.mask)
 
 
-# --- what is planned --------------------------------------------------------------------------------------------------
+# What is planned.
 
 
 def walk(lists: BlockList) -> np.ndarray:
@@ -164,7 +164,7 @@ def test_too_many_tiles_and_too_large_tables_are_refused_by_name() -> None:
     assert (_cuda_lists.why_not(window) or "").startswith("partial tiles of mask window(")
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
+# Results.
 
 
 class TestOnHopper:

@@ -96,7 +96,7 @@ def video(case: Case) -> int:
     return len(case.rows()) * len(case.columns()) * case.heads
 
 
-# --- every mask by every config: proof's mask probes, 16 --------------------------------------------------------------
+# Every mask by every config: proof's mask probes, 16.
 
 
 def rounds() -> Iterator[tuple[str, int, tuple[int, ...]]]:
@@ -220,7 +220,7 @@ def test_every_config_of_runs_sees_what_is_made_of_runs_and_gives_the_same_bits_
     return covered | dict(made)
 
 
-# --- calls with more than a mask -------------------------------------------------------------------------------------
+# Calls with more than a mask.
 
 
 def option_cases(kind: str) -> Iterator[Case]:

@@ -51,7 +51,7 @@ def kernels_of(kind: str) -> Iterator[Mask]:
         assert served["served"] == served["calls"]
 
 
-# --- memory and layout: proof 5, 9 to 12 -----------------------------------------------------------------------------
+# Memory and layout: proof 5, 9 to 12.
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -154,7 +154,7 @@ def test_compute_sanitizer_finds_nothing_in_tiny_calls(tool: str) -> Covered:
     return {"calls": int(done.stdout.split(" calls")[0].split()[-1])}
 
 
-# --- order, streams, graphs, compile: proof 16 to 20 -----------------------------------------------------------------
+# Order, streams, graphs, compile: proof 16 to 20.
 
 
 def test_250_runs_beside_another_stream_give_the_same_bits() -> Covered:
@@ -271,7 +271,7 @@ def test_a_compiled_call_equals_an_eager_one_and_follows_the_grid() -> None:
     check_compiled("triton", DEVICE, "inductor", dim=64)
 
 
-# --- the fuzzer: proof 23 --------------------------------------------------------------------------------------------
+# The fuzzer: proof 23.
 
 SEEDS = 6
 

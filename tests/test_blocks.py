@@ -66,7 +66,7 @@ def allowed_by_hand(blocks: BlockList, batch: int, head: int) -> torch.Tensor:
     return table
 
 
-# --- construction ----------------------------------------------------------------------------------------------------
+# Construction.
 
 
 def test_a_block_list_counts_its_tiles_and_keeps_triples() -> None:
@@ -125,7 +125,7 @@ def test_tokens_lie_in_tiles_in_row_major_order(shape: Triple, tile: Triple) -> 
     assert tile_count(shape, tile) == owners.max() + 1
 
 
-# --- kinds and allowed -----------------------------------------------------------------------------------------------
+# Kinds and allowed.
 
 
 def some_lists(seed: int, mask: masks.Mask | None, shape: Triple = RAGGED) -> tuple[BlockList, torch.Tensor]:
@@ -222,7 +222,7 @@ def test_lists_in_another_order_allow_the_same() -> None:
     )
 
 
-# --- masks and lists -------------------------------------------------------------------------------------------------
+# Masks and lists.
 
 
 @pytest.mark.parametrize("q_tile, k_tile", TILES)
@@ -317,7 +317,7 @@ def test_a_mask_joins_lists_alike_in_plain_pytorch_and_by_triton(impl: str, devi
         join(blocks, mask, impl="cuda")
 
 
-# --- lists seen from the key tiles -----------------------------------------------------------------------------------
+# Lists seen from the key tiles.
 
 
 def random_entries(

@@ -111,7 +111,7 @@ def assert_same(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-# ---- right
+# Right.
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -202,7 +202,7 @@ def test_the_masks_may_broadcast_over_any_axes(device: str) -> None:
         assert_right(options | {"generated": mask})
 
 
-# ---- random numbers
+# Random numbers.
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -228,7 +228,7 @@ def test_a_step_draws_what_philox_normal_draws(device: str) -> None:
             assert_same(call(options, "triton"), call(given, "triton"))
 
 
-# ---- layout
+# Layout.
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -313,7 +313,7 @@ def test_empty_tensors_give_empty_results(device: str, size: tuple[int, ...]) ->
     assert philox_normal(size, 0, device=device, impl="triton").shape == x.shape
 
 
-# ---- errors
+# Errors.
 
 
 @pytest.mark.interpreter
@@ -336,7 +336,7 @@ def test_auto_takes_triton_for_cuda_tensors_only() -> None:
     assert DENOISE_STEP.choose("auto", served._replace(device="cpu")).name == "reference"
 
 
-# ---- gradients, determinism, graphs, compilation
+# Gradients, determinism, graphs, compilation.
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -33,7 +33,7 @@ def visited_by_hand(grid: Grid, mask: masks.Mask, tile: tuple[int, int, int]) ->
     return total
 
 
-# --- Grid and Region -------------------------------------------------------------------------------------------------
+# Grid and Region.
 
 
 def test_a_grid_counts_its_tokens() -> None:
@@ -111,7 +111,7 @@ def test_booleans_are_no_integers() -> None:
     assert not is_int(3.0)
 
 
-# --- tiles -----------------------------------------------------------------------------------------------------------
+# Tiles.
 
 
 @pytest.mark.parametrize("length, extent, step", [(10, 3, 1), (10, 3, 3), (7, 4, 2), (5, 8, 1), (3, 1, 5), (1, 1, 1)])

@@ -240,7 +240,7 @@ def test_the_causal_blocks_of_skyreels_are_part_of_the_mask():
             run(transformer, call)
 
 
-# --- beside what else diffusers does to a model ----------------------------------------------------------------------
+# Beside what else diffusers does to a model.
 
 
 @pytest.mark.parametrize("name", ["wan", "wan-i2v", "skyreels-v2", "ltx"])
@@ -461,7 +461,7 @@ def test_weights_and_names_are_not_touched(tiny):
         assert torch.equal(run(other, call), untouched)
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# Refusals.
 
 
 def test_models_and_processors_that_are_not_served_are_refused_by_name(tiny):

@@ -16,7 +16,7 @@ from stattn import masks
 from stattn.grid import Grid
 from stattn.masks import CONSTRUCTORS, EMPTY, FULL, PARTIAL, Mask
 
-# --- keys ------------------------------------------------------------------------------------------------------------
+# Keys.
 
 
 def test_every_key_builds_its_mask_again() -> None:
@@ -85,7 +85,7 @@ def test_a_key_that_is_no_string_is_refused() -> None:
         masks.parse(None)  # type: ignore[arg-type]
 
 
-# --- tables, tiles, density ------------------------------------------------------------------------------------------
+# Tables, tiles, density.
 
 
 def decoded(mask: Mask, shape: Triple) -> np.ndarray:
@@ -207,7 +207,7 @@ def test_a_mask_that_allows_nothing_has_empty_tiles_and_no_density() -> None:
     assert nothing.pack((4, 6, 8)).steps == ()
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
+# Errors.
 
 # Per constructor: arguments that work on (4, 6, 8), and changes that do not, with what the message must name.
 Options = dict[str, object]

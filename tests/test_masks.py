@@ -35,7 +35,7 @@ def expected_table(mask: Mask, shape: Triple) -> np.ndarray:
     return np.stack([sees(shape, at).reshape(-1) for at in places(shape, list(range(int(np.prod(shape)))))])
 
 
-# --- what masks allow ------------------------------------------------------------------------------------------------
+# What masks allow.
 
 
 def test_every_constructor_has_an_independent_definition() -> None:
@@ -180,7 +180,7 @@ def test_operators_are_those_of_sets_for_all_pairs_of_masks() -> None:
         assert torch.equal((a | b).allowed(shape), left | right), (a, b)  # type: ignore[union-attr]
 
 
-# --- global tokens ---------------------------------------------------------------------------------------------------
+# Global tokens.
 
 
 @pytest.mark.parametrize("before, after", [(3, 0), (0, 4), (2, 3)])
@@ -218,7 +218,7 @@ def test_some_queries_and_keys_are_a_part_of_all() -> None:
         assert torch.equal(mask.allowed(grid, q, k, globals_see="globals", valid=valid), whole[q][:, k])
 
 
-# --- unions ----------------------------------------------------------------------------------------------------------
+# Unions.
 
 
 @pytest.mark.parametrize("mask", COMBINED, ids=str)

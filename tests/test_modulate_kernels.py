@@ -170,7 +170,7 @@ def assert_no_worse(name: str, got: Tensor, eager: Tensor, exact: Tensor, terms:
     assert rms <= limit, f"{name}: RMS error {rms:.3g}, eager's {eager_rms:.3g}"
 
 
-# ---- right
+# Right.
 
 
 @pytest.mark.parametrize(("device", "dtype"), DTYPES)
@@ -300,7 +300,7 @@ def test_gradients_that_nobody_asks_for_are_not_computed(device):
             assert torch.equal(torch.autograd.grad(outs, one, douts[-len(outs) :])[0], want[f"d{name}"]), name
 
 
-# ---- memory and layout
+# Memory and layout.
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -435,7 +435,7 @@ def test_no_samples_or_tokens_give_empty_results_and_zero_gradients(device, batc
     assert not inputs.weight.isnan().any()
 
 
-# ---- fixed order
+# Fixed order.
 
 
 def test_programs_share_a_group_by_its_own_sizes_and_fill_the_gpu():
@@ -480,7 +480,7 @@ def test_250_runs_beside_another_stream_give_the_same_bits(operation):
         assert all(torch.equal(again[name], each) for name, each in first.items())
 
 
-# ---- torch.library, compile, streams, graphs
+# torch.library, compile, streams, graphs.
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -578,7 +578,7 @@ def test_a_graph_replays_with_new_inputs_and_holds_one_kernel_forward_and_two_ba
             assert all(torch.equal(captured[name], each) for name, each in want.items())
 
 
-# ---- choice and errors
+# Choice and errors.
 
 
 @pytest.mark.interpreter

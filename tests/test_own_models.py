@@ -81,7 +81,7 @@ def test_activation_checkpointing_repeats_the_forward_pass_bit_by_bit():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-# --- flops -----------------------------------------------------------------------------------------------------------
+# Flops.
 
 
 def counted(call):

@@ -69,7 +69,7 @@ def run(inputs: tuple[Tensor, ...], impl: str) -> tuple[Tensor, ...]:
     return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
 
-# ---- right
+# Right.
 
 
 @pytest.mark.parametrize(("device", "dtype"), DTYPES)
@@ -247,7 +247,7 @@ def test_bias_and_position_may_be_wider_than_the_video(device):
         torch.testing.assert_close(got, want)
 
 
-# ---- memory
+# Memory.
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -386,7 +386,7 @@ def test_empty_batches_and_videos_give_empty_results_and_zero_gradients(device):
     assert video.shape == (0, 3, 2, 4, 4)
 
 
-# ---- unpatchify
+# Unpatchify.
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -420,7 +420,7 @@ def test_the_gradient_of_unpatchify_is_its_transpose(device, nan_memory):
             assert torch.equal(*grads)
 
 
-# ---- torch.library, compile, streams, graphs
+# torch.library, compile, streams, graphs.
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -517,7 +517,7 @@ def test_the_second_device_runs_while_the_first_is_current():
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(run(inputs, "triton"), here, strict=True))
 
 
-# ---- choice and refusals
+# Choice and refusals.
 
 
 def test_auto_takes_the_kernels_on_a_gpu_and_the_reference_on_a_cpu():

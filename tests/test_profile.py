@@ -128,7 +128,7 @@ def test_the_module_runs_a_program_with_ranges_on(tmp_path):
         assert (done.returncode, done.stdout) == (0, "True\n")
 
 
-# ---- the command
+# The command.
 
 
 def _run(capsys, *arguments: str) -> tuple[int, str, str]:

@@ -143,7 +143,7 @@ def assert_same(left: tuple[Any, ...], right: tuple[Any, ...]) -> None:
         assert (a is None and b is None) or torch.equal(a, b), name
 
 
-# ---- right
+# Right.
 
 
 @pytest.mark.parametrize(("device", "dtype"), DTYPES)
@@ -212,7 +212,7 @@ def test_a_program_that_walks_on_to_the_next_sample_keeps_its_place(
     assert_right(problem(SMALL[name], torch.float32, device, batch=3))
 
 
-# ---- layout
+# Layout.
 
 
 def guarded(x: Tensor, front: int = 512) -> tuple[Tensor, Tensor]:
@@ -307,7 +307,7 @@ def test_only_the_gradients_that_are_needed_are_made(device: str) -> None:
         assert torch.equal(grad, full[2 + index])
 
 
-# ---- errors
+# Errors.
 
 
 @pytest.mark.interpreter
@@ -329,7 +329,7 @@ def test_auto_takes_triton_for_cuda_tensors_only() -> None:
     assert QK_NORM_ROPE.choose("auto", call._replace(device="cpu")).name == "reference"
 
 
-# ---- determinism, graphs, compilation
+# Determinism, graphs, compilation.
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -431,7 +431,7 @@ def test_other_streams_and_devices_give_the_same_bits() -> None:
         assert_same(tuple(x.to("cuda:0") for x in Inputs(*there, options).run("triton")), expected)
 
 
-# ---- sizes
+# Sizes.
 
 
 @pytest.mark.gpu

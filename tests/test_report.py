@@ -63,7 +63,7 @@ def _names(reports=(ATTENTION, OPS)) -> list[str]:
     return [result.name for each in reports for result in each.results]
 
 
-# ---- report
+# Report.
 
 
 @pytest.mark.smoke
@@ -253,7 +253,7 @@ def test_steps_are_broken_down_and_errors_set_against_densities(tmp_path, capsys
     assert alts == ["step: what a step&#x27;s time goes to", "step: error against density"]
 
 
-# ---- compare
+# Compare.
 
 
 def _compare(tmp_path: Path, capsys, old: Report, new: Report, *options: object) -> tuple[int, dict[str, str], str]:
@@ -369,7 +369,7 @@ def test_committed_results_are_reported_and_equal_to_themselves(capsys):
     assert _run(capsys, "compare", committed, committed)[0] == 0
 
 
-# ---- where they are used
+# Where they are used.
 
 
 def test_command_lines_in_workflows_and_the_readme_are_valid():

@@ -42,7 +42,7 @@ def _gaussian(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     return (0.3 + (1 - s) * 0.25 / variance * (x.double() - (1 - s) * 0.3)).to(x.dtype)
 
 
-# ---- schedules
+# Schedules.
 
 
 def test_flow_matching_levels_run_from_noise_to_data_and_the_shift_moves_them_towards_noise():
@@ -83,7 +83,7 @@ def test_signals_equal_those_of_diffusers(betas, zero_snr):
     torch.testing.assert_close(torch.from_numpy(ours).float(), theirs.alphas_cumprod, rtol=2e-4, atol=2e-7)
 
 
-# ---- exactness and order
+# Exactness and order.
 
 
 # The noise does not determine the video where there is nothing but noise, so that it has schedules of its own.
@@ -141,7 +141,7 @@ def test_order_two_weights_sum_to_order_one_weights_and_fall_back_at_the_ends():
         assert (len(second), second[2:] in ((), (0.0,))) == (2 if step == 0 else 3, step in (0, 1, 4))
 
 
-# ---- against diffusers
+# Against diffusers.
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -255,7 +255,7 @@ def test_corrected_steps_equal_those_of_diffusers_unipc(shift):
     assert (plain - x).abs().max() > 1e-3
 
 
-# ---- guidance and text
+# Guidance and text.
 
 
 class Reader:
@@ -385,7 +385,7 @@ def test_a_dit_encodes_its_text_once_and_is_asked_for_tokens(kind):
     assert (len(calls), asked) == (1, [True] * 3)
 
 
-# ---- masks
+# Masks.
 
 
 def test_dense_layers_are_for_the_model_to_make():
@@ -406,7 +406,7 @@ def test_the_first_steps_are_dense_and_a_function_chooses_per_step():
     assert [call.get("mask") for call in model.calls] == [None, window, None, window]
 
 
-# ---- known regions
+# Known regions.
 
 
 def _hole() -> torch.Tensor:
@@ -486,7 +486,7 @@ def test_a_soft_edge_blends():
     torch.testing.assert_close(out, torch.full(SHAPE, 0.75))
 
 
-# ---- randomness
+# Randomness.
 
 
 def _pointwise(x, t):
@@ -533,7 +533,7 @@ def test_the_callback_sees_every_step_and_the_predicted_video():
     assert all(torch.equal(each[2], clean) for each in seen)
 
 
-# ---- errors
+# Errors.
 
 
 @pytest.mark.parametrize(

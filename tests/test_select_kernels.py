@@ -221,7 +221,7 @@ def test_selection_is_an_operator_that_compiles(impl: str, device: str) -> None:
         assert torch.equal(eager, other)
 
 
-# --- real sizes ------------------------------------------------------------------------------------------------------
+# Real sizes.
 
 VIDEO = Grid(30, 48, 80, 0, 256)
 

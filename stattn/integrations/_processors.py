@@ -295,7 +295,7 @@ class CosmosProcessor(Processor):
         return _out(attn, self.layer.attend(q, k, v).flatten(2).type_as(q))
 
 
-# --- the model's own code, with another dispatcher -------------------------------------------------------------------
+# The model's own code, with another dispatcher.
 
 
 class _View:

@@ -253,7 +253,7 @@ def _check_version() -> None:
         raise RuntimeError(f"diffusers {diffusers.__version__} is older than 0.42, for which the adapters are written")
 
 
-# --- context parallelism ---------------------------------------------------------------------------------------------
+# Context parallelism.
 
 
 class Ulysses:

@@ -156,7 +156,7 @@ class Mask:
         return draw_mask(self, as_grid(grid), query)
 
 
-# --- named masks -----------------------------------------------------------------------------------------------------
+# Named masks.
 
 
 class Constructor(NamedTuple):

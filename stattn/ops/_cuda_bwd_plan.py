@@ -101,7 +101,7 @@ def on_device(
     return number, integers, torch.from_numpy(array).to(device)
 
 
-# --- the plan's array -------------------------------------------------------------------------------------------------
+# The plan's array.
 
 
 class Encoded(NamedTuple):

@@ -154,7 +154,7 @@ def _geometry(
     return q_box, k_box, products
 
 
-# --- the plan's array -------------------------------------------------------------------------------------------------
+# The plan's array.
 
 
 class Encoded(NamedTuple):

@@ -17,7 +17,7 @@ HALF = (torch.bfloat16, torch.float16)
 UNORDERED = "its backward adds up in no fixed order, and deterministic=True asks for one"
 
 
-# --- PyTorch ---------------------------------------------------------------------------------------------------------
+# PyTorch.
 
 
 def sdpa_why_not(call: Any) -> str | None:
@@ -163,7 +163,7 @@ def _sdpa_backward(
     return tuple(grad.transpose(1, 2) for grad in grads)
 
 
-# --- flash-attn ------------------------------------------------------------------------------------------------------
+# flash-attn.
 
 
 @lru_cache(maxsize=1)

@@ -257,7 +257,7 @@ def explain(
     return "\n".join(lines)
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------
+# torch.library.
 
 _STATIC = "SymInt[] grid, str mask, SymInt[] boxes, bool q_globals, str globals_see, float scale, int[] tiles"
 _EXTRAS = "Tensor? k_frames, Tensor? valid, Tensor? count, Tensor? index, Tensor? partial"

@@ -301,7 +301,7 @@ def _check_known(
     return alpha, sigma
 
 
-# --- choice of implementation ----------------------------------------------------------------------------------------
+# Choice of implementation.
 
 
 def _reference_why_not(call: DenoiseCall | NormalCall) -> str | None:
@@ -361,7 +361,7 @@ PHILOX_NORMAL = Operation(
 )
 
 
-# --- torch.library: the Triton kernels; the reference is differentiable PyTorch, called directly ----------------------
+# torch.library: the Triton kernels; the reference is differentiable PyTorch, called directly.
 
 _LIBRARY = torch.library.Library("stattn", "FRAGMENT")
 _TENSORS = (

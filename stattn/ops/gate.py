@@ -113,7 +113,7 @@ def _check_residual(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------
+# torch.library.
 
 _VECTORS = "Tensor? gate, Tensor? scale, Tensor? shift, str norm, Tensor? weight, Tensor? bias"
 _LIBRARY = torch.library.Library("stattn", "FRAGMENT")

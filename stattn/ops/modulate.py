@@ -105,7 +105,7 @@ def dtypes_of(*tensors: Tensor | None) -> tuple[torch.dtype, ...]:
     return tuple(each.dtype for each in tensors if each is not None)
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------
+# torch.library.
 
 _ARGUMENTS = "Tensor x, Tensor? scale, Tensor? shift, str norm, Tensor? weight, Tensor? bias"
 _LIBRARY = torch.library.Library("stattn", "FRAGMENT")

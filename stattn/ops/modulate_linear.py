@@ -103,7 +103,7 @@ def modulate_linear(
     return chosen.run(x, scale, shift, norm, weight, bias, eps, matrix, matrix_bias)
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------
+# torch.library.
 
 _LIBRARY = torch.library.Library("stattn", "FRAGMENT")
 _LIBRARY.define(

@@ -153,7 +153,7 @@ def unpatchify3d(
     return UNPATCHIFY.choose(impl, call).run(tokens, grid.shape, grid.before, patch, channels, size)
 
 
-# --- torch.library: the Triton kernels; the reference is differentiable PyTorch, called directly ----------------------
+# torch.library: the Triton kernels; the reference is differentiable PyTorch, called directly.
 
 _LIBRARY = torch.library.Library("stattn", "FRAGMENT")
 _LIBRARY.define("patchify3d(Tensor x, Tensor weight, Tensor? bias, Tensor? pos) -> Tensor")

@@ -92,7 +92,7 @@ def qk_norm_rope_means(
     return q_out, k_out, chosen.run(*detached, rope, found, *rest, k_tile)[2]
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------
+# torch.library.
 
 _LIBRARY = torch.library.Library("stattn", "FRAGMENT")
 _LIBRARY.define(

@@ -189,7 +189,7 @@ def _check(
     return grid, video[0], video[1]
 
 
-# --- torch.library ---------------------------------------------------------------------------------------------------
+# torch.library.
 
 _LIBRARY = torch.library.Library("stattn", "FRAGMENT")
 _LIBRARY.define(

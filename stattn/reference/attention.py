@@ -95,7 +95,7 @@ def merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> tuple[torch.Ten
     return (torch.stack(outs).to(wide) * weights).sum(0).to(outs[0].dtype), lse
 
 
-# --- which rows see which keys ---------------------------------------------------------------------------------------
+# Which rows see which keys.
 
 
 def _jobs(q: torch.Tensor, k: torch.Tensor, problem: Problem, extras: Extras) -> Iterator[Job]:
@@ -306,7 +306,7 @@ def _operands(
     return take(q, job.batch, job.q, job.heads), kg, vg
 
 
-# --- the arithmetic --------------------------------------------------------------------------------------------------
+# The arithmetic.
 
 
 def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
