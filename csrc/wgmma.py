@@ -1,31 +1,21 @@
-"""Write csrc/wgmma.cuh: wgmma has one instruction per width, and inline PTX names every register.
+"""Write csrc/wgmma_<type>.cuh: wgmma has one instruction per width, and inline PTX names every register.
 
-    python csrc/wgmma.py > csrc/wgmma.cuh
+    for type in bf16 fp16; do python csrc/wgmma.py $type > csrc/wgmma_$type.cuh; done
 """
+
+import sys
 
 # Widths of S = Q K^T (rows of a key box) and of O = P V (the head dimension).
 SCORES = (64, 80, 96, 112, 128, 160, 176, 192)
 OUTPUTS = (64, 128)
 # Of products whose operands are both transposed: dQ = dS K from dS^T.
 TRANSPOSED = (64,)
-TYPES = {"__nv_bfloat16": "bf16", "__half": "f16"}
+TYPES = {"bf16": ("__nv_bfloat16", "bf16"), "fp16": ("__half", "f16")}  # of C++, and of PTX
 
-HEAD = """// Warpgroup matrix products m64nNk16 in fp32 from bf16 or fp16. Written by csrc/wgmma.py: edit that file.
-//
-// first: c = A B, next: c += A B. A lies in shared memory (a descriptor) or in registers (four per thread), B in shared
-// memory: K-major beside an A in shared memory, N-major (transposed) beside an A in registers. _transposed: A lies
-// M-major in shared memory, B N-major. All are asynchronous.
+HEAD = """// The matrix products of csrc/wgmma.cuh from {}. Written by csrc/wgmma.py: edit that file.
 #pragma once
 
-#include <cstdint>
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-namespace stattn::sm90 {
-
-template <typename Element, int N>
-struct Wgmma;
+namespace stattn::sm90 {{
 """
 
 
@@ -63,21 +53,21 @@ def function(width: int, kind: str, a_in_registers: bool, first: bool, transpose
 """
 
 
-def main() -> None:
-    print(HEAD)
-    for element, kind in TYPES.items():
-        for width in sorted({*SCORES, *OUTPUTS, *TRANSPOSED}):
-            print(f"template <>\nstruct Wgmma<{element}, {width}> {{")
-            parts = []
-            if width in SCORES:
-                parts += [function(width, kind, False, first) for first in (True, False)]
-            if width in OUTPUTS:
-                parts += [function(width, kind, True, first) for first in (False,)]
-            if width in TRANSPOSED:
-                parts += [function(width, kind, False, first, transposed=True) for first in (True, False)]
-            print("\n".join(parts) + "};\n")
+def main(name: str) -> None:
+    element, kind = TYPES[name]
+    print(HEAD.format(name))
+    for width in sorted({*SCORES, *OUTPUTS, *TRANSPOSED}):
+        print(f"template <>\nstruct Wgmma<{element}, {width}> {{")
+        parts = []
+        if width in SCORES:
+            parts += [function(width, kind, False, first) for first in (True, False)]
+        if width in OUTPUTS:
+            parts += [function(width, kind, True, first) for first in (False,)]
+        if width in TRANSPOSED:
+            parts += [function(width, kind, False, first, transposed=True) for first in (True, False)]
+        print("\n".join(parts) + "};\n")
     print("}  // namespace stattn::sm90")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
