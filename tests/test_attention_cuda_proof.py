@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ from stattn import extension, masks
 from stattn.blocks import lower
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import CONSTRUCTORS, Mask
-from stattn.ops import _cuda, _cuda_plan, _cuda_tiles
+from stattn.ops import _attention_memo, _cuda, _cuda_plan, _cuda_tiles
 from stattn.ops._cuda_tiles import Config
 
 pytestmark = [
@@ -42,14 +44,23 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 EVERY = [(dim, config.number) for dim, configs in _cuda_tiles.CONFIGS.items() for config in configs]
 
 
-def use(patch: pytest.MonkeyPatch, dim: int, number: int) -> None:
-    """Let plans of a head dimension use one config alone."""
+@contextmanager
+def config_alone(dim: int, number: int) -> Iterator[None]:
+    """Let plans of a head dimension use one config alone: no plan and no warm call is kept from before, nor for later."""
+
+    def forget() -> None:
+        _attention_memo.clear()
+        for cached in (_cuda_plan.layout, _cuda_plan.on_device, _cuda._launch):
+            cached.cache_clear()
+
     kernel = _cuda_tiles.KERNELS["forward"]
     config = next(each for each in kernel.configs[dim] if each.number == number)
     only: dict[int, tuple[Config, ...]] = {dim: (config,)}
-    patch.setitem(_cuda_tiles.KERNELS, "forward", kernel._replace(configs=only))
-    for cached in (_cuda_plan.layout, _cuda_plan.on_device, _cuda._launch):
-        cached.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_cuda_tiles.KERNELS, "forward", kernel._replace(configs=only))
+        forget()
+        yield
+    forget()
 
 
 def served(case: Case) -> bool:
@@ -78,8 +89,7 @@ def test_every_constructor_is_seen_as_it_is_on_awkward_grids_by_every_config(
     name: str, dim: int, number: int
 ) -> Covered:
     covered = Counter[str]()
-    with pytest.MonkeyPatch.context() as patch:
-        use(patch, dim, number)
+    with config_alone(dim, number):
         for turn, shape in enumerate([*GRIDS, *BIG_GRIDS]):
             tokens, examples = Grid(*shape).video, CONSTRUCTORS[name].examples(shape)
             for place, mask in enumerate(examples):
