@@ -445,21 +445,21 @@ BUGS = (
         "stattn/ops/_cuda_plan.py",
         "(rule.lo[row] <= first).all() and (rule.hi[row] >= end).all()",
         "rule.lo[row][0] <= first and rule.hi[row][0] >= end",
-        ("tests/test_attention_cuda.py::test_queries_that_see_every_key_of_a_region_are_planned_and_run_as_dense",),
+        ("tests/test_attention_cuda_plan.py::test_queries_that_see_every_key_of_a_region_are_planned_and_run_as_dense",),
     ),
     Bug(
         "cuda-boxes-partly-seen-go-without-masks",
         "stattn/ops/_cuda_tiles.py",
         "np.maximum(visits.whole_to // extent, whole_from))\n",
         "np.maximum(-(-visits.whole_to // extent), whole_from))\n",
-        ("tests/test_attention_cuda.py::test_a_plan_visits_each_allowed_pair_once_and_no_other[64-shape2]",),
+        ("tests/test_attention_cuda_plan.py::test_a_plan_visits_each_allowed_pair_once_and_no_other[64-shape2]",),
     ),
     Bug(
         "cuda-unions-count-what-two-parts-allow-twice",
-        "stattn/ops/_cuda_plan.py",
+        "stattn/ops/_cuda_mask_table.py",
         "seen if first == 0 else ~seen\n",
         "seen if first == 0 else np.int32(-1)\n",
-        ("tests/test_attention_cuda.py::test_a_pair_that_several_parts_of_a_union_allow_is_visited_once[shape0]",),
+        ("tests/test_attention_cuda_plan.py::test_a_pair_that_several_parts_of_a_union_allow_is_visited_once[shape0]",),
     ),
     Bug(
         "cuda-lists-see-the-next-key",
@@ -508,7 +508,7 @@ BUGS = (
         "stattn/ops/_cuda_tiles.py",
         "return [*pieces, boxes - sum(pieces)]\n",
         "return [*pieces, boxes - sum(pieces) - 1]\n",
-        ("tests/test_attention_cuda.py::test_pieces_of_lists_cover_them_and_get_shorter",),
+        ("tests/test_attention_cuda_plan.py::test_pieces_of_lists_cover_them_and_get_shorter",),
     ),
 )
 

@@ -14,9 +14,11 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ from test_attention_proof_numbers import CASES, LENGTHS, Seen
 
 import stattn
 from stattn import extension, masks
-from stattn.blocks import lower
+from stattn.blocks import BlockList, lower
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import CONSTRUCTORS, Mask
 from stattn.ops import _attention_memo, _cuda, _cuda_plan, _cuda_tiles
@@ -46,7 +48,7 @@ EVERY = [(dim, config.number) for dim, configs in _cuda_tiles.CONFIGS.items() fo
 
 @contextmanager
 def config_alone(dim: int, number: int) -> Iterator[None]:
-    """Let plans of a head dimension use one config alone: no plan and no warm call is kept from before, nor for later."""
+    """Let plans of a head dimension use one config alone, and forget the plans and warm calls of before, then these."""
 
     def forget() -> None:
         _attention_memo.clear()
@@ -345,6 +347,22 @@ def test_250_runs_beside_another_stream_give_the_same_bits_whatever_the_batch(di
     return {"calls": len(found), "reruns": 250 * len(found)}
 
 
+@pytest.mark.parametrize("dim, number", EVERY)
+def test_50_runs_of_every_config_give_the_same_bits(dim: int, number: int) -> Covered:
+    grid, noise, other = Grid(5, 12, 16), torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+    q, k, v = draw(2, grid.tokens, 4, dim, key_heads=2, dtype=torch.bfloat16, device="cuda")
+    with config_alone(dim, number):
+        found = [(mask, options) for mask, options in calls_of(grid, dim) if not isinstance(mask, BlockList)]
+        for mask, options in found:
+            first = stattn.attention(q, k, v, grid, mask, return_lse=True, impl="cuda", **options)
+            for _ in range(50):
+                with torch.cuda.stream(other):
+                    noise @ noise
+                again = stattn.attention(q, k, v, grid, mask, return_lse=True, impl="cuda", **options)
+                assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    return {"calls": len(found), "reruns": 50 * len(found)}
+
+
 def test_kernels_run_on_the_stream_they_are_called_on() -> Covered:
     grid = Grid(5, 12, 16)
     given = draw(2, grid.tokens, 4, 64, dtype=torch.bfloat16, device="cuda")
@@ -377,6 +395,31 @@ def test_kernels_run_on_the_device_of_their_tensors() -> None:
         assert torch.equal(found.to("cuda:0"), want)
 
 
+def launched(run: Callable[[], Any]) -> Counter[str]:
+    """Name the kernels that a call launches, without namespaces and template arguments, and count them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    events = [each.name for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+    plain = (name.replace("(anonymous namespace)::", "").split("<")[0].split("(")[0] for name in events)
+    names = Counter(name.split("::")[-1] for name in plain)
+    return Counter({name: count for name, count in names.items() if "Mem" not in name})
+
+
+def test_a_call_without_samples_launches_nothing() -> Covered:
+    grid = Grid(5, 12, 16)
+    q, k, v = draw(1, grid.tokens, 4, 64, dtype=torch.bfloat16, device="cuda")
+    found = calls_of(grid, 64)
+    for mask, options in found:
+        full = partial(stattn.attention, q, k, v, grid, mask, return_lse=True, impl="cuda", **options)
+        none = partial(stattn.attention, q[:0], k[:0], v[:0], grid, mask, return_lse=True, impl="cuda", **options)
+        out, lse = none()
+        assert (out.shape, lse.shape) == ((0, grid.tokens, 4, 64), (0, 4, grid.tokens))
+        assert launched(full)
+        assert not launched(none)
+    return {"calls": len(found)}
+
+
 def test_a_graph_replays_with_new_inputs_and_holds_its_kernels_only() -> Covered:
     grid = Grid(5, 12, 16)
     q, k, v = draw(1, grid.tokens, 4, 64, dtype=torch.bfloat16, device="cuda")
@@ -406,13 +449,7 @@ def test_a_graph_replays_with_new_inputs_and_holds_its_kernels_only() -> Covered
                 eager = stattn.attention(*given, where, mask, return_lse=True, impl="cuda", **options)
                 assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
             stream.synchronize()
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                graph.replay()
-                stream.synchronize()
-        events = [each.name for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
-        plain = (name.replace("(anonymous namespace)::", "").split("<")[0].split("(")[0] for name in events)
-        names = Counter(name.split("::")[-1] for name in plain)
-        names = Counter({name: count for name, count in names.items() if "Mem" not in name})
-        assert names == want, events
+            names = launched(graph.replay)
+        assert names == want
         kernels += names
     return {"calls": len(ways), "kernels": kernels.total()}

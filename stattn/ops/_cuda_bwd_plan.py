@@ -15,6 +15,7 @@ import torch
 
 from stattn import plan
 from stattn.ops import _cuda_plan
+from stattn.ops._cuda_mask_table import MaskTable
 from stattn.ops._cuda_plan import (
     AFTER,
     BEFORE,
@@ -22,7 +23,6 @@ from stattn.ops._cuda_plan import (
     _as_wide,
     _Entries,
     _geometry,
-    _MaskTable,
     _product_boxes,
 )
 from stattn.ops._cuda_tiles import (
@@ -120,7 +120,7 @@ def encode(
     tiling: Tiling, products: Sequence[Sequence[Sequence[Product]]], of_head: Sequence[int], line: Line
 ) -> Encoded:
     """Lay a plan out as int32. products: of each mask, by its parts, those by key. of_head: the mask of each head."""
-    table = _MaskTable(tiling)
+    table = MaskTable(tiling)
     corners = _video_corners(tiling)
     places = np.indices(tile_counts(tiling.q_box, tiling.steps, tiling.tile)).reshape(3, -1)
     lists = [_Boxes.of(_video_entries(tiling, each, table, places, line)) for each in products]
@@ -193,7 +193,7 @@ def _compact_order(places: np.ndarray) -> np.ndarray:
 
 
 def _video_entries(
-    tiling: Tiling, products: Sequence[Sequence[Product]], table: _MaskTable, places: np.ndarray, line: Line
+    tiling: Tiling, products: Sequence[Sequence[Product]], table: MaskTable, places: np.ndarray, line: Line
 ) -> list[_Entries]:
     """List what sees the keys of the video: queries of the video under a mask, and global ones."""
     entries = []
@@ -204,12 +204,12 @@ def _video_entries(
     return entries
 
 
-def _line_entries(tiling: Tiling, table: _MaskTable, tiles: int, line: Line) -> list[_Entries]:
+def _line_entries(tiling: Tiling, table: MaskTable, tiles: int, line: Line) -> list[_Entries]:
     """List what sees global keys: all queries."""
     return [_all_queries(tiling, table, tiles), _global_queries(tiling, table, tiles, line)]
 
 
-def _global_queries(tiling: Tiling, table: _MaskTable, tiles: int, line: Line | None) -> _Entries:
+def _global_queries(tiling: Tiling, table: MaskTable, tiles: int, line: Line | None) -> _Entries:
     """Cut the global queries into boxes, the same for each of ``tiles`` tiles; none without a line."""
     rows = product_of(tiling.box)
     boxes, masks = [], []
@@ -222,7 +222,7 @@ def _global_queries(tiling: Tiling, table: _MaskTable, tiles: int, line: Line | 
     return _repeated(tiling, boxes, masks, tiles)
 
 
-def _all_queries(tiling: Tiling, table: _MaskTable, tiles: int) -> _Entries:
+def _all_queries(tiling: Tiling, table: MaskTable, tiles: int) -> _Entries:
     """Cut the queries of the video into boxes, the same for each of ``tiles`` tiles."""
     cuts = []
     for axis in AXES:

@@ -16,6 +16,7 @@ import torch
 from stattn import plan
 from stattn.grid import Region, Triple
 from stattn.masks import Mask, full
+from stattn.ops._cuda_mask_table import MaskTable
 from stattn.ops._cuda_tiles import (
     AXES,
     ROWS,
@@ -180,7 +181,7 @@ def encode(
     """Lay a plan out as int32. products: of each mask. of_head: the mask of each head. queries: of a head, where tiles
     may be cut into pieces.
     """
-    table = _MaskTable(tiling)
+    table = MaskTable(tiling)
     video = [_video_list(tiling, each, table, line, queries) for each in products]
     lines = _line_list(tiling, table, line, queries)
     masks, numbers = table.combine(_as_wide([each.masks for each in (*video, lines)]))
@@ -213,87 +214,6 @@ def _stops(box: Region) -> Triple:
     return triple(o + n for o, n in zip(box.origin, box.extent, strict=True))
 
 
-class _MaskTable:
-    """The masks of an axis for a slab's coordinates, equal ones kept once."""
-
-    def __init__(self, tiling: Tiling) -> None:
-        self._width = 64 if tiling.config.box <= 64 else 128
-        self._slab = tiling.slab
-        self._warpgroups = tiling.warpgroups
-        self._known: dict[tuple[int, bytes], int] = {}
-        self._masks: list[np.ndarray] = []
-        self._length = 0
-        rows = product_of(tiling.box)
-        column = np.arange(tiling.config.box)
-        _, h, w = tiling.box
-        self._place = (column // (h * w), column // w % h, column % w)
-        self._real = column < rows
-
-    def find(self, axis: int, spans: np.ndarray) -> np.ndarray:
-        """Give the number of the first mask of each group. spans: [groups, slab, 2], the keys seen, from and up to."""
-        if not len(spans):
-            return np.zeros(0, np.int64)
-        different, inverse = np.unique(spans.reshape(len(spans), -1), axis=0, return_inverse=True)
-        numbers = np.array([self._add(axis, each.reshape(-1, 2)) for each in different], np.int64)
-        return numbers[inverse.reshape(-1)]
-
-    def line(self, axis: int, slab: int, count: int) -> int:
-        """Give the number of the first mask of a group by which all rows see the first ``count`` keys of a box."""
-        key = (axis, f"line of {count}".encode())
-        if key not in self._known:
-            self._known[key] = self._append(np.broadcast_to(np.arange(self._width) < count, (slab, self._width)))
-        return self._known[key]
-
-    def _add(self, axis: int, spans: np.ndarray) -> int:
-        key = (axis, spans.astype(np.int64).tobytes())
-        if key not in self._known:
-            place = self._place[axis]
-            bits = (spans[:, :1] <= place) & (place < spans[:, 1:]) & self._real
-            self._known[key] = self._append(np.pad(bits, ((0, 0), (0, self._width - bits.shape[1]))))
-        return self._known[key]
-
-    def _append(self, bits: np.ndarray) -> int:
-        first = self._length
-        self._masks.append(np.packbits(bits, axis=1, bitorder="little").view(np.int32))
-        self._length += len(bits)
-        return first
-
-    def combine(self, records: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Join the masks of the axes to those of rows. records: of masks, [boxes, warpgroups, equally many] each.
-
-        Returns the different groups of masks [groups, ROWS, words], and for each of ``records`` the numbers of the
-        groups [boxes, warpgroups].
-        """
-        masks = np.concatenate([np.zeros((0, self._width // 32), np.int32), *self._masks])
-        axes = np.concatenate([np.delete(each, 3, 2).reshape(-1, each.shape[2] - 1) for each in records])
-        different, inverse = _unique_rows(axes, len(masks))
-        row = np.minimum(np.arange(ROWS), product_of(self._slab) - 1)
-        place = np.unravel_index(row, self._slab)
-        joined = np.full((len(different), ROWS, masks.shape[1]), -1, np.int32)
-        for first in range(0, different.shape[1], 3):
-            some = np.flatnonzero(different[:, first] >= 0)
-            seen = np.full((len(some), ROWS, masks.shape[1]), -1, np.int32)
-            for axis in AXES:
-                seen &= masks[different[some, first + axis, None] + place[axis]]
-            joined[some] &= seen if first == 0 else ~seen
-        ends = np.cumsum([len(each) * self._warpgroups for each in records])[:-1]
-        parts = np.split(inverse.reshape(-1), ends)
-        return joined, [part.reshape(-1, self._warpgroups) for part in parts]
-
-
-def _unique_rows(rows: np.ndarray, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Do ``np.unique(rows, axis=0, return_inverse=True)`` for numbers from -1 to below ``stop``, by one key a row."""
-    columns = rows.shape[1]
-    if (stop + 1) ** columns >= 1 << 62:
-        different, inverse = np.unique(rows, axis=0, return_inverse=True)
-        return different, inverse.reshape(-1)
-    key = np.zeros(len(rows), np.int64)
-    for column in range(columns):
-        key = key * (stop + 1) + rows[:, column] + 1
-    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-    return rows[first], inverse.reshape(-1)
-
-
 class _Entries(NamedTuple):
     """Boxes of tiles.
 
@@ -309,7 +229,7 @@ class _Entries(NamedTuple):
 
 
 def _video_list(
-    tiling: Tiling, products: Sequence[Product], table: _MaskTable, line: Line, queries: int | None
+    tiling: Tiling, products: Sequence[Product], table: MaskTable, line: Line, queries: int | None
 ) -> _List:
     """List the tiles of the video under one mask: the boxes of its products, and those of the global keys."""
     places = np.indices(tile_counts(tiling.q_box, tiling.steps, tiling.tile)).reshape(3, -1)  # of tiles, in tiles
@@ -322,7 +242,7 @@ def _video_list(
     return _List(np.stack([*corners, 0 * corners[0]], 1), entries, queries)
 
 
-def _line_list(tiling: Tiling, table: _MaskTable, line: Line, queries: int | None) -> _List:
+def _line_list(tiling: Tiling, table: MaskTable, line: Line, queries: int | None) -> _List:
     """List the tiles of the global queries."""
     step = ROWS * tiling.warpgroups
     sides = ((BEFORE, line.before), (AFTER, line.after)) if line.queries else ()
@@ -331,7 +251,7 @@ def _line_list(tiling: Tiling, table: _MaskTable, line: Line, queries: int | Non
     return _List(np.array(corners, np.int64).reshape(-1, 4), entries, queries)
 
 
-def _line_boxes(tiling: Tiling, table: _MaskTable, line: Line, tiles: int, with_video: bool) -> _Entries:
+def _line_boxes(tiling: Tiling, table: MaskTable, line: Line, tiles: int, with_video: bool) -> _Entries:
     """Cut the line's keys into boxes, the same for each of ``tiles`` tiles."""
     rows, full = product_of(tiling.box), tiling.config.box
     boxes: list[tuple[int, ...]] = []
@@ -370,7 +290,7 @@ def _line_boxes(tiling: Tiling, table: _MaskTable, line: Line, tiles: int, with_
 
 
 def _product_boxes(
-    tiling: Tiling, product: Product, table: _MaskTable, places: np.ndarray, earlier: Sequence[Product] = ()
+    tiling: Tiling, product: Product, table: MaskTable, places: np.ndarray, earlier: Sequence[Product] = ()
 ) -> _Entries:
     """Cut what tiles at ``places`` visit of a product into boxes. earlier: products whose pairs are left to them."""
     rows = [rows_of(tiling.q_box, tiling.k_box, tiling.steps, product[a], a, tiling.tile[a]) for a in AXES]
@@ -409,7 +329,7 @@ def _product_boxes(
 
 
 def _masks_at(
-    tiling: Tiling, product: Product, table: _MaskTable, places: Sequence[np.ndarray], keys: Sequence[np.ndarray]
+    tiling: Tiling, product: Product, table: MaskTable, places: Sequence[np.ndarray], keys: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Number the masks of a product for boxes that begin at ``keys`` (in their class) of tiles at ``places``.
 
@@ -438,7 +358,7 @@ def _axis_masks(
     rows: Rows,
     visits: Visits,
     boxes: Boxes,
-    table: _MaskTable,
+    table: MaskTable,
     place: np.ndarray,
     at: np.ndarray,
 ) -> np.ndarray:
