@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,19 @@ class Source:
 
 
 @dataclass(frozen=True)
+class TestRun:
+    """Hold what a record of tests says: the file, the command, the machine, the date, and tests by how they ended."""
+
+    path: Path
+    command: str
+    gpu: str
+    date: str
+    passed: int
+    failed: tuple[str, ...]
+    skipped: int
+
+
+@dataclass(frozen=True)
 class Row:
     """Hold one result and the file it is from."""
 
@@ -60,32 +73,58 @@ class Row:
 def load(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Source], list[str]]:
     """Read results files and, from folders, every .json in them; return them and lines on what else lies there.
 
-    JSON of another kind, one without "results", is left out of a folder, and named. Raises ValueError or OSError, by
-    name, for what is named itself and is no results file, for a broken one, and when there is none at all.
+    JSON of another kind, one without "results", is left out of a folder, and named; records of tests are for
+    ``test_runs``. Raises ValueError or OSError, by name, for what is named itself and is no results file, for a broken
+    one, and when there is none at all.
     """
     found: list[Source] = []
     others: list[str] = []
-    seen: set[Path] = set()
     named = [Path(path) for path in paths]
-    for path in named:
-        inside = sorted(path.rglob("*.json")) if path.is_dir() else [path]
-        for each in inside:
-            if each.resolve() in seen:
-                continue
-            seen.add(each.resolve())
-            if path.is_dir():
-                try:
-                    data = json.loads(each.read_text(encoding="utf-8"))
-                except ValueError as error:
-                    raise ValueError(f"{each}: {error}") from error
-                if not isinstance(data, dict) or "results" not in data:
+    for path, each in _files(named):
+        if path.is_dir():
+            data = _json(each)
+            if not isinstance(data, dict) or "results" not in data:
+                if not _is_test_run(data):
                     others.append(f"{each.as_posix()} is not a results file")
-                    continue
-            place = each.relative_to(path).as_posix() if path.is_dir() else each.name
-            found.append(Source(each, place, results.read(each)))
+                continue
+        place = each.relative_to(path).as_posix() if path.is_dir() else each.name
+        found.append(Source(each, place, results.read(each)))
     if not found:
         raise ValueError(f"no results files in {', '.join(map(str, named))}")
     return found, others
+
+
+def test_runs(paths: Iterable[str | os.PathLike[str]]) -> list[TestRun]:
+    """Return what the records of tests in folders say, those that pytest's ``--record`` left."""
+    found = []
+    for path, each in _files(map(Path, paths)):
+        data = _json(each) if path.is_dir() else None
+        if _is_test_run(data):
+            failed = tuple(test["test"] for test in data["tests"] if test["outcome"] == "failed")
+            fields = (data["command"], data["gpu"], data["date"], data["passed"], failed, data["skipped"])
+            found.append(TestRun(each, *fields))
+    return found
+
+
+def _files(named: Iterable[Path]) -> Iterator[tuple[Path, Path]]:
+    """Yield each file once, behind the path that it was found by."""
+    seen: set[Path] = set()
+    for path in named:
+        for each in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
+            if each.resolve() not in seen:
+                seen.add(each.resolve())
+                yield path, each
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _is_test_run(data: Any) -> bool:
+    return isinstance(data, dict) and {"command", "gpu", "date", "passed", "skipped", "tests"} <= data.keys()
 
 
 def rows_by_stem(sources: Sequence[Source]) -> dict[str, list[Row]]:
@@ -132,7 +171,7 @@ def _many(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def markdown(sources: Sequence[Source], others: Sequence[str] = ()) -> str:
+def markdown(sources: Sequence[Source], others: Sequence[str] = (), tests: Sequence[TestRun] = ()) -> str:
     """Return a table per stem, with the machine and command behind its rows; every row of every file is in one."""
     numbers = {id(source): number for number, source in enumerate(sources, start=1)}
     lines = ["# Results", "", summary(sources), ""]
@@ -151,6 +190,13 @@ def markdown(sources: Sequence[Source], others: Sequence[str] = ()) -> str:
         versions = "; ".join(f"{name}: {said}" for name, said in source.report.versions.items())
         fields = (source.path.as_posix(), source.report.date, versions)
         lines.append(f"| {numbers[id(source)]} | {' | '.join(results.cell(each) for each in fields)} |")
+    if tests:
+        lines += ["", "## Tests", "", "| file | machine | date | passed | failed | skipped |"]
+        lines.append("|---|---|---|---:|---:|---:|")
+        for run in tests:
+            told = (run.path.as_posix(), run.gpu, run.date, str(run.passed), str(len(run.failed)), str(run.skipped))
+            lines.append(f"| {' | '.join(results.cell(each) for each in told)} |")
+        lines += ["", *(f"- failed: `{name}` ({run.path.as_posix()})" for run in tests for name in run.failed)]
     lines += ["", *(f"Left out: {each}." for each in others)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -184,27 +230,40 @@ def rates(rows: Sequence[Row]) -> tuple[list[tuple[Row, float, str]], list[tuple
     """Return which share of the machine's matrix product rows reach, and which share of its copy.
 
     Each as (row, share, rate in words). Of products: rows in FLOP/s, and rows of attention whose mask and shape the
-    name tells. Of copies: rows in B/s, and rows beside a copy of the bytes they must move.
+    name tells. Of copies: rows beside a copy of the bytes they must move, with the rate that a row <name>/bandwidth
+    tells of them, and others in B/s.
     """
     products: list[tuple[Row, float, str]] = []
     copies: list[tuple[Row, float, str]] = []
+    moved = {(id(row.source), row.result.name): row.result for row in rows if row.result.unit in ("GB/s", "TB/s")}
+    beside_copies = {(id(row.source), row.result.name) for row in rows if _beside_copy(row.result)}
     for row in rows:
         result, report = row.result, row.source.report
         top, copy = report.cublas_tflops, report.copy_tbps
         base = result.baseline
         work = flops(result.name)
-        if base is not None and result.ratio is not None and re.search(r"(^|[-/ ])copy([-/ ]|$)", base.name):
-            copies.append((row, result.ratio, f"{100 * result.ratio:.0f} % of {base.name}"))
+        if base is not None and result.ratio is not None and _beside_copy(result):
+            words = f"{100 * result.ratio:.0f} % of {base.name}"
+            rate_of = moved.get((id(row.source), f"{result.name}/bandwidth"))
+            if rate_of is not None:
+                words += f", {results.digits(rate_of.value * LARGE[rate_of.unit])} TB/s"
+            copies.append((row, result.ratio, words))
         elif result.unit.endswith("FLOP/s") and top is not None:
             rate = result.value * LARGE[result.unit]
             products.append((row, rate / top, f"{results.digits(rate)} TFLOP/s"))
-        elif result.unit in ("GB/s", "TB/s") and copy is not None:
+        elif result.unit in ("GB/s", "TB/s"):
+            if copy is None or (id(row.source), result.name.removesuffix("/bandwidth")) in beside_copies:
+                continue
             rate = result.value * LARGE[result.unit]
             copies.append((row, rate / copy, f"{results.digits(rate)} TB/s"))
         elif result.unit in MILLISECONDS and work is not None and top is not None and result.value > 0:
             rate = work / (result.value * MILLISECONDS[result.unit]) * 1e-9
             products.append((row, rate / top, f"{rate:.0f} TFLOP/s"))
     return products, copies
+
+
+def _beside_copy(result: Result) -> bool:
+    return result.baseline is not None and re.search(r"(^|[-/ ])copy([-/ ]|$)", result.baseline.name) is not None
 
 
 def flops(name: str) -> float | None:

@@ -24,12 +24,13 @@ def main(args: argparse.Namespace) -> int:
     from stattn.report_page import render
 
     sources, others = report.load(args.paths)
+    tests = report.test_runs(args.paths)
     for each in others:
         print(f"stattn report: left out: {each}", file=sys.stderr)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / MARKDOWN).write_text(report.markdown(sources, others), encoding="utf-8")
-    (out / PAGE).write_text(render(sources, others, args.command_line), encoding="utf-8")
+    (out / MARKDOWN).write_text(report.markdown(sources, others, tests), encoding="utf-8")
+    (out / PAGE).write_text(render(sources, others, tests, args.command_line), encoding="utf-8")
     print(report.summary(sources))
     print(f"{out / PAGE}\n{out / MARKDOWN}")
     for name, entries in zip((SMALLER, BIGGER), report.action_entries(sources), strict=True):

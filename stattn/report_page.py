@@ -10,10 +10,10 @@ from typing import Any
 
 from stattn import report, report_plots
 from stattn.demo_page import STYLE
-from stattn.report import Row, Source
+from stattn.report import Row, Source, TestRun
 
 
-def render(sources: Sequence[Source], others: Sequence[str], command: str) -> str:
+def render(sources: Sequence[Source], others: Sequence[str], tests: Sequence[TestRun], command: str) -> str:
     """Return the page as HTML. Raises ImportError where matplotlib is not installed."""
     numbers = {id(source): number for number, source in enumerate(sources, start=1)}
     stems = report.rows_by_stem(sources)
@@ -29,7 +29,7 @@ def render(sources: Sequence[Source], others: Sequence[str], command: str) -> st
         f'<p class="lead">{escape(report.summary(sources))}</p>\n<p>{links}</p>\n</header>\n'
         "<p>Medians of interleaved rounds, with the 20th and 80th percentile. A ratio says how many times better a "
         "result is than its baseline, which was timed in the same rounds. Every output that was timed was compared "
-        f"with a reference first.</p>\n{roofline}{sections}\n{_runs(sources, others, numbers)}\n"
+        f"with a reference first.</p>\n{roofline}{sections}\n{_tests(tests)}{_runs(sources, others, numbers)}\n"
         f'<p class="facts">This page was made by <code>{escape(command)}</code>.</p>\n</main>\n</body>\n</html>\n'
     )
 
@@ -76,6 +76,22 @@ def _runs(sources: Sequence[Source], others: Sequence[str], numbers: dict[int, i
     return (
         "<section>\n<h2>Runs</h2>\n<p>Files, dates, versions, and what was not measured.</p>\n"
         f'<ul class="notes">{items}{left}</ul>\n</section>'
+    )
+
+
+def _tests(tests: Sequence[TestRun]) -> str:
+    if not tests:
+        return ""
+    body = "".join(
+        f"<tr><td><code>{escape(run.path.as_posix())}</code></td><td>{escape(run.gpu)}</td><td>{escape(run.date)}</td>"
+        f"<td class=n>{run.passed}</td><td class=n>{len(run.failed)}</td><td class=n>{run.skipped}</td></tr>\n"
+        for run in tests
+    )
+    failed = "".join(f"<li>failed: <code>{escape(name)}</code></li>" for run in tests for name in run.failed)
+    return (
+        '<section id="tests">\n<h2>Tests</h2>\n<div class="scroll"><table class="timings"><thead><tr><th>file</th><th>'
+        "machine</th><th>date</th><th class=n>passed</th><th class=n>failed</th><th class=n>skipped</th></tr></thead>\n"
+        f'<tbody>{body}</tbody></table></div>\n<ul class="notes">{failed}</ul>\n</section>\n'
     )
 
 

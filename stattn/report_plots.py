@@ -147,7 +147,7 @@ def roofline(points: Sequence[Point]) -> Any:
         axes.plot(*where, "osD^v"[place // 10 % 5], markersize=5, label=who, color=f"C{place % 10}", alpha=0.8)
     # Contenders of a problem lie above each other: its name stands below them, aside where another one is as intense.
     bottom = min(point.tflops for point in points)
-    axes.set_ylim(bottom / 100)
+    axes.set_ylim(bottom / 40)
     behind = 0.0
     for intensity, problem in sorted({(point.intensity, point.problem) for point in points}):
         behind = max(intensity, behind * (high / low) ** 0.017)

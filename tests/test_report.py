@@ -154,6 +154,22 @@ def test_what_is_no_results_file_is_refused_or_left_out_by_name(folder, tmp_path
     assert not (tmp_path / "none").exists()
 
 
+def test_records_of_tests_are_told_with_what_failed(folder, tmp_path, capsys):
+    run = {"command": "python -m pytest", "gpu": GPU, "date": "2026-01-31", "passed": 2, "failed": 1, "skipped": 3}
+    ends = ("passed", "passed", "failed", "skipped", "skipped", "skipped")
+    run["tests"] = [{"test": f"tests/test_x.py::test_{n}", "outcome": end} for n, end in enumerate(ends)]
+    (folder / "h200" / "x_proof.json").write_text(json.dumps(run))
+    _, _, err = _run(capsys, "report", folder, "--out", tmp_path / "out")
+    assert "left out" not in err
+    text = (tmp_path / "out" / "report.md").read_text()
+    place = (folder / "h200" / "x_proof.json").as_posix()
+    assert f"| {place} | {GPU} | 2026-01-31 | 2 | 1 | 3 |" in text
+    assert f"- failed: `tests/test_x.py::test_2` ({place})" in text
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "tests/test_x.py::test_2" in page
+    assert "tests/test_x.py::test_1" not in page
+
+
 def test_a_file_that_is_named_twice_is_read_once(folder):
     sources, _ = report.load([folder, folder / "cpu" / "ops.json"])
     assert [source.place for source in sources] == ["cpu/ops.json", "h200/attention.json"]
@@ -178,6 +194,15 @@ def test_rates_are_shares_of_what_the_run_reached():
     assert shares["attention/cuda/dense_fwd/wan-1.3b-480p"] == pytest.approx(tflops / 800)
     assert shares["ops/gate/fwd/wan"] == pytest.approx(500 / 800)
     assert {row.result.name: share for row, share, _ in copies} == {"ops/modulate/fwd/wan": pytest.approx(0.9)}
+
+
+def test_a_share_of_a_copy_is_told_once_with_its_rate():
+    rates = [_row(f"ops/modulate{each}/fwd/wan/bandwidth", 3600.0, "GB/s") for each in ("", "-copy")]
+    _, copies = report.rates(_rows(dataclasses.replace(OPS, results=[*OPS.results, *rates])))
+    assert [(row.result.name, words) for row, _, words in copies] == [
+        ("ops/modulate/fwd/wan", "90 % of ops/modulate-copy/fwd/wan, 3.6 TB/s"),
+        ("ops/modulate-copy/fwd/wan/bandwidth", "3.6 TB/s"),
+    ]
 
 
 def _rows(each: Report) -> list[report.Row]:
