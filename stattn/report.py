@@ -98,7 +98,7 @@ def test_runs(paths: Iterable[str | os.PathLike[str]]) -> list[TestRun]:
     """Return what the records of tests in folders say, those that pytest's ``--record`` left."""
     found = []
     for path, each in _files(map(Path, paths)):
-        data = _json(each) if path.is_dir() else None
+        data: Any = _json(each) if path.is_dir() else None
         if _is_test_run(data):
             failed = tuple(test["test"] for test in data["tests"] if test["outcome"] == "failed")
             fields = (data["command"], data["gpu"], data["date"], data["passed"], failed, data["skipped"])
