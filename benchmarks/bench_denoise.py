@@ -5,7 +5,8 @@
 
 Names are ops/<operation>/fwd/<step> as in ``bench_ops``: denoise_step, denoise_step-eager, -compiled and -copy. The
 state is fp32; model outputs are bf16 tokens of patches (1, 2, 2), with "-latents" fp32 latents. All is timed by graph
-replay. The bytes of the copy count every tensor once, whether or not a step must read it twice.
+replay. The bytes of the copy count every tensor once, whether or not a step must read it twice. Where a step draws
+numbers, the expressions draw theirs by ``torch.randn_like``.
 """
 
 from __future__ import annotations
@@ -73,6 +74,13 @@ def call(options: dict[str, Any], impl: str = "auto") -> tuple[Tensor, Tensor]:
     return denoise_step(options["sample"], options["output"], impl=impl, **rest)
 
 
+def drawn(options: dict[str, Any]) -> dict[str, Any]:
+    """Put numbers of PyTorch's in the place of a seed: compiling the counters of ours takes many minutes."""
+    if "seed" not in options:
+        return options
+    return {key: x for key, x in options.items() if key != "seed"} | {"noise": torch.randn_like(options["sample"])}
+
+
 def bytes_moved(options: dict[str, Any]) -> int:
     """Return the bytes of all tensors of a step, its two results included."""
     tensors = [x for x in options.values() if isinstance(x, Tensor)] + [*options["history"], *[options["sample"]] * 2]
@@ -92,20 +100,22 @@ def test_a_step(benchmark: Any, report: results.Report, device: str, step: str, 
     size = bytes_moved(draw(step, latents, device))
     copies = results.copies_for(size) if device == "cuda" else 2
     given = [draw(step, latents, device) for _ in range(copies)]
-    calls: dict[str, Callable[[dict[str, Any]], Any]] = {"denoise_step": call}
+    expressions: dict[str, Callable[[dict[str, Any]], Any]] = {}
     if device == "cuda":
         torch.compiler.reset()
         eager = partial(call, impl="reference")
-        calls |= {"denoise_step-eager": eager}
-        calls |= {"denoise_step-compiled": torch.compile(eager, fullgraph=True, dynamic=False)}
+        expressions = {"eager": eager, "compiled": torch.compile(eager, fullgraph=True, dynamic=False)}
     name = f"{step}{'-latents' * latents}"
     with torch.no_grad():
-        want = call(given[0], "reference")
-        for each in calls.values():
-            assert_close(each(given[0]), want)
-        del want
-        timed: dict[str, Callable[[int], Any]] = {
-            f"ops/{each}/fwd/{name}": (lambda copy, run=run: run(given[copy])) for each, run in calls.items()
+        assert_close(call(given[0]), call(given[0], "reference"))
+        numbers = drawn(given[0])
+        for each in expressions.values():
+            assert_close(each(numbers), call(numbers, "reference"))
+        del numbers
+        timed: dict[str, Callable[[int], Any]] = {f"ops/denoise_step/fwd/{name}": lambda copy: call(given[copy])}
+        timed |= {
+            f"ops/denoise_step-{each}/fwd/{name}": (lambda copy, run=run: run(drawn(given[copy])))
+            for each, run in expressions.items()
         }
         time_and_record(report, timed, f"denoise_step/fwd/{name}", size, copies, device)
         touch(benchmark, lambda: call(given[0]), device)

@@ -3,10 +3,11 @@
     python -m pytest benchmarks/bench_ops.py --results benchmarks/results/h200
     python -m benchmarks.bench_ops --tune          # on a GPU: every CONFIG of every kernel, as a table
 
-Names are ops/<operation>/<fwd|bwd>/<shape>; with "-compiled" behind the operation for the compiled reference and with
-"-copy" for ``copy_`` of as many bytes as the operation must move, half of them read: the baseline, so a ratio is the
-share of the copy rate. Only activations are counted. Everything is timed by graph replay over rotating buffers. The
-backward is timed alone: the forwards ran before. What is timed is compared with the reference first.
+Names are ops/<operation>/<fwd|bwd>/<shape>; with "-compiled" behind the operation for the compiled reference, with
+"-diffusers" for what its Wan block computes, compiled, where it is installed, and with "-copy" for ``copy_`` of as many
+bytes as the operation must move, half of them read: the baseline, so a ratio is the share of the copy rate. Only
+activations are counted. Everything is timed by graph replay over rotating buffers. The backward is timed alone: the
+forwards ran before. What is timed is compared with the reference first.
 
 A new operation is an entry of ``OPERATIONS``.
 """
@@ -14,6 +15,7 @@ A new operation is an entry of ``OPERATIONS``.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -91,6 +93,49 @@ OPERATIONS = {
         backward_passes=6,
     ),
 }
+
+
+def diffusers_code(operation: str, channels: int) -> Callable[..., Outputs] | None:
+    """Return what diffusers' Wan block computes, with its norm in float32; None without diffusers."""
+    if importlib.util.find_spec("diffusers") is None:
+        return None
+    from diffusers.models.normalization import FP32LayerNorm
+
+    norm = FP32LayerNorm(channels, LAYER_NORM[3], elementwise_affine=False)
+
+    def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return (norm(x.float()) * (1 + scale[:, None]) + shift[:, None]).type_as(x)
+
+    def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        return (x.float() + y * gate[:, None]).type_as(x)
+
+    def both(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> Outputs:
+        residual = gated(x, y, gate)
+        return residual, modulated(residual, scale, shift)
+
+    return {
+        "modulate": lambda *given: (modulated(*given),),
+        "gate_residual": lambda *given: (gated(*given),),
+        "gate_residual_modulate": both,
+    }[operation]
+
+
+def contenders_of(operation: str, channels: int, device: str) -> dict[str, Callable[..., Outputs]]:
+    """Return the operation and, on a GPU, what compilation makes of its reference and of diffusers' code."""
+    calls = {operation: OPERATIONS[operation].ours}
+    if device == "cuda":
+        torch.compiler.reset()
+        # A backward that is run again and again may not reuse the memory of what was kept for it.
+        torch._functorch.config.donated_buffer = False
+        others = {"compiled": OPERATIONS[operation].reference, "diffusers": diffusers_code(operation, channels)}
+        calls |= {
+            f"{operation}-{name}": torch.compile(call, fullgraph=True, dynamic=False)
+            for name, call in others.items()
+            if call is not None
+        }
+    return calls
+
+
 CASES = [
     pytest.param(operation, shape, device, id=f"{operation}-{shape}", marks=marks)
     for device, shapes, marks in (("cpu", CPU_SHAPES, ()), ("cuda", GPU_SHAPES, (pytest.mark.gpu,)))
@@ -165,10 +210,7 @@ def test_forward(
     copies = results.copies_for(size) if device == "cuda" else 2
     torch.manual_seed(0)
     given = [case.draw(shape, device) for _ in range(copies)]
-    calls = {operation: case.ours}
-    if device == "cuda":
-        torch.compiler.reset()
-        calls[f"{operation}-compiled"] = torch.compile(case.reference, fullgraph=True, dynamic=False)
+    calls = contenders_of(operation, shape.channels, device)
     with torch.no_grad():
         want = case.reference(*given[0])
         for call in calls.values():
@@ -192,12 +234,7 @@ def test_backward(
     torch.manual_seed(0)
     with on_a_stream(device):
         given = [[each.requires_grad_() for each in case.draw(shape, device)] for _ in range(copies)]
-        calls = {operation: case.ours}
-        if device == "cuda":
-            torch.compiler.reset()
-            # A backward that is run again and again may not reuse the memory of what was kept for it.
-            torch._functorch.config.donated_buffer = False
-            calls[f"{operation}-compiled"] = torch.compile(case.reference, fullgraph=True, dynamic=False)
+        calls = contenders_of(operation, shape.channels, device)
         outs = {name: [call(*each) for each in given] for name, call in calls.items()}
         douts = [tuple(torch.randn_like(out) for out in each) for each in outs[operation]]
 
