@@ -54,9 +54,9 @@ class Config(NamedTuple):
 
 
 CONFIGS = (
-    Config(8, 1024, 4, 3, 132 * 32),
+    Config(8, 1024, 1, 3, 132 * 32),
     Config(8, 1024, 2, 2, 132 * 32),
-    Config(8, 1024, 1, 3, 132 * 16),
+    Config(8, 1024, 4, 3, 132 * 16),
     Config(4, 1024, 4, 3, 132 * 32),
 )
 
@@ -65,12 +65,13 @@ CONFIGS = (
 
 
 @triton.jit
-def _store_tiles(out, tiles, group, first, rows, cols, C: tl.constexpr, ROWS: tl.constexpr):
+def _store_tiles(out, tiles, group, first, rows, cols, C: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr):
     for step in tl.static_range(len(tiles)):
         local = rows_of(first + step, ROWS)
         row = group * rows + local
         value = tiles[step].to(out.dtype.element_ty)
-        tl.store(out + row.to(tl.int64) * C + cols, value, mask=(local < rows) & (cols < C))
+        mask = None if WHOLE else (local < rows) & (cols < C)
+        tl.store(out + row.to(tl.int64) * C + cols, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "groups", "rows", "programs"])
@@ -84,6 +85,7 @@ def gate_residual_forward(
     cols = (tl.program_id(0) - program * BLOCKS) * WIDTH + tl.arange(0, WIDTH)[None, :]
     group = program // programs
     first = (program - group * programs) * STEPS
+    WHOLE: tl.constexpr = ROWS * STEPS == 1 and C % WIDTH == 0  # nothing to mask: as many programs as rows
     total = ()
     if GATE == GROUP:
         at_gate = group_address(gate, group, groups, gate_b, gate_r) + cols
@@ -91,18 +93,18 @@ def gate_residual_forward(
     for step in tl.static_range(STEPS):
         local = rows_of(first + step, ROWS)
         row = group * rows + local
-        mask = (local < rows) & (cols < C)
+        mask = None if WHOLE else (local < rows) & (cols < C)
         at_x = row_address(x, row, tokens, x_b, x_n) + cols
         at_y = row_address(y, row, tokens, y_b, y_n) + cols
-        residual = tl.load(at_x, mask=mask, other=0.0).to(tl.float32)
-        update = tl.load(at_y, mask=mask, other=0.0).to(tl.float32)
+        residual = tl.load(at_x, mask=mask).to(tl.float32)
+        update = tl.load(at_y, mask=mask).to(tl.float32)
         if GATE == TOKEN:
             at_row = row_address(gate, row, tokens, gate_b, gate_r) + cols
-            update = tl.load(at_row, mask=mask, other=0.0).to(tl.float32) * update
+            update = tl.load(at_row, mask=mask).to(tl.float32) * update
         elif GATE == GROUP:
             update = shared * update
         total = append(total, residual + update)
-    _store_tiles(out, total, group, first, rows, cols, C, ROWS)
+    _store_tiles(out, total, group, first, rows, cols, C, ROWS, WHOLE)
 
 
 @triton.jit(do_not_specialize=["tokens", "groups", "rows", "programs"])
