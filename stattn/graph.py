@@ -23,6 +23,10 @@ class SampleGraph:
     The weights are read where they are: changed in place, they take effect; the model must not be moved. ``video`` is
     what the last replay wrote.
 
+    cuBLAS clears a workspace before its large products, in a node of its own that leaves the GPU idle for 5 to 12 us.
+    With CUBLASLT_WORKSPACE_SIZE=0 in the environment before a process first multiplies, they take kernels that need
+    none and are as fast: `stattn bench sampler` measures samples so.
+
     Capturing runs a few steps first, so that kernels are compiled and plans are made. Raises ValueError on another
     device than CUDA: call ``sample`` there; RuntimeError for a model that cannot be captured, as one that waits for the
     device; and what ``sample`` raises.

@@ -239,3 +239,21 @@ def test_any_mask_may_take_part(tmp_path):
 def test_contenders_can_be_listed(capsys):
     assert cli.main(["bench", "step", "--device", "cpu", "--contenders", "list"]) == 0
     assert capsys.readouterr().out.split() == ["eager", "stattn-dense", "stattn-sliding_tile", "stattn-window"]
+
+
+@pytest.mark.parametrize(("before", "what", "device", "then"), [
+    (None, "sampler", "cuda", "0"), ("8192", "sampler", "cuda", "8192"), (None, "sampler", "cpu", None),
+    (None, "ops", "cuda", None),
+])  # fmt: skip
+def test_a_sample_on_a_gpu_is_measured_without_workspaces_unless_they_are_asked_for(
+    monkeypatch, tmp_path, before, what, device, then
+):
+    monkeypatch.delenv("CUBLASLT_WORKSPACE_SIZE", raising=False)
+    if before is not None:
+        monkeypatch.setenv("CUBLASLT_WORKSPACE_SIZE", before)
+    monkeypatch.setattr(bench_runs, f"measure_{what}", lambda report, *_, **__: bench_runs.add(report, "a", "ms", 1.0))
+    monkeypatch.setattr(results, "new_report", lambda command, _: results.Report(
+        command, "a GPU", results.versions(), "2026-01-31T12:00:00+00:00", None, None, []
+    ))  # fmt: skip
+    assert cli.main(["bench", what, "--shape", "test", "--device", device, "--out", str(tmp_path / "found.json")]) == 0
+    assert results.read(tmp_path / "found.json").versions.get("CUBLASLT_WORKSPACE_SIZE") == then
