@@ -14,7 +14,7 @@ import torch
 from stattn import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+GUIDES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 
 
 class TinyWan:
