@@ -2,6 +2,7 @@
 
     python tests/fuzz.py --seeds 0 1000        python tests/fuzz.py --seeds 17 18        (the one-line repro of seed 17)
     python tests/fuzz.py --seeds 0 1000 --impl triton --device cuda
+    python tests/fuzz.py --seeds 0 1000 --impl triton --device cuda --runs --dims 64 128
 
 Each call is compared with a dense softmax over ``mask.allowed`` in float64: output, LSE and gradients. Each element's
 error is held against the magnitudes of the terms that it sums: four roundings of the call's type for each.
@@ -96,6 +97,23 @@ def random_mask(rng: random.Random, shape: Triple, depth: int = 0) -> Mask:
     return masks.CONSTRUCTORS[kind].make()
 
 
+def random_runs(rng: random.Random, shape: Triple) -> Mask:
+    """Draw a mask by which queries see whole lines of tokens."""
+    kind = rng.choice(["full", "spatial", "frame_causal", "window", "tables", "or"])
+    if kind == "frame_causal":
+        chunk = rng.randint(1, shape[0] + 1)
+        return masks.frame_causal(chunk, rng.choice([None, chunk + rng.randint(0, shape[0])]), rng.randint(0, 2))
+    if kind == "window":
+        causal = (rng.random() < 0.4, rng.random() < 0.4, False)
+        return masks.window(rng.randint(1, shape[0]), rng.choice([None, rng.randint(1, shape[1])]), None, causal=causal)
+    if kind == "tables":
+        low, high = ([rng.randint(-1, n) for n in [shape[0]] * shape[0]] for _ in range(2))
+        return masks.tables(t=(low, high))
+    if kind == "or":
+        return masks.spatial() | masks.tables(t=([0] * shape[0], [rng.randint(0, n) for n in range(shape[0])]))
+    return masks.CONSTRUCTORS[kind].make()
+
+
 def random_lists(rng: random.Random, shape: Triple, batch: int, heads: int, device: str) -> BlockList:
     q_tile, k_tile = (tuple(rng.randint(1, n + 1) for n in shape) for _ in range(2))
     mask = random_mask(rng, shape) if rng.random() < 0.6 else None
@@ -121,41 +139,50 @@ def random_region(rng: random.Random, shape: Triple) -> Region:
     return Region(tuple(rng.randint(0, n - e) for n, e in zip(shape, extent, strict=True)), extent)  # type: ignore[arg-type]
 
 
-def strided(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
-    """The same values as they are, in [B, heads, N, D] order, in a fused projection, or behind an odd offset."""
+def strided(rng: random.Random, x: torch.Tensor, offset: int) -> torch.Tensor:
+    """The same values as they are, in [B, heads, N, D] order, in a fused projection, or behind an offset."""
     kind = rng.choice(["plain", "transposed", "fused", "offset"])
     if kind == "transposed":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if kind == "fused":
         return torch.stack([torch.full_like(x, torch.nan), x, torch.full_like(x, torch.nan)], dim=2)[:, :, 1]
     if kind == "offset":
-        flat = torch.full((x.numel() + 3,), torch.nan, dtype=x.dtype, device=x.device)
-        flat[3:] = x.reshape(-1)
-        return flat[3:].view(x.shape)
+        flat = torch.full((x.numel() + offset,), torch.nan, dtype=x.dtype, device=x.device)
+        flat[offset:] = x.reshape(-1)
+        return flat[offset:].view(x.shape)
     return x
 
 
 def random_call(
-    seed: int, dtype: torch.dtype | None = None, impl: str = "auto", device: str = "cpu", dims: Sequence[int] = ()
+    seed: int,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+    device: str = "cpu",
+    dims: Sequence[int] = (),
+    runs: bool = False,
 ) -> Call | None:
     """Draw a call that an implementation serves; None when its mask has too many products.
 
-    dtype, dims: those to draw from, where not all that the implementation serves.
+    dtype, dims: those to draw from, where not all that the implementation serves. runs: draw what the kernels of
+    ``attention_runs`` can serve.
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
     triton = impl == "triton"
     dtypes = TRITON_DTYPES[torch.device(device).type] if triton else DTYPES
+    dtypes = tuple(each for each in dtypes if each.itemsize == 2) if runs else dtypes
     dtype = dtype or dtypes[seed % len(dtypes)]
     shape = (rng.randint(1, 7), rng.randint(1, 7), rng.randint(1, 9))
     grid = Grid(*shape, *rng.choice([(0, 0), (0, 0), (3, 0), (0, 4), (2, 3)]))
-    batch, key_heads = rng.choice([0, 1, 1, 2, 3]), rng.choice([1, 2, 3])
+    batch, key_heads = rng.choice([1, 2, 3] if runs else [0, 1, 1, 2, 3]), rng.choice([1, 2, 3])
     heads, dim = key_heads * rng.choice([1, 2]), rng.choice(dims or (TRITON_DIMS if triton else DIMS))
 
     mask: Mask | BlockList | list[Mask]
     try:
-        lists = rng.random() < 0.25
-        if lists:
+        lists = not runs and rng.random() < 0.25
+        if runs:
+            mask = random_runs(rng, shape)
+        elif lists:
             mask = random_lists(rng, shape, max(batch, 1), heads, device)
         elif rng.random() < 0.25:
             mask = [random_mask(rng, shape) for _ in range(heads)]
@@ -177,7 +204,7 @@ def random_call(
             options["q_region"] = random_region(rng, shape)
         if rng.random() < 0.35:
             options["k_region"] = random_region(rng, shape)
-        if rng.random() < 0.3:
+        if not runs and rng.random() < 0.3:
             slots = rng.randint(1, shape[0] + 2)
             held = rng.sample(range(shape[0]), min(shape[0], rng.randint(0, slots)))
             frames = (held + [-1] * slots)[:slots]
@@ -187,7 +214,7 @@ def random_call(
                 box = options["k_region"]
                 options["k_region"] = Region((0, *box.origin[1:]), (shape[0], *box.extent[1:]))
     valid = torch.ones(batch, grid.globals, dtype=torch.bool)
-    if grid.globals and rng.random() < 0.5:
+    if grid.globals and not runs and rng.random() < 0.5:
         if grid.before and grid.after or rng.random() < 0.5:
             options["valid"] = valid = torch.rand(batch, grid.globals) < 0.5
         else:
@@ -210,7 +237,7 @@ def random_call(
             allowed[b, h] = table & (columns >= 0)
 
     q, k, v = (
-        strided(rng, torch.randn(batch, n, h, dim, dtype=torch.float64).to(device, dtype))
+        strided(rng, torch.randn(batch, n, h, dim, dtype=torch.float64).to(device, dtype), 8 if runs else 3)
         for n, h in ((len(rows), heads), (len(columns), key_heads), (len(columns), key_heads))
     )
     if rng.random() < 0.3:  # some of what sees nothing, or is never seen, is not read
@@ -227,14 +254,16 @@ def random_call(
                 unseen = ~allowed.unflatten(1, (key_heads, -1)).any(2).any(2).transpose(1, 2)
                 k[unseen] = v[unseen] = torch.nan
     dout = torch.randn(q.shape, dtype=torch.float64).to(device, dtype)
-    if rng.random() < 0.2:
+    if runs:
+        dout = strided(rng, dout, 8)
+    elif rng.random() < 0.2:
         dout = torch.ones((), dtype=dtype, device=device).expand(q.shape)
     elif rng.random() < 0.2:
         dout = dout.transpose(-1, -2).contiguous().transpose(-1, -2)
     dlse = torch.randn(batch, heads, len(rows), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     dlse = dlse.to(device)
     options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    wanted = rng.choice(["both", "both", "out", "lse"])
+    wanted = rng.choice(["both", "out"] if runs else ["both", "both", "out", "lse"])
     return Call(
         grid, mask, q, k, v, allowed, dout if wanted != "lse" else None, dlse if wanted != "out" else None, options
     )
@@ -330,15 +359,20 @@ def failure(call: Call, impl: str = "auto") -> str | None:
 
 
 def check(
-    seed: int, impl: str = "auto", dtype: torch.dtype | None = None, device: str = "cpu", dims: Sequence[int] = ()
+    seed: int,
+    impl: str = "auto",
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    dims: Sequence[int] = (),
+    runs: bool = False,
 ) -> bool:
     """Run one seed. Returns False when it drew no call; raises AssertionError with a repro when results differ."""
-    call = random_call(seed, dtype, impl, device, dims)
+    call = random_call(seed, dtype, impl, device, dims, runs)
     if call is None:
         return False
     wrong = failure(call, impl)
     repro = f"repro: python tests/fuzz.py --seeds {seed} {seed + 1} --impl {impl} --device {device}"
-    repro += f" --dims {' '.join(map(str, dims))}" * bool(dims)
+    repro += f" --dims {' '.join(map(str, dims))}" * bool(dims) + " --runs" * runs
     assert wrong is None, f"{wrong}\n{call}\n{repro}"
     return True
 
@@ -349,11 +383,12 @@ def main() -> int:
     parser.add_argument("--impl", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dims", type=int, nargs="+", default=(), help="head dimensions to draw from")
+    parser.add_argument("--runs", action="store_true", help="draw masks by which queries see whole lines of tokens")
     options = parser.parse_args()
     wrong = 0
     for seed in range(*options.seeds):
         try:
-            check(seed, options.impl, None, options.device, options.dims)
+            check(seed, options.impl, None, options.device, options.dims, options.runs)
         except AssertionError as error:
             wrong += 1
             print(f"seed {seed}: {error}", flush=True)

@@ -145,11 +145,19 @@ def test_whole_numbers_are_summed_exactly(impl: str) -> None:
 SHIFTS = [-1e5, -5e4, -120.0, -88.8, 0.0, 120.0, 1e4]
 
 
-def check_shift(shift: float, tokens: int, impl: str, device: str = "cpu", dim: int = 16, truncated: int = 0) -> None:
+def check_shift(
+    shift: float,
+    tokens: int,
+    impl: str,
+    device: str = "cpu",
+    dim: int = 16,
+    truncated: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """truncated: how often a score's sum is cut off to 24 bits, as tensor cores do after every few features."""
-    grid = Grid(1, 1, tokens)
+    grid, shift = Grid(1, 1, tokens), torch.tensor(shift, dtype=dtype).item()
     for mask in (masks.full(), masks.window(1, 1, min(tokens, 33))):
-        q, k, v = draw(1, tokens, 1, dim, dtype=torch.float32, device=device)
+        q, k, v = draw(1, tokens, 1, dim, dtype=dtype, device=device)
         q[..., 0], k[..., 0] = 0.0, 1.0
         plain, plain_lse = stattn.attention(q, k, v, grid, mask, scale=1.0, return_lse=True, impl=impl)
         q[..., 0] = shift
@@ -158,7 +166,8 @@ def check_shift(shift: float, tokens: int, impl: str, device: str = "cpu", dim: 
         out.sum().backward()
         # Scores of size |c| are rounded to ulp(c): so much of each exponent is lost.
         slack = (4 + truncated) * torch.finfo(torch.float32).eps * abs(shift)
-        assert (out - plain).abs().max() <= 2 * slack * plain.abs().max() + 1e-5
+        rounding = 2 * slack + 4 * torch.finfo(dtype).eps  # of P and of the output, before the shift and with it
+        assert (out - plain).abs().max() <= rounding * plain.abs().max() + 1e-5
         assert (lse - plain_lse - shift).abs().max() <= slack + 1e-4
         assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
 
@@ -424,22 +433,30 @@ def test_every_reason_against_dense_attention_is_named() -> None:
 # torch.library, compile.
 
 
-def operator_arguments(grad: bool, impl: str, device: str, heads: int, dim: int, dtype: torch.dtype) -> tuple[Any, ...]:
+def operator_arguments(
+    grad: bool, impl: str, device: str, heads: int, dim: int, dtype: torch.dtype, mask: Mask | None
+) -> tuple[Any, ...]:
     from stattn.ops.attention import _check, _flatten
 
     grid = Grid(2, 3, 4, 0, 3)
     q, k, v = (x.requires_grad_(grad) for x in draw(2, grid.tokens, heads, dim, device=device, dtype=dtype))
-    options = (None, None, None, torch.tensor([3, 1], device=device), "all", None)
-    problem, extras = _check(q, k, v, grid, masks.window(2, 3, 3), *options)
+    valid = None if mask else torch.tensor([3, 1], device=device)
+    problem, extras = _check(q, k, v, grid, mask or masks.window(2, 3, 3), None, None, None, valid, "all", None)
     return (q, k, v, *_flatten(problem), *extras, False, impl)
 
 
 def check_operations(
-    impl: str, device: str, heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32
+    impl: str,
+    device: str,
+    heads: int = 2,
+    dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    mask: Mask | None = None,
 ) -> None:
-    arguments = operator_arguments(True, impl, device, heads, dim, dtype)
+    """mask: one to take in place of a window with padded text."""
+    arguments = operator_arguments(True, impl, device, heads, dim, dtype, mask)
     torch.library.opcheck(torch.ops.stattn.attention.default, arguments)
-    plain = operator_arguments(False, impl, device, heads, dim, dtype)
+    plain = operator_arguments(False, impl, device, heads, dim, dtype, mask)
     out, lse = torch.ops.stattn.attention(*plain)
     torch.library.opcheck(
         torch.ops.stattn.attention_backward.default,
@@ -459,9 +476,10 @@ def check_compiled(
     dim: int = 16,
     shapes: Sequence[Triple] = ((2, 3, 4), (3, 5, 6), (4, 4, 7)),
     dtype: torch.dtype = torch.float32,
+    mask: Mask | None = None,
 ) -> None:
     """The first call, compiled, and others on grids of other sizes equal eager calls, without a recompilation."""
-    mask = masks.window(2, 3, 3)
+    mask = mask or masks.window(2, 3, 3)
 
     @torch.compile(fullgraph=True, backend=backend, dynamic=True)
     def compiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fuzz
 import pytest
@@ -26,7 +28,18 @@ from test_attention_kernels import (
     random_call,
     same,
 )
-from test_attention_proof import DEVICE, DTYPES, PLACES, Covered, configs, take_runs, use, use_first
+from test_attention_proof import (
+    DEVICE,
+    DTYPES,
+    PLACES,
+    RUNS_FORWARD,
+    Covered,
+    configs,
+    leave_runs,
+    take_runs,
+    use,
+    use_first,
+)
 from test_probes import UNIONS
 
 import stattn
@@ -38,16 +51,20 @@ from stattn.kernels import attention_bwd as backward
 from stattn.masks import Mask
 
 pytestmark = [pytest.mark.gpu, pytest.mark.apart]
-KINDS = {"general": masks.window(3, 5, 5), "runs": masks.frame_causal(2)}
+Chosen = Mask | list[Mask]
+KINDS: dict[str, list[Chosen]] = {
+    "general": [masks.window(3, 5, 5), masks.full(), UNIONS[2], [masks.spatial(), UNIONS[0]]],
+    **dict.fromkeys(RUNS_FORWARD, [masks.frame_causal(2), masks.full(), masks.spatial()]),
+}
 
 
 @contextmanager
-def kernels_of(kind: str) -> Iterator[Mask]:
-    """Give a mask for the general kernels or for those of runs, and see that these take it."""
+def kernels_of(kind: str) -> Iterator[list[Any]]:
+    """Give masks for the general kernels or for those of runs, and see that these take them."""
     with pytest.MonkeyPatch.context() as patch:
-        served: Counter[str] = take_runs(patch, "runs hopper") if kind == "runs" else Counter()
+        served = leave_runs(patch) if kind == "general" else take_runs(patch, kind)
         yield KINDS[kind]
-        assert (served["calls"] > 0) == (kind == "runs")
+        assert (served["calls"] > 0) == (kind != "general")
         assert served["served"] == served["calls"]
 
 
@@ -60,11 +77,17 @@ def test_nothing_outside_the_tensors_is_read_or_written_and_views_are_used_as_th
         use_first(patch, 64, 4 if dtype == "fp32" else 2)
         for dim in (64, 40):
             check_guards(DEVICE, dim, DTYPES[dtype])
-        if dtype == "bf16":
-            check_guards(DEVICE, 64, DTYPES[dtype], runs=masks.full())
         plain = random_call(64, DTYPES[dtype], DEVICE)
         check_views(plain)
         check_strides_of_dout(plain)
+
+
+@pytest.mark.parametrize("kind", RUNS_FORWARD)
+def test_the_kernels_of_runs_read_and_write_nothing_outside_the_tensors(kind: str) -> Covered:
+    with kernels_of(kind) as found:
+        for mask, dim in itertools.product(found, (64, 128)):
+            check_guards(DEVICE, dim, torch.bfloat16, runs=mask)
+    return {"calls": 2 * len(found)}
 
 
 @pytest.mark.parametrize("mask", [masks.window(5, 9, 9), masks.spatial()], ids=["general", "runs"])
@@ -83,8 +106,9 @@ def test_offsets_beyond_two_to_the_31_are_right_in_a_fused_projection_of_720p(ma
     return {"elements": fused.numel()}
 
 
-def test_offsets_beyond_two_to_the_31_within_a_sample_are_right() -> Covered:
-    shape, mask = (42, 45, 80), masks.window(3, 9, 9)
+@pytest.mark.parametrize("mask", [masks.window(3, 9, 9), masks.spatial()], ids=["general", "runs"])
+def test_offsets_beyond_two_to_the_31_within_a_sample_are_right(mask: Mask) -> Covered:
+    shape = (42, 45, 80)
     fused = torch.randn(1, 151_200, 3, 40, 128, dtype=torch.bfloat16, device=DEVICE)
     q, k, v = fused[:, :, :, 39:].unbind(2)
     assert forward.wide(k, v)
@@ -132,6 +156,20 @@ def test_as_many_heads_and_samples_as_there_are_places_are_served(batch: int, he
     return {"heads": batch * heads}
 
 
+@pytest.mark.parametrize("kind", RUNS_FORWARD)
+def test_the_kernels_of_runs_serve_as_many_heads_and_samples(kind: str) -> Covered:
+    shape, batch, heads = (3, 1, 2), 36_000, 4
+    tensors = draw(batch, 6, heads, 64, dtype=torch.bfloat16, device=DEVICE)
+    dout = torch.randn_like(tensors[0])
+    with kernels_of(kind) as found:
+        mask = found[1]
+        together = gradients(tensors, dout, None, shape, mask)
+        for some in (slice(0, 100), slice(16_300, 16_400), slice(-100, None)):
+            alone = gradients(tuple(x[some] for x in tensors), dout[some], None, shape, mask)
+            assert same(alone, [x[some] for x in together])
+    return {"heads": batch * heads}
+
+
 def test_empty_slots_of_a_ring_may_hold_anything() -> None:
     check_empty_slots("triton", DEVICE)
 
@@ -157,33 +195,38 @@ def test_compute_sanitizer_finds_nothing_in_tiny_calls(tool: str) -> Covered:
 # Order, streams, graphs, compile: proof 16 to 20.
 
 
-def test_250_runs_beside_another_stream_give_the_same_bits() -> Covered:
+@pytest.mark.parametrize("kind", KINDS)
+def test_250_runs_beside_another_stream_give_the_same_bits(kind: str) -> Covered:
     grid, noise, other = Grid(5, 12, 16, 3, 5), torch.randn(2048, 2048, device=DEVICE), torch.cuda.Stream()
-    calls = [masks.window(3, 5, 7), masks.full(), [masks.spatial(), UNIONS[0]]]
     tensors = draw(2, grid.tokens, 2, 128, key_heads=1, dtype=torch.bfloat16, device=DEVICE)
     dout = torch.randn_like(tensors[0])
-    for mask in calls:
-        first = gradients(tensors, dout, None, grid, mask, deterministic=True)
-        for _ in range(250):
-            with torch.cuda.stream(other):
-                noise @ noise
-            assert same(gradients(tensors, dout, None, grid, mask, deterministic=True), first)
-    return {"masks": len(calls), "reruns": 250 * len(calls)}
+    with kernels_of(kind) as found:
+        for mask in found:
+            first = gradients(tensors, dout, None, grid, mask, deterministic=True)
+            for _ in range(250):
+                with torch.cuda.stream(other):
+                    noise @ noise
+                assert same(gradients(tensors, dout, None, grid, mask, deterministic=True), first)
+    return {"masks": len(found), "reruns": 250 * len(found)}
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_a_sample_depends_on_nothing_but_itself_bitwise(dtype: str) -> Covered:
+@pytest.mark.parametrize(
+    "kind, dtype", [("general", "bf16"), ("general", "fp32"), ("runs forward", "bf16"), ("runs hopper", "fp16")]
+)
+def test_a_sample_depends_on_nothing_but_itself_bitwise(kind: str, dtype: str) -> Covered:
     grid = Grid(4, 9, 16, 0, 7)
     tensors = draw(3, grid.tokens, 4, 64, key_heads=2, dtype=DTYPES[dtype], device=DEVICE)
     dout = torch.randn_like(tensors[0])
-    valid = torch.tensor([7, 2, 5], device=DEVICE)
-    found = (masks.full(), masks.window(3, 5, 5), UNIONS[2])
-    for mask in found:
-        together = gradients(tensors, dout, None, grid, mask, valid=valid)
-        for one in (slice(i, i + 1) for i in range(3)):
-            alone = gradients(tuple(x[one] for x in tensors), dout[one], None, grid, mask, valid=valid[one])
-            assert same(alone, [x[one] for x in together])
-    return {"masks": len(found)}
+    valid = torch.tensor([7, 2, 5], device=DEVICE) if kind == "general" else None
+    with kernels_of(kind) as found:
+        chosen = [mask for mask in found if isinstance(mask, Mask)]
+        for mask in chosen:
+            together = gradients(tensors, dout, None, grid, mask, valid=valid)
+            for one in (slice(i, i + 1) for i in range(3)):
+                real = None if valid is None else valid[one]
+                alone = gradients(tuple(x[one] for x in tensors), dout[one], None, grid, mask, valid=real)
+                assert same(alone, [x[one] for x in together])
+    return {"masks": len(chosen)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,7 +236,7 @@ def test_kernels_run_on_the_stream_they_are_called_on(kind: str) -> None:
     dout = torch.randn_like(tensors[0])
     stream, noise = torch.cuda.Stream(), torch.randn(4096, 4096, device=DEVICE)
     copies = [torch.zeros_like(x) for x in (*tensors, dout)]
-    with kernels_of(kind) as mask:
+    with kernels_of(kind) as (mask, *_):
         want = gradients(tensors, dout, None, grid, mask)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
@@ -212,7 +255,7 @@ def test_kernels_run_on_the_device_of_their_tensors(kind: str) -> None:
     grid = Grid(4, 9, 16, 0, 3)
     tensors = draw(2, grid.tokens, 2, 64, dtype=torch.bfloat16, device="cuda:0")
     dout = torch.randn_like(tensors[0])
-    with kernels_of(kind) as mask:
+    with kernels_of(kind) as (mask, *_):
         want = gradients(tensors, dout, None, grid, mask)
         assert torch.cuda.current_device() == 0
         found = gradients(tuple(x.to("cuda:1") for x in tensors), dout.to("cuda:1"), None, grid, mask)
@@ -220,9 +263,11 @@ def test_kernels_run_on_the_device_of_their_tensors(kind: str) -> None:
     assert same([x.to("cuda:0") for x in found], want)
 
 
+BACKWARD_OF_RUNS = ("attention_runs_stats", "attention_runs_dq", "attention_runs_dkdv")
 LAUNCHES = {
     "general": ("attention_forward", "attention_delta", "attention_dq", "attention_dkdv"),
-    "runs": ("attention_runs_forward_hopper", "attention_runs_stats", "attention_runs_dq", "attention_runs_dkdv"),
+    "runs forward": ("attention_runs_forward", *BACKWARD_OF_RUNS),
+    "runs hopper": ("attention_runs_forward_hopper", *BACKWARD_OF_RUNS),
 }
 
 
@@ -240,7 +285,7 @@ def test_a_graph_replays_with_new_inputs_and_holds_its_kernels_only(kind: str) -
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with kernels_of(kind) as mask, torch.cuda.stream(stream):
+    with kernels_of(kind) as (mask, *_), torch.cuda.stream(stream):
         for _ in range(2):
             call(mask)
         graph = torch.cuda.CUDAGraph()
@@ -263,12 +308,18 @@ def test_a_graph_replays_with_new_inputs_and_holds_its_kernels_only(kind: str) -
     return {"replays": 20, "kernels": sum(kernels.values())}
 
 
-def test_the_operations_pass_opcheck() -> None:
-    check_operations("triton", DEVICE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_operations_pass_opcheck(kind: str) -> None:
+    with kernels_of(kind) as (mask, *_):
+        of_runs = {} if kind == "general" else {"dim": 64, "dtype": torch.bfloat16, "mask": mask}
+        check_operations("triton", DEVICE, **of_runs)
 
 
-def test_a_compiled_call_equals_an_eager_one_and_follows_the_grid() -> None:
-    check_compiled("triton", DEVICE, "inductor", dim=64)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_call_equals_an_eager_one_and_follows_the_grid(kind: str) -> None:
+    with kernels_of(kind) as (mask, *_):
+        of_runs = {} if kind == "general" else {"dtype": torch.bfloat16, "mask": mask}
+        check_compiled("triton", DEVICE, "inductor", dim=64, **of_runs)
 
 
 # The fuzzer: proof 23.
@@ -276,12 +327,24 @@ def test_a_compiled_call_equals_an_eager_one_and_follows_the_grid() -> None:
 SEEDS = 6
 
 
-@pytest.mark.parametrize("first", range(0, 8 * SEEDS, SEEDS))
-def test_random_calls_agree_with_a_dense_softmax(first: int) -> Covered:
+@pytest.mark.parametrize("first, dim", zip(range(0, 12 * SEEDS, SEEDS), (16, 24, 64, 128) * 3, strict=True))
+def test_random_calls_agree_with_a_dense_softmax(first: int, dim: int) -> Covered:
     """With one config a kernel; ``python tests/fuzz.py --impl triton --device cuda`` draws more."""
+    width = max(16, 1 << (dim - 1).bit_length())
     with pytest.MonkeyPatch.context() as patch:
         for place in PLACES:
-            able = ([c for c in configs(place) if 16 in c.widths and c.bytes == size] for size in (2, 4))
+            able = ([c for c in configs(place) if width in c.widths and c.bytes == size] for size in (2, 4))
             use(patch, place, *(config for found in able for config in found[:1]))
-        calls = sum(fuzz.check(seed, "triton", None, DEVICE, (16,)) for seed in range(first, first + SEEDS))
+        calls = sum(fuzz.check(seed, "triton", None, DEVICE, (dim,)) for seed in range(first, first + SEEDS))
     return {"calls": calls}
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("place", RUNS_FORWARD)
+def test_random_calls_of_runs_agree_with_a_dense_softmax(place: str, dim: int) -> Covered:
+    seeds = range(100)
+    with pytest.MonkeyPatch.context() as patch:
+        served = take_runs(patch, place)
+        calls = sum(fuzz.check(seed, "triton", None, DEVICE, (dim,), runs=True) for seed in seeds)
+    assert served["served"] > 2.8 * len(seeds)  # of three launches; some masks have too many runs
+    return {"calls": calls, "launches": served["served"]}

@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from probes import Case, counts_by_axis
 from test_attention import SHIFTS, assert_rule_1, check_shift, draw, largest_score, results
 from test_attention_kernels import NUMBERS, check_numbers, gradients
-from test_attention_proof import DEVICE, DTYPES, RUNS_FORWARD, Covered, configs, take_runs, use, use_first
+from test_attention_proof import DEVICE, DTYPES, RUNS_FORWARD, Covered, configs, leave_runs, take_runs, use, use_first
 from test_attention_runs import CASES as RUNS
 
 import stattn
@@ -204,11 +206,25 @@ def test_every_head_dimension_is_within_rule_1_in_every_dtype(dim: int) -> Cover
     return {"calls": len(cases) * len(DTYPES)}
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_large_and_lone_values_stay_within_rule_1(dtype: str) -> Covered:
-    case, kind, covered = Case(Grid(4, 9, 9), masks.window(3, 5, 3)), DTYPES[dtype], Counter[str]()
+@contextmanager
+def kernels_for(kind: str) -> Iterator[tuple[torch.dtype, Mask]]:
+    """Let general kernels take a type, or those of runs whatever they serve; give the type and a mask for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        served = take_runs(patch, kind) if kind in RUNS_FORWARD else leave_runs(patch)
+        yield (torch.bfloat16, masks.full()) if kind in RUNS_FORWARD else (DTYPES[kind], masks.window(3, 5, 3))
+    assert (served["served"] > 0) == (kind in RUNS_FORWARD)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp32", *RUNS_FORWARD])
+def test_large_and_lone_values_stay_within_rule_1(kind: str) -> Covered:
+    with kernels_for(kind) as (dtype, mask):
+        return check_large_values(Case(Grid(4, 9, 9), mask), dtype)
+
+
+def check_large_values(case: Case, dtype: torch.dtype) -> Covered:
+    covered = Counter[str]()
     for size, spoil in itertools.product((1.0, 3.0, 30.0), ("none", "outlier", "one-hot")):
-        q, k, v = (x * size for x in draw(1, case.grid.tokens, 2, 64, dtype=kind, device=DEVICE))
+        q, k, v = (x * size for x in draw(1, case.grid.tokens, 2, 64, dtype=dtype, device=DEVICE))
         if spoil == "outlier":
             q[..., 3] *= 100
         if spoil == "one-hot":
@@ -223,21 +239,20 @@ def test_large_and_lone_values_stay_within_rule_1(dtype: str) -> Covered:
     return covered
 
 
-def test_a_shift_of_all_scores_changes_nothing() -> Covered:
+@pytest.mark.parametrize("kind", ["bf16", "fp32", *RUNS_FORWARD])
+def test_a_shift_of_all_scores_changes_nothing(kind: str) -> Covered:
     lengths = (1, 63, 64, 65, 127, 128)
-    with pytest.MonkeyPatch.context() as patch:
-        use_first(patch, 64, 4)
+    with kernels_for(kind) as (dtype, _):
         for shift, tokens in itertools.product(SHIFTS, lengths):
-            check_shift(shift, tokens, "triton", DEVICE, 64, truncated=64 // 8)
+            check_shift(shift, tokens, "triton", DEVICE, 64, truncated=64 // 8, dtype=dtype)
     return {"shifts": len(SHIFTS), "lengths": len(lengths)}
 
 
-def test_whole_numbers_are_summed_exactly() -> Covered:
-    grid = Grid(4, 16, 16)
-    for dtype in DTYPES.values():
+@pytest.mark.parametrize("kind", [*DTYPES, *RUNS_FORWARD])
+def test_whole_numbers_are_summed_exactly(kind: str) -> None:
+    with kernels_for(kind) as (dtype, _):
         q = torch.zeros(1, 1024, 1, 64, dtype=dtype, device=DEVICE)
         k = torch.randint(-2, 3, q.shape, device=DEVICE).to(dtype)
         v = torch.randint(-2, 3, q.shape, device=DEVICE) * (torch.rand(q.shape, device=DEVICE) < 0.3)
-        out = stattn.attention(q, k, v.to(dtype), grid, impl="triton")
+        out = stattn.attention(q, k, v.to(dtype), (4, 16, 16), impl="triton")
         assert torch.equal(out, (v.sum(1, keepdim=True).float() / 1024).to(dtype).expand_as(out))
-    return {"dtypes": len(DTYPES)}

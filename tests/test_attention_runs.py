@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import fuzz
 import pytest
 import torch
 from probes import Case, check
@@ -90,6 +91,15 @@ def test_results_and_gradients_are_within_rule_1(name: str, taken: list[str]) ->
     case, given = CASES[name]
     check_numbers(case, **(given | {"dtype": HALF}))
     assert taken == ALL
+
+
+def test_random_calls_agree_with_a_dense_softmax(monkeypatch: pytest.MonkeyPatch, taken: list[str]) -> None:
+    large = (Config(64, 64, 4, 2, (16,), 2, 100.0),)  # few tiles are quick to interpret
+    for name in ("CONFIGS", "DQ_CONFIGS", "DKDV_CONFIGS"):
+        monkeypatch.setattr(kernels, name, large)
+    for seed in range(5):
+        assert fuzz.check(seed, "triton", dims=(16,), runs=True)
+    assert taken == ALL * 5
 
 
 @pytest.mark.parametrize("name", ["frame causal", "globals", "globals alone", "keys only globals", "empty rows"])
