@@ -5,7 +5,8 @@
 
 Names are patchify/<fwd|bwd>/<shape> for this package, patchify/<other>/<fwd|bwd>/<shape> for the others: conv3d is
 nn.Conv3d (without the transposition to tokens that a model needs behind it), linear is reshape, permute and nn.Linear,
-compiled is the reference under torch.compile, and copy is ``copy_`` of the same number of bytes, half read and half
+compiled is the reference under torch.compile, fill is ``zero_`` of the tokens, which is most of what the latents take,
+and copy is ``copy_`` of the same number of bytes, half read and half
 written. Outputs are compared with float64 before anything is timed. Bytes are the least that can be moved: every input
 and output once.
 """
@@ -191,6 +192,7 @@ def test_forward(benchmark: Any, report: results.Report, device: str, name: str,
         for call in contenders.values():
             assert_right(call(0), given, shape)
         contenders[f"patchify/copy/fwd/{name}"] = copier(size, copies, device)
+        contenders[f"patchify/fill/fwd/{name}"] = lambda copy: given.dout[copy].zero_()
         timings = results.time_in_graph(contenders, copies=copies, device=device)
         record(report, timings, f"patchify/fwd/{name}", size, shape.flops)
         touch(benchmark, lambda: contenders[f"patchify/fwd/{name}"](0), device)
