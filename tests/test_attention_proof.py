@@ -96,7 +96,7 @@ def video(case: Case) -> int:
     return len(case.rows()) * len(case.columns()) * case.heads
 
 
-# Every mask by every config: proof's mask probes, 16.
+# Every mask by every config.
 
 
 def rounds() -> Iterator[tuple[str, int, tuple[int, ...]]]:

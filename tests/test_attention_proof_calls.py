@@ -43,12 +43,14 @@ from test_attention_proof import (
 from test_probes import UNIONS
 
 import stattn
-from stattn import masks
+from stattn import extension, masks
 from stattn.blocks import block_list, lower
 from stattn.grid import Grid, Triple
 from stattn.kernels import attention as forward
 from stattn.kernels import attention_bwd as backward
 from stattn.masks import Mask
+from stattn.ops import _attention_memo
+from stattn.ops._attention_choice import OPERATION
 
 pytestmark = [pytest.mark.gpu, pytest.mark.apart]
 Chosen = Mask | list[Mask]
@@ -68,7 +70,7 @@ def kernels_of(kind: str) -> Iterator[list[Any]]:
         assert served["served"] == served["calls"]
 
 
-# Memory and layout: proof 5, 9 to 12.
+# Memory and layout.
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -192,7 +194,7 @@ def test_compute_sanitizer_finds_nothing_in_tiny_calls(tool: str) -> Covered:
     return {"calls": int(done.stdout.split(" calls")[0].split()[-1])}
 
 
-# Order, streams, graphs, compile: proof 16 to 20.
+# Order, streams, graphs, compile.
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -322,7 +324,33 @@ def test_a_compiled_call_equals_an_eager_one_and_follows_the_grid(kind: str) -> 
         check_compiled("triton", DEVICE, "inductor", dim=64, **of_runs)
 
 
-# The fuzzer: proof 23.
+# Choice.
+
+
+def test_without_the_cuda_library_auto_takes_these_kernels() -> Covered:
+    tensors = draw(1, 240, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    dout = torch.randn_like(tensors[0])
+    found = [masks.window(3, 3, 5), masks.spatial(), [masks.spatial(), UNIONS[0]]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "LIBRARY", Path("nothing.so"))
+        forget()
+        for mask in found:
+            reasons = stattn.explain(*tensors, (4, 6, 10), mask)
+            assert "auto takes triton" in reasons
+            assert "was not built" in reasons
+            got = gradients(tensors, dout, None, (4, 6, 10), mask, impl="auto")
+            assert same(got, gradients(tensors, dout, None, (4, 6, 10), mask))
+    forget()
+    return {"masks": len(found)}
+
+
+def forget() -> None:
+    extension._failure.cache_clear()
+    OPERATION._choose.cache_clear()
+    _attention_memo.clear()
+
+
+# The fuzzer.
 
 SEEDS = 6
 

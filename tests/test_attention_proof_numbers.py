@@ -29,7 +29,7 @@ from stattn.masks import CONSTRUCTORS, Mask
 
 pytestmark = [pytest.mark.gpu, pytest.mark.apart]
 
-# Production lengths: proof 3.
+# Production lengths.
 
 LENGTHS: dict[Triple, tuple[Mask, ...]] = {
     (21, 30, 52): (masks.full(), masks.spatial() | masks.temporal(), masks.window(9, 13, 25, causal=True)),
@@ -157,7 +157,7 @@ def test_a_long_forward_takes_the_memory_of_its_output_and_lse() -> Covered:
     return {"masks": len(LENGTHS[shape])}
 
 
-# Numbers: proof 1, 4, 6.
+# Numbers.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
