@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -420,20 +421,23 @@ def test_what_calls_past_the_dispatcher_says_where_each_tensor_begins(monkeypatc
     monkeypatch.setattr(_cuda, "_stream", lambda index: 77 + index)
     launch = object.__new__(_cuda.Launch)
     launch._direct = extension.Direct(library, refuse, refuse)
-    launch._kept, launch._device, launch._index, launch._dtype = 5, torch.device("cpu"), 2, torch.bfloat16
-    launch._alone, launch._out, launch._lse = True, ((2, 24, 2, 8), (384, 16, 8, 1)), ((2, 2, 24), (48, 24, 1))
+    launch._kept, launch._index, launch._alone = 5, 2, True
     made = []
 
     def here(*given: Any) -> torch.Tensor:
         made.append(given)
-        return launch._there(*given)
+        return _cuda._empty(*given, torch.device("cpu"))
 
-    launch._here = here
+    def use(room: int) -> None:
+        found = _cuda._results(q, room)
+        launch._here = tuple(partial(here, *each) for each in found)
+        launch._there = tuple(partial(_cuda._empty, *each, torch.device("cpu")) for each in found)
+
     q, k, v = torch.randn(3, 2, 2, 24, 8).bfloat16().transpose(2, 3).unbind()
     places = q.data_ptr(), k.data_ptr(), v.data_ptr()
     real = torch.ones(2, 3, dtype=torch.bool)
     for room, valid, wants, fill in itertools.product((0, 7), (None, real), (True, False), (True, False)):
-        launch._room = _cuda._contiguous((room,)) if room else None
+        use(room)
         made.clear()
         out, lse = launch(places, valid, wants, fill)
         assert out.shape == q.shape
@@ -445,7 +449,8 @@ def test_what_calls_past_the_dispatcher_says_where_each_tensor_begins(monkeypatc
         assert said[-1][:7] == (5, *addresses)
         assert (said[-1][7] == 0) == (room == 0)
         assert said[-1][8] == 79
-    launch._alone, launch._room = False, None
+    use(0)
+    launch._alone = False
     for current in (2, 0):  # memory comes from the device of the call
         monkeypatch.setattr(_cuda, "_current_device", {2: lambda: 2, 0: lambda: 0}[current])
         made.clear()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import struct
 import weakref
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -141,29 +141,23 @@ class Launch:
             problem, q.shape[2], q.shape[3], valid is not None, False, q.device
         )
         self._kept, room = torch.ops.stattn.attention_prepare(q, k, v, scale, config, self._plan, layout, valid)
-        batch, queries, heads, _ = q.shape
-        self._device, self._index, self._dtype = q.device, q.device.index, q.dtype
-        self._out, self._lse = _contiguous(q.shape), _contiguous((batch, heads, queries))
-        self._room = _contiguous((room,)) if room else None
+        self._index, made = q.device.index, _results(q, room)
+        self._there = tuple(partial(_empty, *each, q.device) for each in made)
         # Allocates on the current device, past the dispatcher as well; but does not fill what is to be filled.
         quick = getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None)
-        self._here: Callable[..., torch.Tensor] = quick or self._there
+        self._here = self._there if quick is None else tuple(partial(quick, *each) for each in made)
         self._alone = torch.cuda.device_count() == 1
         self._direct = extension.direct()
         weakref.finalize(self, self._direct.forget, self._kept).atexit = False
-
-    def _there(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty_strided(shape, strides, dtype=dtype, device=self._device)
 
     def __call__(
         self, places: tuple[int, int, int], valid: torch.Tensor | None, lse: bool, fill: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Give the output, and LSE if asked for. places: where q, k and v begin. fill: whether new memory is filled."""
-        here = not fill and (self._alone or _current_device() == self._index)
-        new = self._here if here else self._there
-        out = new(*self._out, self._dtype)
-        sums = new(*self._lse, torch.float32) if lse else None
-        room = new(*self._room, torch.float32) if self._room is not None else None
+        new = self._there if fill or not (self._alone or _current_device() == self._index) else self._here
+        out = new[0]()
+        sums = new[1]() if lse else None
+        room = new[2]() if len(new) > 2 else None
         error = self._direct.call(
             _PACK(
                 self._kept,
@@ -180,9 +174,20 @@ class Launch:
         return out, sums
 
 
-def _contiguous(shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Give a shape and its strides."""
-    return tuple(shape), tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+def _results(q: torch.Tensor, room: int) -> list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]:
+    """Give shapes, strides and dtypes of the output, of the LSE, and of ``room`` partial sums if there are any."""
+    batch, queries, heads, _ = q.shape
+    found = [(tuple(q.shape), q.dtype), ((batch, heads, queries), torch.float32), ((room,), torch.float32)]
+    return [
+        (shape, tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))), dtype)
+        for shape, dtype in found[: 3 if room else 2]
+    ]
+
+
+def _empty(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def launch_for(

@@ -22,6 +22,7 @@ from stattn.reference.attention import attention_backward as _reference_backward
 from stattn.reference.attention import merge as _reference_merge
 
 _FULL = _masks.full()
+_is_compiling = torch.compiler.is_compiling
 
 
 @overload
@@ -111,7 +112,7 @@ def attention(
 
     Raises TypeError or ValueError naming the argument and its value.
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, scale)
         deterministic = _flags(deterministic, return_lse)
         out, lse = torch.ops.stattn.attention(q, k, v, *_flatten(problem), *extras, deterministic, impl)
@@ -354,6 +355,19 @@ def _backward(
     return run(dout, dlse, q, k, v, out, lse, problem, extras)
 
 
+def _gradients(
+    saved: Sequence[torch.Tensor], rest: Sequence[Any], dout: torch.Tensor | None, dlse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Call the backward's operation. rest: its arguments behind the LSE, ``...`` for a tensor that was saved."""
+    q, k, v, out, lse, *tensors = saved
+    given = iter(tensors)
+    rest = [next(given) if each is ... else each for each in rest]
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.stattn.attention_backward(
+        dout, dlse, q, k, v, out, lse, *rest
+    )
+    return grads
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -364,21 +378,16 @@ class _Attention(torch.autograd.Function):
         tensors = rest[7:12]
         ctx.save_for_backward(q, k, v, out, lse, *(x for x in tensors if x is not None))
         ctx.rest = [*rest[:7], *(None if x is None else ... for x in tensors), *rest[12:]]
-        ctx.others = len(rest)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
-        given = iter(tensors)
-        rest = [next(given) if each is ... else each for each in ctx.rest]
-        grads = torch.ops.stattn.attention_backward(dout, dlse, q, k, v, out, lse, *rest)
-        return (*grads, *(None for _ in range(ctx.others)))
+        return (*_gradients(ctx.saved_tensors, ctx.rest, dout, dlse), *(None for _ in ctx.rest))
 
 
-class _Direct(_Attention):
+class _Direct(torch.autograd.Function):
     """Calls an implementation without the dispatcher; the backward is the operation."""
 
     @staticmethod
@@ -403,10 +412,16 @@ class _Direct(_Attention):
         else:
             ctx.save_for_backward(q, k, v, out, lse, *(x for x in extras if x is not None))
             kept = [None if x is None else ... for x in extras]
-        ctx.rest = [*known.static, *kept, deterministic, known.name]
-        ctx.others = 4
+        ctx.call = known, kept, deterministic
         ctx.set_materialize_grads(False)
         return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        known, kept, deterministic = ctx.call
+        grads = _gradients(ctx.saved_tensors, [*known.static, *kept, deterministic, known.name], dout, dlse)
+        return *grads, None, None, None, None
 
 
 # Past what torch.autograd.Function looks after in Python, which is for transforms: there are none where nobody looks.
