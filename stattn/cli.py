@@ -27,7 +27,7 @@ COMMANDS = {
     "report": ("stattn.report_command", "write results files as a table, a page with plots, and JSON for CI"),
     "storyboard": ("stattn.video.storyboard_command", "make a long video of an object that moves by a plot"),
     "edit": ("stattn.video.edit_command", "edit a video file: inpaint, outpaint, recolour, restyle, motion-brush"),
-    "study": ("stattn.video.study_command", "run an experiment about video: edits, length, consistency"),
+    "study": ("stattn.video.study_command", "run an experiment about video: edits, story, length, consistency"),
     "gallery": ("stattn.video.gallery", "make a page of clips that shows what the video system does"),
     "extend": ("stattn.video.extend_command", "continue a video file"),
     "camera": ("stattn.video.camera_command", "sample a clip filmed by a given camera move"),

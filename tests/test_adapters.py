@@ -246,7 +246,7 @@ def test_recovered_moves_are_the_requested_ones_on_real_clips() -> None:
     only = scene.camera.clone()
     only[..., 3], only[..., 5] = 0, 0
     scene = world.with_camera(scene, only)
-    found, asked = train_adapters.moves_seen(scene.draw()), train_adapters._asked(scene)
+    found, asked = camera.moves_seen(scene.draw()), train_adapters._asked(scene)
     scores = train_adapters.agreement(found, asked)
     assert min(scores["pan_r2"], scores["zoom_r2"], scores["roll_r2"]) > 0.99
     assert train_adapters.agreement(found.roll(1, 0), asked)["pan_r2"] < 0.6
@@ -267,6 +267,7 @@ def test_a_command_films_by_numbers_and_by_a_reference(
     for move in (["--pan-x", "1.5"], ["--pan-x", "-1.5"], ["--reference", str(tmp_path / "clip.mkv")]):
         assert cli.main([*words, *move, "--first-frame", str(tmp_path / "clip.mkv")]) == 0
         made.append(files.read_clip(tmp_path / "out.mkv")[0])
+        assert "seen: --pan-x " in capsys.readouterr().out
         assert torch.equal(made[-1][:, :1], media.to_uint8(clip)[:, :1])
     assert not torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])

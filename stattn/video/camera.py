@@ -111,6 +111,22 @@ def _draw(maps: Tensor, height: int, width: int) -> Tensor:
     return ((moved - still) * (2 / min(height, width))).flatten(2, 3).transpose(1, 2)
 
 
+def moves_seen(video: Tensor) -> Tensor:
+    """Recover the moves of clips [B, 3, T, H, W] from their pixels: [B, 4], on the host.
+
+    Pan (x, y) in pixels a frame; from the first frame to the last, the logarithm of the zoom, and the roll in radians.
+    """
+    # With X = A p + b the map from frame 0 to t is A_t^-1 A_0 p + A_t^-1 (b_0 - b_t), A = R / zoom and b = pan.
+    track = camera_track(video)[:, -1].cpu()
+    zoom = torch.linalg.det(track[:, :, :2]).clamp(min=1e-6).sqrt()
+    roll = torch.atan2(track[:, 0, 1] - track[:, 1, 0], track[:, 0, 0] + track[:, 1, 1])
+    # In frame 0 the zoom is exp(-change / 2): a shift of the scenery by pan is seen enlarged by the last frame's zoom.
+    cos, sin = roll.cos(), roll.sin()
+    turn = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2)
+    pan = -(turn @ track[:, :, 2:])[..., 0] / zoom.sqrt()[:, None] / (video.shape[2] - 1)
+    return torch.cat((pan, zoom.log()[:, None], roll[:, None]), 1)
+
+
 class CameraAdapter(nn.Module):
     """Hints for a frozen DiT from a ray map.
 

@@ -6,10 +6,9 @@ import argparse
 
 import torch
 
-from stattn.metrics import camera_track
 from stattn.scene import CAMERA_FIELDS
 from stattn.video import adapted, files
-from stattn.video.camera import Move, maps_of_clip, ray_maps
+from stattn.video.camera import Move, maps_of_clip, moves_seen, ray_maps
 from stattn.video.paint import Sampling, paint
 
 # What one unit of each field is, for --help.
@@ -71,6 +70,10 @@ def main(args: argparse.Namespace) -> int:
     video = paint(model.base, rough, strength, [args.caption], sampling, call=call)[0].cpu()
     for path in files.write_result(args.out, video, args.fps):
         print(f"wrote {path}")
-    track = camera_track(video[None])[0, -1]
-    print(f"seen from the first frame to the last: shift {track[:, 2].tolist()}, matrix {track[:, :2].tolist()}")
+    pan_x, pan_y, zoom, roll = moves_seen(video[None])[0].tolist()
+    scale = 64 / min(height, width)
+    print(
+        f"seen: --pan-x {scale * pan_x:.2f} --pan-y {scale * pan_y:.2f} --zoom {zoom:.2f} "
+        f"--roll {roll / max(1, frames - 1):.4f}"
+    )
     return 0

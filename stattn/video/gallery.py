@@ -23,7 +23,7 @@ from stattn.dit import DiT
 from stattn.metrics import pixels
 from stattn.trainer import PRESETS, AdapterRecipe
 from stattn.video import adapted, edit, files, long, objects, storyboard_command, train_adapters
-from stattn.video.camera import Move, maps_of_clip, ray_maps
+from stattn.video.camera import Move, maps_of_clip, moves_seen, ray_maps
 from stattn.video.paint import Sampling, paint
 
 STYLE = (
@@ -217,7 +217,7 @@ def camera(gallery: Gallery, weights: str) -> Section:
 
 
 def _move_seen(video: Tensor) -> str:
-    right, down, zoom, roll = train_adapters.moves_seen(video.float())[0].tolist()
+    right, down, zoom, roll = moves_seen(video.float())[0].tolist()
     return (
         f"seen: pan ({right:.2f}, {down:.2f}) px a frame, magnified {math.exp(zoom):.2f} times, rolled {roll:.2f} rad"
     )

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from stattn import checks, dit, world
 from stattn.accelerate import accelerate
-from stattn.metrics.motion import camera_track
 from stattn.run import Kind
 from stattn.trainer import AdapterRecipe, Trainer, attention_bias, flow_loss, materialize_attention
 from stattn.video import adapted
 from stattn.video.adapted import Adapted, AdapterConfig
-from stattn.video.camera import maps_of_clip, paths, ray_maps
+from stattn.video.camera import maps_of_clip, moves_seen, paths, ray_maps
 from stattn.video.paint import Sampling, paint
 
 PAST_FRAMES, PAST_STRIDE, ABSENT = 8, 2, 4  # frames remembered, their distance, and of the return without object
@@ -214,22 +213,6 @@ def _asked(scene: world.Scene) -> Tensor:
     pan = camera[:, -1, :2] / (scene.frames - 1)
     zoom = camera[:, -1, 2].log() - camera[:, 0, 2].log()
     return torch.cat((pan, zoom[:, None], camera[:, -1, 4:5]), 1).double()
-
-
-def moves_seen(video: Tensor) -> Tensor:
-    """Recover the moves of clips [B, 3, T, H, W] from their pixels: [B, 4], on the host.
-
-    Pan (x, y) in pixels a frame; from the first frame to the last, the logarithm of the zoom, and the roll in radians.
-    """
-    # With X = A p + b the map from frame 0 to t is A_t^-1 A_0 p + A_t^-1 (b_0 - b_t), A = R / zoom and b = pan.
-    track = camera_track(video)[:, -1].cpu()
-    zoom = torch.linalg.det(track[:, :, :2]).clamp(min=1e-6).sqrt()
-    roll = torch.atan2(track[:, 0, 1] - track[:, 1, 0], track[:, 0, 0] + track[:, 1, 1])
-    # In frame 0 the zoom is exp(-change / 2): a shift of the scenery by pan is seen enlarged by the last frame's zoom.
-    cos, sin = roll.cos(), roll.sin()
-    turn = torch.stack((torch.stack((cos, -sin), -1), torch.stack((sin, cos), -1)), -2)
-    pan = -(turn @ track[:, :, 2:])[..., 0] / zoom.sqrt()[:, None] / (video.shape[2] - 1)
-    return torch.cat((pan, zoom.log()[:, None], roll[:, None]), 1)
 
 
 def agreement(found: Tensor, asked: Tensor) -> dict[str, float]:
