@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from stattn.kernels._compile import specializations
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 STEMS = sorted(path.stem for path in KERNELS.glob("*.py") if not path.stem.startswith("_"))
@@ -53,3 +56,28 @@ def test_every_config_compiles_without_local_memory(
 
 
 TEST = test_every_config_compiles_without_local_memory
+
+
+def listed(stem: str) -> set[tuple[str, ...]]:
+    return {
+        tuple(str(field) for field in (each.fn, each.types, each.constants, each.options))
+        for each in specializations(stem)
+    }
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_config_is_among_the_kernels_that_are_compiled(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any one of them, other kernels are listed."""
+    module = importlib.import_module(f"stattn.kernels.{stem}")
+    everything, found = listed(stem), 0
+    for name in [name for name in vars(module) if name.endswith("CONFIGS")]:
+        configs = getattr(module, name)
+        groups = configs if isinstance(configs, dict) else {None: configs}
+        for kernel, some in groups.items():
+            for number in range(len(some)):
+                left = some[:number] + some[number + 1 :]
+                with monkeypatch.context() as patch:
+                    patch.setattr(module, name, left if kernel is None else {**configs, kernel: left})
+                    assert everything - listed(stem), f"{name} {kernel or ''} {number}"
+                found += 1
+    assert found
