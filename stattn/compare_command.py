@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--any-machine", action="store_true", help="compare runs of different machines, too")
     parser.add_argument(
-        "--scale", action="store_true", help="scale new times by the two runs' matrix products (cublas_tflops)"
+        "--scale",
+        action="store_true",
+        help="scale new times by the two runs' matrix products (cublas_tflops), of rows beside a copy by their copies",
     )
     parser.add_argument("--markdown", metavar="FILE", help="write the table there, too")
 
@@ -66,16 +68,19 @@ def main(args: argparse.Namespace) -> int:
         print(f"stattn compare: left out: {each}", file=sys.stderr)
     changes: list[Change] = []
     heads: list[str] = []
+    alone: list[str] = []
     for place, before, after in pairs(args.old, old, args.new, new):
-        if before is not None and after is not None:
-            heads.append(_head(before, after, args))
-        scale = _scale(before, after) if args.scale and before is not None and after is not None else 1.0
-        changes += compare(
-            before.report if before else None, after.report if after else None, args.fail_over, scale, place
-        )
+        if before is None or after is None:
+            side, source = (ONLY_OLD, before) if after is None else (ONLY_NEW, after)
+            assert source is not None
+            alone.append(f"- `{source.path.as_posix()}` is {side}: {len(source.report.results)} rows")
+            continue
+        heads.append(_head(before, after, args))
+        scales = _scales(before, after) if args.scale else (1.0, 1.0)
+        changes += compare(before.report, after.report, args.fail_over, scales, place)
     if all(change.verdict in (ONLY_OLD, ONLY_NEW) for change in changes):
         raise ValueError(f"{args.old} and {args.new} have no row in common")
-    text = table(changes, heads, args.fail_over)
+    text = table(changes, [*heads, *alone], args.fail_over)
     print(text, end="")
     if args.markdown is not None:
         path = Path(args.markdown)
@@ -110,26 +115,33 @@ def _head(old: Source, new: Source, args: argparse.Namespace) -> str:
         )
     line = f"- `{old.path.as_posix()}` ({old.report.date}) and `{new.path.as_posix()}` ({new.report.date}): "
     line += machines[0] if machines[0] == machines[1] else f"{machines[0]} and {machines[1]}"
-    return line + (f"; new times scaled by {_scale(old, new):.4f}" if args.scale else "")
+    if args.scale:
+        line += "; new times scaled by {:.4f}, those beside a copy by {:.4f}".format(*_scales(old, new))
+    return line
 
 
-def _scale(old: Source, new: Source) -> float:
-    for source in (old, new):
-        if source.report.cublas_tflops is None:
-            raise ValueError(f"--scale: {source.path} has no cublas_tflops to scale by")
-    assert old.report.cublas_tflops is not None
-    assert new.report.cublas_tflops is not None
-    return new.report.cublas_tflops / old.report.cublas_tflops
+def _scales(old: Source, new: Source) -> tuple[float, float]:
+    """Return what new times are multiplied by, and those of rows beside a copy."""
+    found = []
+    for name in ("cublas_tflops", "copy_tbps"):
+        before, after = getattr(old.report, name), getattr(new.report, name)
+        for source, value in ((old, before), (new, after)):
+            if value is None:
+                raise ValueError(f"--scale: {source.path} has no {name} to scale by")
+        found.append(after / before)
+    return found[0], found[1]
 
 
-def compare(old: Report | None, new: Report | None, limit: float, scale: float = 1.0, place: str = "") -> list[Change]:
+def compare(
+    old: Report, new: Report, limit: float, scales: tuple[float, float] = (1.0, 1.0), place: str = ""
+) -> list[Change]:
     """Compare two reports row by row, rows of the old one first.
 
-    limit: the share by which a row may be worse. scale: what new times are multiplied by. place: the file both are
-    from. Raises ValueError, by name, for a row whose unit changed.
+    limit: the share by which a row may be worse. scales: what new times are multiplied by, and those of rows beside a
+    copy. place: the file both are from. Raises ValueError, by name, for a row whose unit changed.
     """
-    before = {result.name: result for result in old.results} if old else {}
-    after = {result.name: result for result in new.results} if new else {}
+    before = {result.name: result for result in old.results}
+    after = {result.name: result for result in new.results}
     found = []
     for name in [*before, *(name for name in after if name not in before)]:
         one, two = before.get(name), after.get(name)
@@ -138,6 +150,7 @@ def compare(old: Report | None, new: Report | None, limit: float, scale: float =
             continue
         if one.unit != two.unit:
             raise ValueError(f"{name} is in {one.unit} and in {two.unit}")
+        scale = scales[report.beside_copy(one) or report.is_copy(name)]
         if two.unit in MILLISECONDS and scale != 1:
             two = dataclasses.replace(two, value=two.value * scale, p20=two.p20 * scale, p80=two.p80 * scale)
         found.append(Change(name, place, one, two, _growth(one, two), _verdict(one, two, limit)))
@@ -165,7 +178,7 @@ def table(changes: Sequence[Change], heads: Sequence[str], limit: float) -> str:
     order = (WORSE, BETTER, LIMIT, SPREAD, ONLY_OLD, ONLY_NEW)
     counts = {verdict: sum(change.verdict == verdict for change in changes) for verdict in order}
     said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    folders = len({change.place for change in changes}) > 1
+    folders = any(change.place for change in changes)
     lines = ["# Comparison", "", f"{said}. The limit is {100 * limit:g} %.", "", *heads, ""]
     lines += ["| result | old | new | change | verdict |", "|---|---:|---:|---:|---|"]
     for change in sorted(changes, key=lambda each: order.index(each.verdict)):

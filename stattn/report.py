@@ -236,13 +236,13 @@ def rates(rows: Sequence[Row]) -> tuple[list[tuple[Row, float, str]], list[tuple
     products: list[tuple[Row, float, str]] = []
     copies: list[tuple[Row, float, str]] = []
     moved = {(id(row.source), row.result.name): row.result for row in rows if row.result.unit in ("GB/s", "TB/s")}
-    beside_copies = {(id(row.source), row.result.name) for row in rows if _beside_copy(row.result)}
+    beside_copies = {(id(row.source), row.result.name) for row in rows if beside_copy(row.result)}
     for row in rows:
         result, report = row.result, row.source.report
         top, copy = report.cublas_tflops, report.copy_tbps
         base = result.baseline
         work = flops(result.name)
-        if base is not None and result.ratio is not None and _beside_copy(result):
+        if base is not None and result.ratio is not None and beside_copy(result):
             words = f"{100 * result.ratio:.0f} % of {base.name}"
             rate_of = moved.get((id(row.source), f"{result.name}/bandwidth"))
             if rate_of is not None:
@@ -262,8 +262,14 @@ def rates(rows: Sequence[Row]) -> tuple[list[tuple[Row, float, str]], list[tuple
     return products, copies
 
 
-def _beside_copy(result: Result) -> bool:
-    return result.baseline is not None and re.search(r"(^|[-/ ])copy([-/ ]|$)", result.baseline.name) is not None
+def beside_copy(result: Result) -> bool:
+    """Whether a row is judged against a copy of the bytes that it must move: its time follows the memory's."""
+    return result.baseline is not None and is_copy(result.baseline.name)
+
+
+def is_copy(name: str) -> bool:
+    """Whether a row's name says that it is a copy."""
+    return re.search(r"(^|[-/ ])copy([-/ ]|$)", name) is not None
 
 
 def flops(name: str) -> float | None:

@@ -363,6 +363,17 @@ def test_times_are_scaled_by_the_matrix_product_and_rates_are_not(tmp_path, caps
     assert "new.json has no cublas_tflops" in text
 
 
+def test_times_beside_a_copy_and_its_own_are_scaled_by_the_copies(tmp_path, capsys):
+    rows = (_row("ops/x/fwd", 0.2, base=("ops/x-copy/fwd", 0.1)), _row("ops/x-copy/fwd", 0.1), _row("a", 1.0))
+    before, after = _report(*rows, product=800.0, copy=4.0), _report(*rows, product=880.0, copy=3.0)
+    _, verdicts, text = _compare(tmp_path, capsys, before, after, "--scale")
+    assert verdicts == {"ops/x/fwd": "better", "ops/x-copy/fwd": "better", "a": "worse"}
+    assert "new times scaled by 1.1000, those beside a copy by 0.7500" in text
+    status, _, text = _compare(tmp_path, capsys, before, dataclasses.replace(after, copy_tbps=None), "--scale")
+    assert status == 1
+    assert "new.json has no copy_tbps" in text
+
+
 def test_a_unit_that_changed_is_refused_by_name(tmp_path, capsys):
     status, _, text = _compare(tmp_path, capsys, _report(_row("a", 1.0)), _report(_row("a", 1.0, "s")))
     assert status == 1
@@ -377,8 +388,9 @@ def test_folders_are_paired_file_by_file(folder, tmp_path, capsys):
     status, out, _ = _run(capsys, "compare", folder, new)
     assert status == 1
     assert "| attention/torch-cudnn/dense_fwd/wan-1.3b-480p [h200/attention.json] | 12 ms (11.88–12.12) | 24 ms" in out
-    assert out.count("| only in old |") == len(ATTENTION.results) - 1 + len(OPS.results)
-    assert out.count("| only in new |") == len(ATTENTION.results)
+    assert out.count("| only in old |") == len(ATTENTION.results) - 1
+    assert f"- `{(folder / 'cpu' / 'ops.json').as_posix()}` is only in old: {len(OPS.results)} rows" in out
+    assert f"- `{(new / 'h200' / 'other.json').as_posix()}` is only in new: {len(ATTENTION.results)} rows" in out
     status, _, err = _run(capsys, "compare", folder, new / "h200" / "other.json")
     assert status == 1
     assert "must be two files or two folders" in err

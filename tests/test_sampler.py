@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from stattn import masks
 from stattn.dit import DiT, DiTConfig
-from stattn.sampler import Diffusion, FlowMatching, Level, draw_noise, sample, step_weights
+from stattn.sampler import Diffusion, FlowMatching, Level, draw_noise, prepare, sample, step_weights
 
 SHAPE = (2, 3, 4, 6, 6)
 SCHEDULES = [FlowMatching(7), FlowMatching(7, shift=5.0), Diffusion(10), Diffusion(10, betas="cosine", snr_shift=3.0)]
@@ -631,3 +632,9 @@ def test_an_unknown_keyword_and_a_model_of_the_wrong_shape_are_refused():
         sample(lambda x, t: x[:, :2], SHAPE, steps=2, seed=0)
     with pytest.raises(ValueError, match=r"model returned shape \(1, 3, 4, 6, 6\) for a batch of 2"):
         sample(lambda x, t: x[:1], SHAPE, steps=2, seed=0)
+
+
+def test_a_graph_and_a_rollout_take_what_sample_takes_with_the_same_defaults():
+    asked, prepared = (dict(inspect.signature(each).parameters) for each in (sample, prepare))
+    assert asked.pop("callback").default is None
+    assert asked == prepared
