@@ -351,6 +351,16 @@ class Breakdown:
     attention: float
 
 
+@dataclass(frozen=True)
+class Total:
+    """Hold the seconds of a whole sample, and how many times faster it is than another contender, if any."""
+
+    row: Row
+    seconds: float
+    faster: float | None
+    than: str
+
+
 # Operations an element that is read or written, of the memory-bound ones: counted from their formulas, so nominal.
 PER_ELEMENT = {"modulate": 5.0, "gate_residual": 0.7, "gate_residual_modulate": 3.0, "qk_norm_rope": 4.0}
 
@@ -390,6 +400,29 @@ def breakdowns(rows: Sequence[Row]) -> list[Breakdown]:
         for (source, name), result in values.items()
         if (source, f"{name}/attention") in values
     ]
+
+
+def totals(rows: Sequence[Row]) -> list[Total]:
+    """Return whole samples, rows sampler/<shape>/<contender>, beside what a user would run instead, of the same run.
+
+    That is diffusers where it was measured, else the compiled contender, else the eager one.
+    """
+    samples = {}
+    for row in rows:
+        parts = row.result.name.split("/")
+        if len(parts) == 3 and parts[0] == "sampler" and row.result.unit in MILLISECONDS:
+            samples[id(row.source), parts[1], parts[2]] = row
+    found = []
+    for (source, shape, _), row in samples.items():
+        seconds = row.result.value * MILLISECONDS[row.result.unit] / 1e3
+        others = [samples.get((source, shape, name)) for name in ("diffusers", "compiled", "eager")]
+        base = next((each for each in others if each is not None), None)
+        if base is None or base is row:
+            found.append(Total(row, seconds, None, ""))
+            continue
+        ratio = base.result.value * MILLISECONDS[base.result.unit] / 1e3 / seconds
+        found.append(Total(row, seconds, ratio, base.result.name.rpartition("/")[2]))
+    return found
 
 
 def errors(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:

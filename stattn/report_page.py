@@ -36,8 +36,13 @@ def render(sources: Sequence[Source], others: Sequence[str], tests: Sequence[Tes
 
 def _stem(stem: str, rows: Sequence[Row], numbers: dict[int, int]) -> str:
     products, copies = report.rates(rows)
+    samples = report.totals(rows)
+    compared = [row for row in rows if row not in [each.row for each in samples]]
     figures = [
-        _figure(report_plots.bars(rows, numbers), f"{stem}: how many times better than its baseline each result is"),
+        _figure(
+            report_plots.bars(compared, numbers), f"{stem}: how many times better than its baseline each result is"
+        ),
+        _figure(report_plots.totals(samples, numbers), f"{stem}: how long whole samples take"),
         _figure(
             report_plots.shares(products, copies, numbers),
             f"{stem}: the share of the matrix product's and of the copy's rate that results reach",

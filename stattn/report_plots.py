@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stattn.report import MILLISECONDS, Breakdown, Point, Row
+from stattn.report import MILLISECONDS, Breakdown, Point, Row, Total
 from stattn.results import LOWER_IS_BETTER
 
 BETTER, WORSE, PLAIN, SOFT = "#2a7f4f", "#b3372d", "#4a74c0", "#8a8e98"
@@ -179,6 +179,22 @@ def breakdown(found: Sequence[Breakdown]) -> Any:
     return figure
 
 
+def totals(found: Sequence[Total], numbers: dict[int, int]) -> Any:
+    """Draw how long whole samples take."""
+    if not found:
+        return None
+    figure, axes = _new(WIDTH, 0.9 + BAR * len(found))
+    for place, each in enumerate(found):
+        axes.barh(place, each.seconds, color=PLAIN, height=0.7)
+        told = "" if each.faster is None else f", {each.faster:.3g}× {each.than}"
+        _beside(axes, place, f"{each.seconds:.3g} s{told}")
+    axes.set_yticks(range(len(found)), [_label(each.row, numbers) for each in found], fontsize=7)
+    axes.set_ylim(len(found) - 0.4, -0.6)
+    axes.set_xlabel("s", fontsize=8)
+    _plain(axes)
+    return figure
+
+
 def errors(found: Mapping[str, tuple[float, float]]) -> Any:
     """Draw relative errors against densities. found: (density, error) by name; the last part names the contender."""
     if not found:
@@ -189,8 +205,17 @@ def errors(found: Mapping[str, tuple[float, float]]) -> Any:
         mine = sorted((at, name.rpartition("/")[2]) for name, at in found.items() if name.rpartition("/")[0] == shape)
         where = [100 * density for (density, _), _ in mine], [error for (_, error), _ in mine]
         axes.plot(*where, "o-", linewidth=0.6, markersize=5, color=f"C{place % 10}", label=shape)
-        for ((density, error), name), side in zip(mine, [3, -9] * len(mine), strict=False):
-            axes.annotate(name, (100 * density, error), (4, side), textcoords="offset points", fontsize=6.5)
+    # Points that lie upon each other share their label; colours tell their shapes.
+    clusters: list[tuple[float, float, list[str]]] = []
+    for (density, error), name in sorted((at, name.rpartition("/")[2]) for name, at in found.items()):
+        near = next((names for x, y, names in clusters if density < 1.1 * x and y / 1.15 < error < 1.15 * y), None)
+        if near is None:
+            clusters.append((density, error, [name]))
+        elif name not in near:
+            near.append(name)
+    for density, error, names in clusters:
+        told = "\n".join(names)
+        axes.annotate(told, (100 * density, error), (5, 3), textcoords="offset points", fontsize=6.5, va="bottom")
     low, high = (bound(density for density, _ in found.values()) for bound in (min, max))
     axes.set_xlim(70 * low, min(100, 200 * high))
     least, most = (bound(error for _, error in found.values()) for bound in (min, max))

@@ -271,11 +271,30 @@ def test_steps_are_broken_down_and_errors_set_against_densities(tmp_path, capsys
     drawn = report_plots.errors({"step/wan/a": (0.1, 0.1), "step/wan/b": (0.4, 0.05), "step/hy/a": (0.1, 0.2)}).axes[0]
     assert [list(line.get_xdata()) for line in drawn.lines] == [[10.0, 40.0], [10.0]]
     assert sorted(text.get_text() for text in drawn.texts) == ["a", "a", "b"]
+    near = {"step/wan/a": (0.1, 0.1), "step/wan/b": (0.105, 0.11), "step/hy/a": (0.1, 0.1), "step/hy/c": (0.1, 0.2)}
+    assert sorted(text.get_text() for text in report_plots.errors(near).axes[0].texts) == ["a\nb", "c"]
     results.write(tmp_path / "a.json", source.report)
     status, _, _ = _run(capsys, "report", tmp_path / "a.json", "--out", tmp_path / "out")
     assert status == 0
     alts = re.findall(r'<img alt="([^"]*)"', (tmp_path / "out" / "index.html").read_text())
     assert alts == ["step: what a step&#x27;s time goes to", "step: error against density"]
+
+
+def test_whole_samples_are_set_beside_what_else_one_would_run():
+    rows = [
+        *(_row(f"sampler/wan/{name}", time, "s") for name, time in (("own", 2.0), ("eager", 9.0), ("compiled", 5.0))),
+        _row("sampler/wan/own/loop", 3.0, "s"), _row("sampler/small/own", 500.0, "ms"),
+    ]  # fmt: skip
+    source = report.Source(Path("a.json"), "a.json", _report(*rows))
+    found = report.totals([report.Row(source, each) for each in rows])
+    assert [(each.row.result.name, each.seconds, each.faster, each.than) for each in found] == [
+        ("sampler/wan/own", 2.0, 2.5, "compiled"),
+        ("sampler/wan/eager", 9.0, pytest.approx(5 / 9), "compiled"),
+        ("sampler/wan/compiled", 5.0, None, ""),
+        ("sampler/small/own", 0.5, None, ""),
+    ]
+    drawn = report_plots.totals(found, {id(source): 1}).axes[0]
+    assert [text.get_text() for text in drawn.texts][:2] == ["2 s, 2.5× compiled", "9 s, 0.556× compiled"]
 
 
 # Compare.
