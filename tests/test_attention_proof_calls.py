@@ -182,7 +182,7 @@ def test_an_empty_batch_returns_at_once() -> None:
     assert [len(x) for x in found] == [0] * 5
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "synccheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "synccheck", "initcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing_in_tiny_calls(tool: str) -> Covered:
     sanitizer = shutil.which("compute-sanitizer")
     assert sanitizer is not None, "the CUDA toolkit is not on PATH"
