@@ -522,8 +522,8 @@ def planted(bug: Bug, root: Path = ROOT) -> str:
     return text.replace(bug.old, bug.new)
 
 
-def copy_tree(to: Path) -> None:
-    for name in COPIED:
+def copy_tree(to: Path, names: Sequence[str] = COPIED) -> None:
+    for name in names:
         if (ROOT / name).is_dir():
             junk = shutil.ignore_patterns("__pycache__", "*.so")
             shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=junk)
