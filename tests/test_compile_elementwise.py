@@ -52,10 +52,27 @@ def test_a_compiled_call_is_one_graph_and_gives_the_same_bits(name):
     torch.testing.assert_close(compiled(*inputs), OPERATIONS[name](*inputs), rtol=0, atol=0)
 
 
-def test_other_numbers_of_tokens_do_not_recompile():
+# Of tokens [B, N, 24], a vector [B, 24] and a video [B, 3, T, H, W], of which no two sizes are alike at first.
+SIZES = {
+    "patchify3d": lambda tokens, vector, video: patchify3d(video, torch.ones(5, 3, 1, 2, 2)),
+    "modulate": lambda tokens, vector, video: modulate(tokens, vector, vector),
+    "gate_residual": lambda tokens, vector, video: gate_residual(tokens, tokens, vector),
+    "gate_residual_modulate": lambda tokens, vector, video: gate_residual_modulate(
+        tokens, tokens, vector, vector, None
+    ),
+    "denoise_step": lambda tokens, vector, video: denoise_step(
+        video, video, uncond=-video, guidance=3.0, sigma=0.4, weights=(1, 0.5)
+    ),
+    "modulate_linear": lambda tokens, vector, video: modulate_linear(tokens, vector, vector, torch.ones(5, 24)),
+    "linear_gelu": lambda tokens, vector, video: linear_gelu(tokens, torch.ones(5, 24), torch.ones(5)),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_other_sizes_do_not_recompile(name):
     torch.compiler.reset()
-    norm = torch.compile(lambda x, s: modulate(x, s, s), fullgraph=True, dynamic=True, backend="eager")
+    compiled = torch.compile(SIZES[name], fullgraph=True, dynamic=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for tokens in (12, 13, 50):
-            x, vector = torch.randn(2, tokens, 24), torch.randn(2, 24)
-            assert torch.equal(norm(x, vector), modulate(x, vector, vector))
+        for tokens, size in ((12, (7, 4, 6)), (13, (9, 8, 10)), (50, (5, 16, 14))):
+            inputs = torch.randn(2, tokens, 24), torch.randn(2, 24), torch.randn(2, 3, *size)
+            torch.testing.assert_close(compiled(*inputs), SIZES[name](*inputs), rtol=0, atol=0)

@@ -219,9 +219,6 @@ def test_every_config_is_right(device, monkeypatch):
                     exact = want[operation][each]
                     # Two roundings to fp16 apart, and a sum over 4,200 tokens in another order.
                     assert (tensor - exact).abs().max() <= 4e-3 * exact.abs().max(), (config, each)
-                for _ in range(0 if device == "cpu" else 50):
-                    again = run(operation, case, inputs, douts, "triton")
-                    assert all(torch.equal(again[each], tensor) for each, tensor in got.items()), config
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -509,8 +506,8 @@ def test_the_operations_pass_opcheck(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_compiled_block_is_one_graph_with_the_same_bits_and_serves_other_sizes(device):
     def block(x: Tensor, y: Tensor, vector: Tensor) -> Tensor:
-        h = modulate(x, vector, vector, impl="triton")
-        x, h = gate_residual_modulate(x, y * h, vector, vector, None, norm="rms", impl="triton")
+        h = modulate(y, vector, vector, impl="triton")
+        x, h = gate_residual_modulate(x, h, vector, vector, None, norm="rms", impl="triton")
         return gate_residual(x, h, vector, impl="triton")
 
     torch.compiler.reset()
@@ -526,7 +523,7 @@ def test_a_compiled_block_is_one_graph_with_the_same_bits_and_serves_other_sizes
                 results.append((out, *torch.autograd.grad(out, (x, y, vector), torch.ones_like(out))))
             for got, want in zip(*results, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-            assert torch.equal(results[0][0], results[1][0]) or device == "cuda"  # Inductor computes y * h its own way
+            assert torch.equal(results[0][0], results[1][0])
 
 
 @pytest.mark.gpu

@@ -96,6 +96,11 @@ def test_every_config_is_right(device, config, monkeypatch):
     monkeypatch.setattr(kernels.forward, "__defaults__", (kernels.CONFIGS[config],))
     for label in ("per frame, affine", "kinds differ, rms", "far from zero"):
         assert_right(SMALL[label], torch.float16, device, label)
+    given, options = draw(REAL["wan-1.3b"] if device == "cuda" else SMALL["per frame, affine"], torch.float16, device)
+    with torch.no_grad():
+        want = modulate_linear(*given, **options, impl="triton")
+        for _ in range(50 if device == "cuda" else 1):
+            assert torch.equal(modulate_linear(*given, **options, impl="triton"), want)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -191,8 +196,32 @@ def test_opcheck_compiled_calls_graphs_and_reruns():
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
                 out = modulate_linear(*given, **options)
-        for _ in range(50):
+        for _ in range(20):
             x.copy_(torch.randn_like(x))
             graph.replay()
             torch.cuda.synchronize()
             assert torch.equal(out, modulate_linear(*given, **options))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            graph.replay()
+            torch.cuda.synchronize()
+    assert [each.name for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA] == [
+        "modulate_linear"
+    ]
+
+
+@pytest.mark.gpu
+def test_250_runs_beside_another_stream_and_on_another_device_give_the_same_bits():
+    given, options = draw(REAL["wan-1.3b"], torch.bfloat16, "cuda")
+    noise, other = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+    with torch.no_grad():
+        want = modulate_linear(*given, **options)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(other):
+            assert torch.equal(modulate_linear(*given, **options), want)
+        for _ in range(250):
+            with torch.cuda.stream(other):
+                noise @ noise
+            assert torch.equal(modulate_linear(*given, **options), want)
+        if torch.cuda.device_count() > 1:
+            there = [None if each is None else each.to("cuda:1") for each in given]
+            assert torch.equal(modulate_linear(*there, **options).to("cuda:0"), want)

@@ -196,9 +196,32 @@ def test_opcheck_compiled_calls_graphs_and_reruns():
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=stream):
                 out = qk_norm_rope_means(*given, **options, k_tile=case.tile)
-        for _ in range(50):
+        for _ in range(20):
             k.copy_(torch.randn_like(k))
             graph.replay()
             torch.cuda.synchronize()
             again = qk_norm_rope_means(*given, **options, k_tile=case.tile)
             assert all(torch.equal(a, b) for a, b in zip(out, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_250_runs_beside_another_stream_and_on_another_device_give_the_same_bits():
+    case = REAL["wan 14b"]
+    given, options = draw(case, torch.bfloat16, "cuda")
+    noise, other = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+
+    def run(tensors: list[Any]) -> tuple[Tensor, ...]:
+        return qk_norm_rope_means(*tensors, **options, k_tile=case.tile)
+
+    with torch.no_grad():
+        want = run(given)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(other):
+            assert all(torch.equal(a, b) for a, b in zip(run(given), want, strict=True))
+        for _ in range(250):
+            with torch.cuda.stream(other):
+                noise @ noise
+            assert all(torch.equal(a, b) for a, b in zip(run(given), want, strict=True))
+        if torch.cuda.device_count() > 1:
+            there = run([each if each is None else each.to("cuda:1") for each in given])
+            assert all(torch.equal(a.to("cuda:0"), b) for a, b in zip(there, want, strict=True))
