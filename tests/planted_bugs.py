@@ -417,7 +417,14 @@ BUGS = (
         "stattn/integrations/diffusers.py",
         "mask[self.rank * part : (self.rank + 1) * part]",
         "mask[: part]",
-        ("tests/test_two_processes.py::test_ulysses_shares_heads_and_their_masks[wan2.2-ti2v]",),
+        ("tests/test_two_processes.py::test_processes_share_tokens_heads_and_their_masks[wan2.2-ti2v-ulysses]",),
+    ),
+    Bug(
+        "host-ring-asks-for-another-part",
+        "stattn/integrations/diffusers.py",
+        "boxes(grid, self.ring_rank * part, (self.ring_rank + 1) * part)",
+        "boxes(grid, 0, part)",
+        ("tests/test_two_processes.py::test_processes_share_tokens_heads_and_their_masks[wan2.2-ti2v-ring]",),
     ),
     Bug(
         "host-steps-counted-by-calls",

@@ -1,15 +1,15 @@
-"""Two processes compute what one does: Ulysses under accelerated transformers, DDP and FSDP2 around our modules."""
+"""Processes compute together what one does: Ulysses and rings of transformers, DDP and FSDP2 of our modules."""
 
 import pytest
 import torch
 import two_processes
-from two_processes import loss, samples, ulysses, video_model
+from two_processes import context_parallel, loss, samples, video_model
 
 pytestmark = pytest.mark.slow
+CONTEXT_PARALLEL = [(name, how) for name in ("wan2.2-ti2v", "ltx") for how in ("ulysses", "ring")]
 TASKS = [
-    ("ulysses", ("wan2.2-ti2v",)),
-    ("ulysses", ("ltx",)),
-    ("ring", ()),
+    *(("context_parallel", each) for each in CONTEXT_PARALLEL),
+    ("refused", ()),
     ("data_parallel", ()),
     ("sharded", ()),
     ("host", ()),
@@ -21,16 +21,27 @@ def found(tmp_path_factory):
     return two_processes.together(tmp_path_factory.mktemp("processes"), TASKS)
 
 
-@pytest.mark.parametrize("name", ["wan2.2-ti2v", "ltx"])
-def test_ulysses_shares_heads_and_their_masks(found, name):
-    out, grads = found[str(("ulysses", (name,)))]
-    want, want_grads = ulysses(name)
+@pytest.mark.parametrize("name, how", CONTEXT_PARALLEL)
+def test_processes_share_tokens_heads_and_their_masks(found, name, how):
+    out, grads = found[str(("context_parallel", (name, how)))]
+    want, want_grads = context_parallel(name, how)
     torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(grads, want_grads, atol=1e-4, rtol=1e-4)
 
 
-def test_ring_attention_is_refused_with_advice(found):
-    assert found[str(("ring", ()))] == "ring_degree=2: ring attention knows no masks; use ulysses_degree"
+def test_rings_and_ulysses_work_together(tmp_path):
+    task = ("context_parallel", ("wan2.2-ti2v", "both"))
+    out, grads = two_processes.together(tmp_path, [task], size=4)[str(task)]
+    want, want_grads = context_parallel("wan2.2-ti2v", "both")
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grads, want_grads, atol=1e-4, rtol=1e-4)
+
+
+def test_uneven_shares_are_refused(found):
+    assert found[str(("refused", ()))] == [
+        f"{how}=True is not served; use tokens and heads that the processes divide evenly"
+        for how in ("ring_anything", "ulysses_anything")
+    ]
 
 
 @pytest.mark.parametrize("how", ["data_parallel", "sharded"])

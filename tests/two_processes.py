@@ -1,4 +1,4 @@
-"""What two processes compute together on a CPU, for tests that compare it with one: Ulysses, DDP and FSDP2."""
+"""What two processes compute together on a CPU, for tests that compare it with one: Ulysses, rings, DDP, FSDP2."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 import stattn
 from stattn import masks
+from stattn.integrations import diffusers_backend
 
 SIZE = 2
-GRID = (3, 4, 6)
+GRID, ODD = (3, 4, 6), (4, 5, 5)
 PER_HEAD = [masks.window(1, 2, 3), masks.temporal()]
 DIT = (3, 6, 16, 20)
 
@@ -44,46 +45,63 @@ def loss(model: torch.nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tenso
     return model(*batch).square().mean()
 
 
-def ulysses(name: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Run a transformer of diffusers, its tokens shared by the processes. Returns its output and some gradients."""
+def context_parallel(name: str, how: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Run a transformer of diffusers, its tokens shared by the processes. Returns its output and some gradients.
+
+    how: "ulysses"; "ring", whose parts begin and end within frames and rows; "both", by four processes.
+    """
     from diffusers import ContextParallelConfig
     from hosts import FAMILIES, first
 
     torch.manual_seed(0)
     family = FAMILIES[name]
-    transformer, call = family.build().requires_grad_(True), family.inputs(GRID, 1)
-    if name == "ltx":  # neither such a mask nor a gradient passes diffusers' Ulysses of cross-attention
+    transformer, call = family.build().requires_grad_(True), family.inputs(GRID if how == "ulysses" else ODD, 1)
+    degrees = {name: SIZE for name in ("ulysses_degree", "ring_degree") if how == "both" or name.startswith(how)}
+    if name == "ltx":  # neither such a mask nor a gradient passes diffusers' context parallelism of cross-attention
         call["encoder_attention_mask"] = None
-    with stattn.accelerate(transformer, PER_HEAD):
+        if how != "ulysses":  # nor does that of PyTorch's attention on a CPU have a ring
+            diffusers_backend.use(transformer)
+    with stattn.accelerate(transformer, PER_HEAD, verify=how != "ulysses") as handle:
         if dist.is_initialized():
-            transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=SIZE))
+            transformer.enable_parallelism(config=ContextParallelConfig(**degrees))
         out = first(transformer(**call, return_dict=False))
         with torch.no_grad():
             again = first(transformer(**call, return_dict=False))
+            if how != "both":
+                transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+            compiled = first(transformer(**call, return_dict=False))
+        assert "serves it" in str(handle.report())
     assert torch.equal(out, again)
+    torch.testing.assert_close(compiled, out, atol=1e-5, rtol=1e-5)
     if name == "ltx":
         return out.detach().clone(), []
     out.square().sum().backward()
-    grads = [transformer.blocks[0].attn1.to_v.weight.grad, transformer.blocks[1].attn1.norm_q.weight.grad]
+    grads = [
+        transformer.blocks[0].attn1.to_v.weight.grad,
+        transformer.blocks[0].attn1.to_k.weight.grad,
+        transformer.blocks[1].attn1.norm_q.weight.grad,
+    ]
     if dist.is_initialized():
         for grad in grads:
             dist.all_reduce(grad)
     return out.detach().clone(), [grad.clone() for grad in grads]
 
 
-def ring() -> str:
-    """Say what a transformer answers that is asked for ring attention."""
+def refused() -> list[str]:
+    """Say what a transformer answers that is asked for context parallelism of other kinds."""
     from diffusers import ContextParallelConfig
     from hosts import FAMILIES
 
-    transformer = FAMILIES["wan2.2-ti2v"].build()
-    stattn.accelerate(transformer, masks.spatial())
-    transformer.enable_parallelism(config=ContextParallelConfig(ring_degree=SIZE))
-    try:
-        transformer(**FAMILIES["wan2.2-ti2v"].inputs(GRID, 1), return_dict=False)
-    except ValueError as error:
-        return str(error)
-    return "nothing"
+    found = []
+    for config in ({"ring_degree": SIZE, "ring_anything": True}, {"ulysses_degree": SIZE, "ulysses_anything": True}):
+        transformer = FAMILIES["wan2.2-ti2v"].build()
+        stattn.accelerate(transformer, masks.spatial())
+        transformer.enable_parallelism(config=ContextParallelConfig(**config))
+        try:
+            transformer(**FAMILIES["wan2.2-ti2v"].inputs(GRID, 1), return_dict=False)
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 def data_parallel() -> list[torch.Tensor]:
@@ -133,12 +151,12 @@ def host(shard: bool = True) -> list[torch.Tensor]:
     return [grad.full_tensor().clone() if shard else grad for grad in grads]
 
 
-def work(rank: int, folder: str, tasks: list[tuple[str, Any]]) -> None:
+def work(rank: int, folder: str, tasks: list[tuple[str, Any]], size: int) -> None:
     """Run tasks, a function's name and its arguments each, in one of the processes; the first leaves the results."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    store = dist.FileStore(f"{folder}/store", SIZE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
+    store = dist.FileStore(f"{folder}/store", size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     torch.accelerator.device_count = lambda: 1  # diffusers divides by it
     results = {str((name, arguments)): globals()[name](*arguments) for name, arguments in tasks}
     if rank == 0:
@@ -147,7 +165,7 @@ def work(rank: int, folder: str, tasks: list[tuple[str, Any]]) -> None:
     dist.destroy_process_group()
 
 
-def together(folder: Path, tasks: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Run tasks in two processes. Returns what the first of them computed, by task."""
-    torch.multiprocessing.spawn(work, (str(folder), tasks), nprocs=SIZE)
+def together(folder: Path, tasks: list[tuple[str, Any]], size: int = SIZE) -> dict[str, Any]:
+    """Run tasks in two processes, or more. Returns what the first of them computed, by task."""
+    torch.multiprocessing.spawn(work, (str(folder), tasks, size), nprocs=size)
     return torch.load(folder / "results.pt", weights_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stattn import masks
 from stattn.accelerate import Report
-from stattn.grid import Grid, Triple
+from stattn.grid import Grid, Region, Triple
 from stattn.masks import Mask
 from stattn.ops._dispatch import impl_for
 from stattn.ops.attention import attention, explain
@@ -71,6 +71,7 @@ class _Call:
     device: str
     grid: Grid
     mask: Masks
+    region: Region | None = None
     valid: bool = False
     grad: bool = False
 
@@ -129,16 +130,43 @@ class Layer:
                     f"{self.name}: context parallelism would cut the text out of its place; use one process"
                 )
             mask = exchange.share(mask, self.heads)
-            q, k, v = exchange.scatter(q), exchange.scatter(k), exchange.scatter(v)
-        grid = host.grid_of_tokens(q.shape[1], before, after)
+            q, k, v = exchange.queries(q), exchange.keys(k), exchange.keys(v)
+        grid = host.grid_of_tokens(k.shape[1], before, after)
+        regions = () if exchange is None else exchange.regions(grid)
         if eager:
             self.calls += 1
             grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-            self.last = _Call(tuple(q.shape), k.shape[2], q.dtype, q.device.type, grid, mask, valid is not None, grad)
+            region = max(regions, key=lambda each: each.video, default=None)
+            shape = (q.shape[0], q.shape[1] if region is None else region.video, *q.shape[2:])
+            self.last = _Call(shape, k.shape[2], q.dtype, q.device.type, grid, mask, region, valid is not None, grad)
+
+        def attend(mask: Masks) -> Tensor:
+            return _attend(q, k, v, grid, mask, regions, valid, impl_for(host.impl, "attention"))
+
         if host.verify:
-            host.check(self, q, k, v, grid, mask, valid)
-        out = attention(q, k, v, grid, mask, valid=valid, impl=impl_for(host.impl, "attention"))
+            host.check(self, q, k, v, grid, mask, valid, attend)
+        out = attend(mask)
         return out if exchange is None else exchange.gather(out)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Grid,
+    mask: Masks,
+    regions: Sequence[Region],
+    valid: Tensor | None,
+    impl: str,
+) -> Tensor:
+    """Attend from the whole grid, or from the regions that q holds one behind the other, to all of k and v."""
+    if not regions:
+        return attention(q, k, v, grid, mask, valid=valid, impl=impl)
+    parts = q.split([each.video for each in regions], dim=1)
+    return torch.cat(
+        [attention(x, k, v, grid, mask, q_region=each, impl=impl) for x, each in zip(parts, regions, strict=True)],
+        dim=1,
+    )
 
 
 class Host:
@@ -168,7 +196,7 @@ class Host:
         self.grid: Triple | None = None
         self.dense_now = dense_steps > 0
         self.step, self.time = -1, float("inf")
-        self.compared: dict[str, str] = {}
+        self.compared: dict[tuple[int, ...], str] = {}
         self._rope: tuple[weakref.ref[Tensor], Any, RopeTables] | None = None
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -239,16 +267,26 @@ class Host:
         return {**self.__dict__, "_rope": None}
 
     def check(
-        self, layer: Layer, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Masks, valid: Tensor | None
+        self,
+        layer: Layer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: Grid,
+        mask: Masks,
+        valid: Tensor | None,
+        attend: Callable[[Masks], Tensor],
     ) -> None:
         """Compare dense attention with PyTorch's, once per grid, and note how far the mask takes the output from it.
 
+        attend: gives the layer's own attention under a mask.
         Raises RuntimeError where they differ by more than rounding explains.
         """
+        place = (*grid.shape, grid.before, grid.after)
+        if place in self.compared:
+            return
         if torch.compiler.is_compiling():
             raise RuntimeError("verify compares outside of compiled code: run one forward pass before compiling")
-        if str(grid) in self.compared:
-            return
         with torch.no_grad():
             seen = None
             if valid is not None:
@@ -257,8 +295,7 @@ class Host:
                 seen[..., grid.before + grid.video :] = valid[:, None, None, grid.before :]
             qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
             want = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=seen).transpose(1, 2)
-            impl = impl_for(self.impl, "attention")
-            dense, ours = (attention(q, k, v, grid, each, valid=valid, impl=impl) for each in (masks.full(), mask))
+            dense, ours = (attend(each) for each in (masks.full(), mask))
             video = slice(grid.before, grid.before + grid.video)
             size = want[:, video].abs().max()
             error, moved = (float((x[:, video] - want[:, video]).abs().max() / size) for x in (dense, ours))
@@ -267,7 +304,7 @@ class Host:
             raise RuntimeError(
                 f"{layer.name}: dense attention differs from PyTorch's by {error:.1e} of its largest value"
             )
-        self.compared[str(grid)] = (
+        self.compared[place] = (
             f"{layer.name} on {grid}: dense differs from PyTorch by {error:.1e} of the largest value, "
             f"{describe_mask(mask)} by {moved:.1e}"
         )
@@ -307,11 +344,21 @@ class Host:
 def _explain(call: _Call) -> str:
     """Say why the implementation of a call was taken."""
     q = torch.empty(call.q_shape, dtype=call.dtype, device="meta")
-    k = torch.empty((*call.q_shape[:2], call.key_heads, call.q_shape[3]), dtype=call.dtype, device="meta")
+    k_shape = (call.q_shape[0], call.grid.tokens, call.key_heads, call.q_shape[3])
+    k = torch.empty(k_shape, dtype=call.dtype, device="meta")
     shape = (call.q_shape[0], call.grid.globals)
     valid = torch.ones(shape, dtype=torch.bool, device="meta") if call.valid else None
     with torch.set_grad_enabled(call.grad):
-        return explain(q.requires_grad_(call.grad), k, k, call.grid, call.mask, valid=valid, device=call.device)
+        return explain(
+            q.requires_grad_(call.grad),
+            k,
+            k,
+            call.grid,
+            call.mask,
+            q_region=call.region,
+            valid=valid,
+            device=call.device,
+        )
 
 
 def _scores_are_skipped() -> bool:

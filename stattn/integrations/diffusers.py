@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from stattn import masks
-from stattn.grid import Triple, is_int
+from stattn.grid import Grid, Region, Triple, is_int
 from stattn.integrations import _processors as processors
 from stattn.integrations._layers import Host, HostAcceleration, Layer
 from stattn.masks import Mask
@@ -256,12 +258,34 @@ def _check_version() -> None:
 # Context parallelism.
 
 
-class Ulysses:
-    """Exchange of heads for tokens: each process attends with a part of the heads over all tokens."""
+class _Gathered(torch.autograd.Function):
+    """The parts of all processes of a group, one behind the other along the first axis."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any, size: int) -> Tensor:
+        ctx.group, ctx.shape = group, x.shape
+        whole = x.new_empty(size * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        part = grad.new_empty(ctx.shape)
+        dist.reduce_scatter_tensor(part, grad.contiguous(), group=ctx.group)
+        return part, None, None
+
+
+class Exchange:
+    """What the processes exchange: heads for tokens (Ulysses), then keys and values of a ring.
+
+    Each process attends with a part of the heads, from the queries of its Ulysses group, to all keys.
+    """
 
     def __init__(self, config: Any):
-        self.group = config._ulysses_mesh.get_group()
         self.size, self.rank = config.ulysses_degree, config._ulysses_local_rank
+        self.group = config._ulysses_mesh.get_group()
+        self.ring_size, self.ring_rank = config.ring_degree, config._ring_local_rank
+        self.ring_group = config._ring_mesh.get_group()
 
     def share(self, mask: Masks, heads: int) -> Masks:
         """Give the masks of this process's heads. Raises ValueError when the heads cannot be shared out evenly."""
@@ -270,26 +294,65 @@ class Ulysses:
         part = heads // self.size
         return mask if isinstance(mask, Mask) else mask[self.rank * part : (self.rank + 1) * part]
 
-    def scatter(self, x: Tensor) -> Tensor:
-        """[B, tokens here, heads, D] to [B, tokens, heads here, D]."""
+    def queries(self, x: Tensor) -> Tensor:
+        """[B, tokens here, heads, D] to [B, tokens of the Ulysses group, heads here, D]."""
         from diffusers.models.attention_dispatch import SeqAllToAllDim
 
-        return SeqAllToAllDim.apply(self.group, x, 2, 1)
+        return x if self.size == 1 else SeqAllToAllDim.apply(self.group, x, 2, 1)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[B, tokens here, heads, D] to [B, tokens, heads here, D]."""
+        x = self.queries(x)
+        if self.ring_size == 1:
+            return x
+        # Along the first axis the parts come to lie where they belong, without another copy for a batch of one.
+        return _Gathered.apply(x.transpose(0, 1), self.ring_group, self.ring_size).transpose(0, 1)
 
     def gather(self, x: Tensor) -> Tensor:
-        """[B, tokens, heads here, D] to [B, tokens here, heads, D]."""
+        """[B, tokens of the Ulysses group, heads here, D] to [B, tokens here, heads, D]."""
         from diffusers.models.attention_dispatch import SeqAllToAllDim
 
-        return SeqAllToAllDim.apply(self.group, x, 1, 2)
+        return x if self.size == 1 else SeqAllToAllDim.apply(self.group, x, 1, 2)
+
+    def regions(self, grid: Grid) -> Sequence[Region]:
+        """Give the boxes that this process's queries are; none for the whole grid.
+
+        Raises ValueError for a ring whose parts would not be of video alone.
+        """
+        if self.ring_size == 1:
+            return ()
+        if grid.globals:
+            raise ValueError(
+                f"ring_degree={self.ring_size} cuts {grid.globals} tokens beside the grid out of their place; "
+                "use ulysses_degree"
+            )
+        part = grid.video // self.ring_size
+        return boxes(grid, self.ring_rank * part, (self.ring_rank + 1) * part)
 
 
-def exchange(parallel: Any) -> Ulysses | None:
+def boxes(grid: Grid, first: int, stop: int) -> list[Region]:
+    """Cut the video tokens from ``first`` to ``stop`` into boxes: at most a row's end, rows, frames, and again."""
+    found = []
+    frame = grid.h * grid.w
+    while first < stop:
+        row, column, left = first % frame // grid.w, first % grid.w, stop - first
+        if not row and not column and left >= frame:
+            extent = (left // frame, grid.h, grid.w)
+        elif not column and left >= grid.w:
+            extent = (1, min(grid.h - row, left // grid.w), grid.w)
+        else:
+            extent = (1, 1, min(grid.w - column, left))
+        found.append(Region((first // frame, row, column), extent))
+        first += found[-1].video
+    return found
+
+
+def exchange(parallel: Any) -> Exchange | None:
     """Give the exchange that a parallel configuration asks for. Raises ValueError for those that are not served."""
     config = parallel.context_parallel_config
     if config is None:
         return None
-    if config.ring_degree > 1:
-        raise ValueError(f"ring_degree={config.ring_degree}: ring attention knows no masks; use ulysses_degree")
-    if config.ulysses_anything:
-        raise ValueError("ulysses_anything=True is not served; use tokens and heads that ulysses_degree divides")
-    return Ulysses(config)
+    for uneven in ("ulysses_anything", "ring_anything"):
+        if getattr(config, uneven):
+            raise ValueError(f"{uneven}=True is not served; use tokens and heads that the processes divide evenly")
+    return Exchange(config)

@@ -82,7 +82,7 @@ def _attend(
 
         exchange = diffusers.exchange(_parallel_config)
     if exchange is not None:
-        query, key, value = (exchange.scatter(x) for x in (query, key, value))
+        query, key, value = exchange.queries(query), exchange.keys(key), exchange.keys(value)
     # Queries and keys are the first of one row of tokens, each as many as they are.
     row = max(query.shape[1], key.shape[1])
     q_region, k_region = (None if x.shape[1] == row else Region((0, 0, 0), (1, 1, x.shape[1])) for x in (query, key))
