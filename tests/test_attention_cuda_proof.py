@@ -318,13 +318,13 @@ def test_compute_sanitizer_finds_nothing_in_tiny_calls(tool: str) -> Covered:
 # Order, streams, graphs: proof 16 to 19.
 
 
-def calls_of(grid: Grid, dim: int) -> list[tuple[object, dict[str, object]]]:
+def calls_of(grid: Grid, dim: int, device: str = "cuda") -> list[tuple[object, dict[str, object]]]:
     """Give masks and options, one of each way that the kernels go."""
     shape = grid.shape
     found: list[tuple[object, dict[str, object]]] = [(masks.full(), {}), (masks.window(3, 5, 7), {})]
     found.append(([masks.spatial(), masks.frame_causal(2), masks.window(1, 5, 5), masks.temporal()], {}))
-    found.append((lower(masks.window(3, 5, 7), shape, (2, 4, 8), (2, 4, 8), "cuda"), {}))
-    held = torch.arange(grid.t - 1, -1, -1, dtype=torch.int32, device="cuda")
+    found.append((lower(masks.window(3, 5, 7), shape, (2, 4, 8), (2, 4, 8), device), {}))
+    held = torch.arange(grid.t - 1, -1, -1, dtype=torch.int32, device=device)
     found.append((masks.frame_causal(2), {"k_frames": held}))
     return found
 
@@ -387,12 +387,19 @@ def test_kernels_run_on_the_stream_they_are_called_on() -> Covered:
 def test_kernels_run_on_the_device_of_their_tensors() -> None:
     grid = Grid(5, 12, 16)
     given = draw(2, grid.tokens, 4, 64, dtype=torch.bfloat16, device="cuda:0")
-    for mask in (masks.full(), masks.window(3, 5, 7)):
-        want = stattn.attention(*given, grid, mask, impl="cuda")
-        assert torch.cuda.current_device() == 0
-        found = stattn.attention(*(x.to("cuda:1") for x in given), grid, mask, impl="cuda")
-        assert found.device == torch.device("cuda:1")
-        assert torch.equal(found.to("cuda:0"), want)
+    moved = [x.to("cuda:1") for x in given]
+    for here, there in zip(calls_of(grid, 64, "cuda:0"), calls_of(grid, 64, "cuda:1"), strict=True):
+        want = stattn.attention(*given, grid, here[0], impl="cuda", **here[1])
+        for _ in range(2):  # a warm call, too
+            found = stattn.attention(*moved, grid, there[0], impl="cuda", **there[1])
+            assert torch.cuda.current_device() == 0
+            assert found.device == torch.device("cuda:1")
+            assert torch.equal(found.to("cuda:0"), want)
+        with torch.cuda.device(1):
+            again = stattn.attention(*given, grid, here[0], impl="cuda", **here[1])
+            assert again.device == torch.device("cuda:0")
+            torch.cuda.synchronize(0)
+            assert torch.equal(again, want)
 
 
 def launched(run: Callable[[], Any]) -> Counter[str]:
