@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 from probes import Case
-from test_attention import check_compiled, check_operations, draw, results
+from test_attention import draw, results
 from test_attention_cuda import HOPPER, problem
 from test_attention_cuda_bwd_proof import refusal
 from test_attention_kernels import check_strides_of_dout, gradients, random_call, same
+from test_attention_operation import check_compiled, check_operations
 from test_attention_proof import option_cases
 
 import stattn

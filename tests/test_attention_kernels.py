@@ -11,14 +11,13 @@ import torch
 from probes import Case, check
 from test_attention import (
     assert_rule_1,
-    check_compiled,
     check_empty_slots,
-    check_operations,
     check_shift,
     draw,
     largest_score,
     results,
 )
+from test_attention_operation import check_compiled, check_operations
 
 import stattn
 from stattn import masks

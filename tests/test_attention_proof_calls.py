@@ -19,7 +19,7 @@ import fuzz
 import pytest
 import torch
 from probes import Case
-from test_attention import check_compiled, check_empty_slots, check_operations, draw, results
+from test_attention import check_empty_slots, draw, results
 from test_attention_kernels import (
     check_guards,
     check_strides_of_dout,
@@ -28,6 +28,7 @@ from test_attention_kernels import (
     random_call,
     same,
 )
+from test_attention_operation import check_compiled, check_operations
 from test_attention_proof import (
     DEVICE,
     DTYPES,
