@@ -204,3 +204,38 @@ def test_the_backend_serves_self_and_cross_attention(compiled, monkeypatch):
     torch._dynamo.reset()
     found = run(torch.compile(transformer, fullgraph=True) if compiled else transformer, call)
     check_rule_1([found], [eager], [want])
+
+
+def share(rank, folder):
+    """Run a transformer on one of two cards, in the ways of context parallelism. The first leaves the results."""
+    torch.cuda.set_device(rank)
+    torch.distributed.init_process_group(
+        "nccl", store=torch.distributed.FileStore(f"{folder}/store", 2), rank=rank, world_size=2
+    )
+    from diffusers import ContextParallelConfig
+
+    name, shape = "wan2.2-ti2v", (3, 5, 6)
+    torch.manual_seed(0)
+    transformer, truth = build(name)
+    call, wide = inputs(name, shape, 1)
+    found = []
+    for how in ("ulysses_degree", "ring_degree"):
+        shared = copy.deepcopy(transformer)
+        with stattn.accelerate(shared, MASK) as handle:
+            shared.enable_parallelism(config=ContextParallelConfig(**{how: 2}))
+            with torch.no_grad():
+                found.append(first(shared(**call, return_dict=False)).cpu())
+            assert {each.impl for each in handle.report()} == {"cuda"}
+    if rank == 0:
+        eager, want = (run_masked(m, c, MASK, shape, None)[0].cpu() for m, c in ((transformer, call), (truth, wide)))
+        torch.save((found, eager, want), f"{folder}/results.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_two_cards_share_heads_or_tokens(tmp_path):
+    torch.multiprocessing.spawn(share, (str(tmp_path),), nprocs=2)
+    found, eager, want = torch.load(tmp_path / "results.pt")
+    for each in found:
+        check_rule_1([each], [eager], [want])
