@@ -161,10 +161,11 @@ def _torch(args: argparse.Namespace, program: list[str] | None, out: Path) -> in
         if event.device_type == on_device and (args.kernel is None or re.search(args.kernel, event.key))
     ]
     rows.sort(key=lambda row: -row[0])
-    print(f"{'own time':>12}  {'calls':>7}  name")
+    whole = sum(time for time, _ in rows) or 1.0
+    print(f"{'own time':>12}  share  {'calls':>7}  name")
     for time, event in rows[:ROWS]:
-        print(f"{time / 1e3:9.3f} ms  {event.count:7}  {event.key}")
+        print(f"{time / 1e3:9.3f} ms  {time / whole:5.1%}  {event.count:7}  {event.key}")
     if len(rows) > ROWS:
-        print(f"and {len(rows) - ROWS} more")
+        print(f"and {len(rows) - ROWS} more, {sum(time for time, _ in rows[ROWS:]) / whole:.1%}")
     print(f"{trace}: open it in https://ui.perfetto.dev")
     return status
