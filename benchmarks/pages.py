@@ -241,6 +241,29 @@ def steps() -> str:
     return table(["one step, without guidance", "", "pairs", "time", "of it attention"], rows, run)
 
 
+def densities() -> str:
+    run = Run("h200/step_4_layers")
+    shape = "step/wan2.1-1.3b-480p-4-layers"
+    windows = ("3, 9, 19", "5, 13, 25", "11, 19, 33", "15, 23, 41", "19, 27, 47")
+    kinds = {
+        "eager": "PyTorch's operations, one by one",
+        "compiled": "compiled by blocks, cuDNN's attention",
+        "flex": "compiled by blocks, FlexAttention",
+        "flex-window": "the same, window (7, 15, 31)",
+        "stattn-dense": "stattn, dense",
+        "stattn-sliding_tile": "sliding tile",
+        "stattn-window": "window (7, 15, 31)",
+        **{f"stattn-window({each})": f"window ({each})" for each in windows},
+    }
+    rows = []
+    for kind, words in kinds.items():
+        pairs = run.row(f"{shape}/{kind}/density").value
+        error = "–" if kind == "eager" else f"{10 ** (-run.row(f'{shape}/{kind}/snr').value / 20):.2g}"
+        rows.append([words, f"{pairs:.1%}".replace("%", " %"), run(f"{shape}/{kind}"), error])
+    head = ["one step of four layers of Wan2.1-1.3B, random weights", "pairs", "time", "error to dense attention"]
+    return table(head, rows, run)
+
+
 def diffusers() -> str:
     run = Run("h200/diffusers")
     rows = []
@@ -343,6 +366,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "masked-backward": masked_backward,
     "triton": triton,
     "steps": steps,
+    "densities": densities,
     "diffusers": diffusers,
     "elementwise": elementwise,
     "solver": solver,
