@@ -4,7 +4,7 @@
 
 Every kernel file has a function ``specializations()`` that lists what its launcher compiles: each kernel with each of
 its CONFIGS. The command prints one JSON line per kernel with its registers, its shared memory and its local memory
-(spilled registers and indexed arrays), in bytes, or the error with which it does not compile.
+(spilled registers and indexed arrays), in bytes, beside what it may take, or the error with which it does not compile.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from stattn.kernels._device import LITTLE_SHARED
+
+# Bytes of shared memory that a program may take. sm_86 and sm_89 take what sm_80 does, and have LITTLE_SHARED.
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
 
 class Specialization(NamedTuple):
     """A kernel as a launcher compiles it.
@@ -33,7 +38,8 @@ class Specialization(NamedTuple):
     "fp32"), in order. constants: argument name -> value, of its constexprs (a None stands for an absent pointer).
     options: num_warps and num_stages. unaligned: arguments that are no multiple of 16; all other pointers and integers
     are. local: bytes of local memory that it may take at most on sm_90 and later; a file that allows any says why.
-    only: the one capability to compile a variant for that takes long, None for all.
+    only: the one capability to compile a variant for that takes long, None for all. little: whether it is launched
+    on GPUs that have but LITTLE_SHARED.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Specialization(NamedTuple):
     unaligned: tuple[str, ...] = ()
     local: int = 0
     only: int | None = None
+    little: bool = True
 
 
 class Needs(NamedTuple):
@@ -119,7 +126,8 @@ def _row(job: tuple[str, str, int]) -> dict[str, Any]:
         return row | {"error": f"{type(error).__name__}: {str(error)[-2000:]}"}
     del needs["cubin"]
     # Before wgmma, products take their operands from registers.
-    return row | needs | {"allowed": kernel.local if capability >= 90 else 3 * kernel.local}
+    room = LITTLE_SHARED if kernel.little and capability == 80 else SHARED[capability]
+    return row | needs | {"allowed": kernel.local if capability >= 90 else 3 * kernel.local, "room": room}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels._rows import on_device
+from stattn.kernels._device import on_device
 
 NORMAL_QUADS, NORMAL_WARPS = 512, 4
 

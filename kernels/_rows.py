@@ -12,9 +12,8 @@ sample and a stride per group (0 when it is per sample) or per token.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
 import torch
 import triton
@@ -436,8 +435,3 @@ def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 def or_none(tensor: Tensor) -> Tensor | None:
     """Return the tensor, or None when it has no elements: kernels take None for what is absent."""
     return tensor if tensor.numel() else None
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make the tensor's GPU current: kernels are launched on its current stream."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

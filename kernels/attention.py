@@ -20,7 +20,6 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +31,7 @@ from stattn import plan
 from stattn.grid import Triple
 from stattn.kernels import _walk as walking
 from stattn.kernels._compile import Specialization
+from stattn.kernels._device import on_device, roomy
 from stattn.problem import Extras, Problem
 
 # Bytes of local memory that a thread may take. A program describes its segments in some fifty registers, beside its
@@ -62,7 +62,8 @@ class Context(NamedTuple):
 class Config(NamedTuple):
     """A launch: tiles of rows, boxes of columns, warps, stages; the head dimensions and bytes an element it serves.
 
-    rate: pairs of a row and a column a second, relative to the best, by which a config is chosen for a mask.
+    rate: pairs of a row and a column a second, relative to the best, by which a config is chosen for a mask. little:
+    the widest head with which it takes no more than LITTLE_SHARED.
     """
 
     rows: int
@@ -72,16 +73,17 @@ class Config(NamedTuple):
     widths: tuple[int, ...]
     bytes: int
     rate: float
+    little: int = 256
 
 
 CONFIGS = (
-    Config(128, 64, 8, 3, (128,), 2, 1.0),
+    Config(128, 64, 8, 3, (128,), 2, 1.0, 0),
     Config(64, 64, 4, 3, (128,), 2, 0.95),
     Config(128, 64, 4, 3, (16, 32, 64), 2, 1.0),
     Config(64, 64, 4, 3, (16, 32, 64), 2, 0.86),
-    Config(128, 32, 8, 2, (256,), 2, 1.0),
+    Config(128, 32, 8, 2, (256,), 2, 1.0, 0),
     Config(16, 16, 2, 2, (16, 32, 64, 128, 256), 2, 0.15),
-    Config(64, 32, 8, 2, (16, 32, 64, 128), 4, 1.0),
+    Config(64, 32, 8, 2, (16, 32, 64, 128), 4, 1.0, 64),
     Config(16, 16, 8, 1, (256,), 4, 1.0),
     Config(16, 16, 2, 2, (16, 32, 64, 128), 4, 0.4),
 )
@@ -184,6 +186,8 @@ def make_plan(
     """Choose the config that costs least for a problem, and lay its walks out. size: bytes an element."""
     width = max(16, triton.next_power_of_2(head_dim))
     able = [config for config in configs if width in config.widths and size == config.bytes]
+    if not roomy(device):
+        able = [config for config in able if width <= config.little]
     walks: list[plan.Walk] = []
     member = [0] * heads
     programs, least = 1, 0.0
@@ -234,11 +238,6 @@ def wide(*tensors: torch.Tensor) -> bool:
         if tokens * x.stride(1) + dim >= 2**31:
             return True
     return False
-
-
-def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
-    """Make the device of a tensor the current one, on which Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def strides(**tensors: torch.Tensor) -> dict[str, int]:
@@ -350,8 +349,12 @@ def specializations_of(name: str, fn: Any, configs: tuple[Config, ...]) -> Itera
         options = {"num_warps": config.warps, "num_stages": config.stages}
         label = f"{name}-{dtype}-{width}-{config.rows}x{config.columns}-{kind}"
         counts = tuple(set(COUNTS) & set(fn.arg_names))
-        only = None if kind == "plain" else 90
-        yield Specialization(label, fn, types, constants, options, counts, SPILLS[kind], only)
+        only, little = None if kind == "plain" else 90, width <= config.little
+        made = Specialization(label, fn, types, constants, options, counts, SPILLS[kind], only, little)
+        yield made
+        if kind == "plain" and 0 < config.little < width:
+            narrow = dict.fromkeys(("DIM", "WIDTH"), config.little)
+            yield made._replace(name=f"{label}-little", constants=constants | narrow, only=80, little=True)
 
 
 def specializations() -> Iterator[Specialization]:

@@ -25,6 +25,7 @@ import triton.language as tl
 from stattn.blocks import tile_count, transpose
 from stattn.kernels import _walk as walking
 from stattn.kernels._compile import Specialization
+from stattn.kernels._device import on_device
 from stattn.kernels.attention import (
     COUNTS,
     LOG2E,
@@ -33,7 +34,6 @@ from stattn.kernels.attention import (
     Plan,
     list_arguments,
     make_plan,
-    on_device,
     plan_arguments,
     shared_arguments,
     specializations_of,
@@ -43,22 +43,22 @@ from stattn.kernels.attention import (
 from stattn.problem import Extras, Problem
 
 DQ_CONFIGS = (
-    Config(128, 64, 8, 3, (128,), 2, 1.0),
+    Config(128, 64, 8, 3, (128,), 2, 1.0, 0),
     Config(64, 64, 4, 2, (128,), 2, 0.82),
     Config(64, 64, 4, 3, (16, 32, 64), 2, 1.0),
-    Config(64, 32, 8, 2, (256,), 2, 1.0),
+    Config(64, 32, 8, 2, (256,), 2, 1.0, 0),
     Config(16, 16, 2, 2, (16, 32, 64, 128, 256), 2, 0.15),
-    Config(64, 32, 8, 1, (16, 32, 64, 128), 4, 1.0),
+    Config(64, 32, 8, 1, (16, 32, 64, 128), 4, 1.0, 64),
     Config(16, 16, 8, 1, (256,), 4, 1.0),
     Config(16, 16, 2, 1, (16, 32, 64, 128), 4, 0.4),
 )
 DKDV_CONFIGS = (
-    Config(128, 32, 8, 3, (128,), 2, 1.0),
+    Config(128, 32, 8, 3, (128,), 2, 1.0, 0),
     Config(64, 32, 4, 3, (128,), 2, 0.95),
     Config(64, 64, 4, 2, (16, 32, 64), 2, 1.0),
-    Config(64, 32, 8, 2, (256,), 2, 1.0),
+    Config(64, 32, 8, 2, (256,), 2, 1.0, 0),
     Config(16, 16, 2, 2, (16, 32, 64, 128, 256), 2, 0.15),
-    Config(64, 32, 8, 1, (16, 32, 64, 128), 4, 1.0),
+    Config(64, 32, 8, 1, (16, 32, 64, 128), 4, 1.0, 0),
     Config(16, 16, 8, 1, (256,), 4, 1.0),
     Config(16, 16, 2, 1, (16, 32, 64, 128), 4, 0.4),
 )

@@ -34,7 +34,8 @@ from stattn.kernels import _walk as walking
 from stattn.kernels import attention as general
 from stattn.kernels import attention_bwd as general_bwd
 from stattn.kernels._compile import Specialization
-from stattn.kernels.attention import LOG2E, Config, on_device, shared_arguments, strides
+from stattn.kernels._device import on_device, roomy
+from stattn.kernels.attention import LOG2E, Config, shared_arguments, strides
 from stattn.problem import Extras, Problem
 
 try:
@@ -279,7 +280,7 @@ def choose(
     q = tensors[0]
     if any(x is not None for x in extras) or q.numel() == 0 or not _aligned(*tensors):
         return None
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (9, 0):
+    if q.is_cuda and (torch.cuda.get_device_capability(q.device) < (9, 0) or not roomy(q.device)):
         return None
     return _cheaper(problem, q.shape[2], q.shape[3], q.element_size(), by_key, configs, general_configs, q.device)
 

@@ -29,7 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels.attention import LOG2E, Config, on_device
+from stattn.kernels._device import on_device
+from stattn.kernels.attention import LOG2E, Config
 
 # Rows of a tile, columns of a box; warps of each of the two groups, boxes of keys (and of values) in flight.
 CONFIGS = (

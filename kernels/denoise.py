@@ -31,8 +31,8 @@ from torch import Tensor
 
 from stattn.kernels import _philox
 from stattn.kernels._compile import Specialization
+from stattn.kernels._device import on_device
 from stattn.kernels._philox import four_normals, in_order, philox_normal
-from stattn.kernels._rows import on_device
 
 
 class Config(NamedTuple):

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
+from stattn.kernels._device import on_device
 from stattn.kernels._rows import (
     GROUP,
     TOKEN,
@@ -30,7 +31,6 @@ from stattn.kernels._rows import (
     gradient,
     group_address,
     group_rows,
-    on_device,
     or_empty,
     or_none,
     row_address,

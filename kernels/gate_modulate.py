@@ -22,6 +22,7 @@ from torch import Tensor
 
 from stattn.kernels import gate as gate_alone
 from stattn.kernels._compile import Specialization
+from stattn.kernels._device import on_device
 from stattn.kernels._rows import (
     ABSENT,
     GROUP,
@@ -41,7 +42,6 @@ from stattn.kernels._rows import (
     moments,
     normalise,
     normalised,
-    on_device,
     or_empty,
     or_none,
     row_address,

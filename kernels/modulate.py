@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
+from stattn.kernels._device import on_device
 from stattn.kernels._rows import (
     ABSENT,
     GROUP,
@@ -46,7 +47,6 @@ from stattn.kernels._rows import (
     moments,
     normalise,
     normalised,
-    on_device,
     or_empty,
     or_none,
     row_address,

@@ -23,13 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
+from stattn.kernels._device import on_device, roomy
 from stattn.kernels._rows import (
     ABSENT,
     GROUP,
     as_vector,
     group_address,
     group_rows,
-    on_device,
     row_address,
     unit_stride,
 )
@@ -47,6 +47,7 @@ class Config(NamedTuple):
 CONFIGS = (Config(64, 64, 4, 4), Config(64, 64, 4, 5), Config(128, 64, 8, 4))
 # Features that one tile of sums holds.
 MAX_FEATURES = 256
+LITTLE_STAGES = 3  # with more than 128 features, where shared memory is short
 # The tile of the small kernel, features x channels.
 VECTOR_FEATURES, VECTOR_CHANNELS = 8, 512
 
@@ -167,6 +168,8 @@ def forward(
     out = torch.empty((batch, tokens, features), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
+    if features > 128 and not roomy(x.device):
+        config = config._replace(stages=LITTLE_STAGES)
     x, weight, bias = unit_stride(x), unit_stride(weight), unit_stride(bias)
     matrix = matrix.contiguous()
     groups = group_rows(x, scale, shift)
@@ -219,6 +222,10 @@ def specializations() -> Iterator[Specialization]:
             constants = {**shape, "N": features, **_blocks(features, config), "LAYER": True}
             options = {"num_warps": _warps(features, config)}
             name = f"modulate_linear/{features}/{number}"
-            yield Specialization(name, modulate_linear, types, constants, options, unaligned)
+            made = Specialization(name, modulate_linear, types, constants, options, unaligned, little=features <= 128)
+            yield made
+            if not made.little:
+                constants = constants | {"STAGES": LITTLE_STAGES}
+                yield made._replace(name=f"{name}/little", constants=constants, only=80, little=True)
     small = {"N": 64, "BLOCK_N": VECTOR_FEATURES, "BLOCK_C": VECTOR_CHANNELS, "bias": None, "SHIFT": GROUP.value}
     yield Specialization("vector_products", vector_products, types, {**shape, **small}, {"num_warps": 4}, unaligned)

@@ -17,15 +17,14 @@ All arithmetic is in fp32; y is rounded once. Bound by memory: q and k are read 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
+from stattn.kernels._device import on_device
 
 
 class Config(NamedTuple):
@@ -338,10 +337,6 @@ def strides_of(x: Tensor) -> tuple[int | None, ...]:
     """Return the strides of x [B, N, heads, D], None for that of heads where one lies behind the other."""
     batch, token, head, feature = x.stride()
     return batch, token, None if feature == 1 and (head == x.shape[3] or x.shape[2] == 1) else head, feature
-
-
-def on_device(x: Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def forward(

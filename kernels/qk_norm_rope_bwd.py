@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
+from stattn.kernels._device import on_device
 from stattn.kernels.qk_norm_rope import (
     MODELS,
     SIZES,
@@ -32,7 +33,6 @@ from stattn.kernels.qk_norm_rope import (
     constants_of,
     load_pairs,
     load_weight,
-    on_device,
     pairs_of,
     place_of,
     shapes,

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
+from stattn.kernels._device import on_device
 from stattn.kernels.qk_norm_rope import (
     MODELS,
     Angles,
@@ -29,7 +30,6 @@ from stattn.kernels.qk_norm_rope import (
     forward,
     load_pairs,
     load_weight,
-    on_device,
     pairs_of,
     row_sum,
     shapes,

@@ -53,6 +53,7 @@ def test_every_config_compiles_without_local_memory(
     assert rows or (stem, capability) in UNSERVED, f"{stem} lists no kernels"
     assert not [row for row in rows if "error" in row], "kernels that do not compile"
     assert not [row for row in rows if row["local"] > row["allowed"]], "kernels that use local memory"
+    assert not [row for row in rows if row["shared"] > row["room"]], "kernels with more shared memory than there is"
 
 
 TEST = test_every_config_compiles_without_local_memory

@@ -387,3 +387,17 @@ def test_long_grids_are_planned_quickly_and_small() -> None:
         for make in (plan.by_query, plan.by_key):
             walk = make(mask, Grid(*shape), whole(shape), whole(shape), 128, 64)
             assert plan.encode([walk], [0]).nbytes < 64 << 10
+
+
+@pytest.mark.parametrize("dim, size", itertools.product((16, 64, 128, 256), (2, 4)))
+def test_gpus_with_little_shared_memory_get_configs_that_fit_it(
+    monkeypatch: pytest.MonkeyPatch, dim: int, size: int
+) -> None:
+    monkeypatch.setattr(forward, "roomy", lambda device: False)
+    shape = (2, 16, 16)
+    problem = Problem(Grid(*shape), (masks.window(1, 5, 5),), whole(shape), whole(shape), True, "all", 1.0)
+    for configs, by_key in ((forward.CONFIGS, False), (backward.DQ_CONFIGS, False), (backward.DKDV_CONFIGS, True)):
+        made = forward.make_plan.__wrapped__(
+            problem, 1, dim, size, False, by_key, configs, torch.device("cpu")
+        )
+        assert dim <= made.config.little
