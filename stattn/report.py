@@ -74,7 +74,7 @@ def load(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Source], list[st
     """Read results files and, from folders, every .json in them; return them and lines on what else lies there.
 
     JSON of another kind, one without "results", is left out of a folder, and named; records of tests are for
-    ``test_runs``. Raises ValueError or OSError, by name, for what is named itself and is no results file, for a broken
+    ``read_test_runs``. Raises ValueError or OSError, by name, for what is named itself and is no results file, for a broken
     one, and when there is none at all.
     """
     found: list[Source] = []
@@ -94,7 +94,7 @@ def load(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Source], list[st
     return found, others
 
 
-def test_runs(paths: Iterable[str | os.PathLike[str]]) -> list[TestRun]:
+def read_test_runs(paths: Iterable[str | os.PathLike[str]]) -> list[TestRun]:
     """Return what the records of tests in folders say, those that pytest's ``--record`` left."""
     found = []
     for path, each in _files(map(Path, paths)):

@@ -24,7 +24,7 @@ def main(args: argparse.Namespace) -> int:
     from stattn.report_page import render
 
     sources, others = report.load(args.paths)
-    tests = report.test_runs(args.paths)
+    tests = report.read_test_runs(args.paths)
     for each in others:
         print(f"stattn report: left out: {each}", file=sys.stderr)
     out = Path(args.out)
