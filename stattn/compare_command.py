@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stattn import report, results
-from stattn.report import MILLISECONDS, Source
-from stattn.results import LOWER_IS_BETTER, Report, Result
+from stattn.report import MILLISECONDS, Row, Source
+from stattn.results import LOWER_IS_BETTER, Result
 
 WORSE, BETTER, SPREAD, LIMIT = "worse", "better", "within spread", "within limit"
 ONLY_OLD, ONLY_NEW = "only in old", "only in new"
@@ -33,7 +34,7 @@ class Change:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `stattn compare`."""
     parser.add_argument("old", metavar="OLD", help="a results file, or a folder of them")
-    parser.add_argument("new", metavar="NEW", help="of the same kind; files of two folders are paired by their paths")
+    parser.add_argument("new", metavar="NEW", help="of the same kind; files of two folders are paired by their rows")
     parser.add_argument(
         "--fail-over",
         type=percentage,
@@ -66,21 +67,32 @@ def main(args: argparse.Namespace) -> int:
     (old, old_others), (new, new_others) = report.load([args.old]), report.load([args.new])
     for each in (*old_others, *new_others):
         print(f"stattn compare: left out: {each}", file=sys.stderr)
-    changes: list[Change] = []
-    heads: list[str] = []
-    alone: list[str] = []
-    for place, before, after in pairs(args.old, old, args.new, new):
-        if before is None or after is None:
-            side, source = (ONLY_OLD, before) if after is None else (ONLY_NEW, after)
-            assert source is not None
-            alone.append(f"- `{source.path.as_posix()}` is {side}: {len(source.report.results)} rows")
-            continue
-        heads.append(_head(before, after, args))
-        scales = _scales(before, after) if args.scale else (1.0, 1.0)
-        changes += compare(before.report, after.report, args.fail_over, scales, place)
+    folders = Path(args.old).is_dir()
+    if folders != Path(args.new).is_dir():
+        raise ValueError(f"{args.old} and {args.new} must be two files or two folders")
+    found = pairs(old, new, folders)
+    met = {(id(one.source), id(two.source)): (one.source, two.source) for one, two in found if one and two}
+    heads = [_head(*each, args) for each in met.values()]
+    scales = {key: _scales(*each) if args.scale else (1.0, 1.0) for key, each in met.items()}
+    used = {key for keys in met for key in keys}
+    for side, sources in ((ONLY_OLD, old), (ONLY_NEW, new)):
+        for source in sources:
+            if id(source) not in used:
+                heads.append(f"- `{source.path.as_posix()}` is {side}: {len(source.report.results)} rows")
+    changes = []
+    for one, two in found:
+        alone = one or two
+        assert alone is not None
+        place = alone.source.place if folders else ""
+        if one is not None and two is not None:
+            scale = scales[id(one.source), id(two.source)]
+            changes.append(compare(one.result, two.result, args.fail_over, scale, place))
+        elif id(alone.source) in used:
+            before, after = (None if row is None else row.result for row in (one, two))
+            changes.append(Change(alone.result.name, place, before, after, None, ONLY_NEW if one is None else ONLY_OLD))
     if all(change.verdict in (ONLY_OLD, ONLY_NEW) for change in changes):
         raise ValueError(f"{args.old} and {args.new} have no row in common")
-    text = table(changes, [*heads, *alone], args.fail_over)
+    text = table(changes, heads, args.fail_over)
     print(text, end="")
     if args.markdown is not None:
         path = Path(args.markdown)
@@ -89,21 +101,25 @@ def main(args: argparse.Namespace) -> int:
     return int(any(change.verdict == WORSE for change in changes))
 
 
-def pairs(
-    old_path: str, old: Sequence[Source], new_path: str, new: Sequence[Source]
-) -> Iterator[tuple[str, Source | None, Source | None]]:
-    """Pair the files of two folders by their paths inside, or two files whatever they are called.
+def pairs(old: Sequence[Source], new: Sequence[Source], folders: bool) -> list[tuple[Row | None, Row | None]]:
+    """Pair rows by their names, those of the old run first; None stands for a row that the other run lacks.
 
-    Yields (path, old, new), None where one has no such file. Raises ValueError for a file beside a folder.
+    Of folders, rows must lie in files of one folder inside, whatever these are called; where several files there hold a
+    name, in files of one name.
     """
-    if Path(old_path).is_dir() != Path(new_path).is_dir():
-        raise ValueError(f"{old_path} and {new_path} must be two files or two folders")
-    if not Path(old_path).is_dir():
-        yield "", old[0], new[0]
-        return
-    before, after = ({source.place: source for source in each} for each in (old, new))
-    for place in sorted(before | after):
-        yield place, before.get(place), after.get(place)
+    rows = [[Row(source, result) for source in each for result in source.report.results] for each in (old, new)]
+
+    def inside(row: Row) -> tuple[str, str]:
+        return (Path(row.source.place).parent.as_posix() if folders else "", row.result.name)
+
+    counts = [Counter(map(inside, each)) for each in rows]
+
+    def key(row: Row) -> tuple[str, str]:
+        several = any(count[inside(row)] > 1 for count in counts)
+        return (row.source.place, row.result.name) if folders and several else inside(row)
+
+    before, after = ({key(row): row for row in each} for each in rows)
+    return [(before.get(each), after.get(each)) for each in [*before, *(each for each in after if each not in before)]]
 
 
 def _head(old: Source, new: Source, args: argparse.Namespace) -> str:
@@ -132,29 +148,18 @@ def _scales(old: Source, new: Source) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def compare(
-    old: Report, new: Report, limit: float, scales: tuple[float, float] = (1.0, 1.0), place: str = ""
-) -> list[Change]:
-    """Compare two reports row by row, rows of the old one first.
+def compare(old: Result, new: Result, limit: float, scales: tuple[float, float], place: str) -> Change:
+    """Compare a row of both runs.
 
     limit: the share by which a row may be worse. scales: what new times are multiplied by, and those of rows beside a
-    copy. place: the file both are from. Raises ValueError, by name, for a row whose unit changed.
+    copy. place: the file that it is from. Raises ValueError, by name, for a row whose unit changed.
     """
-    before = {result.name: result for result in old.results}
-    after = {result.name: result for result in new.results}
-    found = []
-    for name in [*before, *(name for name in after if name not in before)]:
-        one, two = before.get(name), after.get(name)
-        if one is None or two is None:
-            found.append(Change(name, place, one, two, None, ONLY_NEW if one is None else ONLY_OLD))
-            continue
-        if one.unit != two.unit:
-            raise ValueError(f"{name} is in {one.unit} and in {two.unit}")
-        scale = scales[report.beside_copy(one) or report.is_copy(name)]
-        if two.unit in MILLISECONDS and scale != 1:
-            two = dataclasses.replace(two, value=two.value * scale, p20=two.p20 * scale, p80=two.p80 * scale)
-        found.append(Change(name, place, one, two, _growth(one, two), _verdict(one, two, limit)))
-    return found
+    if old.unit != new.unit:
+        raise ValueError(f"{old.name} is in {old.unit} and in {new.unit}")
+    scale = scales[report.beside_copy(old) or report.is_copy(old.name)]
+    if new.unit in MILLISECONDS and scale != 1:
+        new = dataclasses.replace(new, value=new.value * scale, p20=new.p20 * scale, p80=new.p80 * scale)
+    return Change(old.name, place, old, new, _growth(old, new), _verdict(old, new, limit))
 
 
 def _growth(old: Result, new: Result) -> float:

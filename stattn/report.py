@@ -74,8 +74,8 @@ def load(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Source], list[st
     """Read results files and, from folders, every .json in them; return them and lines on what else lies there.
 
     JSON of another kind, one without "results", is left out of a folder, and named; records of tests are for
-    ``read_test_runs``. Raises ValueError or OSError, by name, for what is named itself and is no results file, for a broken
-    one, and when there is none at all.
+    ``read_test_runs``. Raises ValueError or OSError, by name, for what is named itself and is no results file, for a
+    broken one, and when there is none at all.
     """
     found: list[Source] = []
     others: list[str] = []

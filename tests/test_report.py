@@ -399,7 +399,7 @@ def test_a_unit_that_changed_is_refused_by_name(tmp_path, capsys):
     assert "a is in ms and in s" in text
 
 
-def test_folders_are_paired_file_by_file(folder, tmp_path, capsys):
+def test_folders_are_paired_by_rows_and_rows_of_one_name_by_their_files(folder, tmp_path, capsys):
     new = tmp_path / "new"
     worse = dataclasses.replace(ATTENTION, results=[_row("attention/torch-cudnn/dense_fwd/wan-1.3b-480p", 24.0)])
     results.write(new / "h200" / "attention.json", worse)
@@ -407,12 +407,24 @@ def test_folders_are_paired_file_by_file(folder, tmp_path, capsys):
     status, out, _ = _run(capsys, "compare", folder, new)
     assert status == 1
     assert "| attention/torch-cudnn/dense_fwd/wan-1.3b-480p [h200/attention.json] | 12 ms (11.88–12.12) | 24 ms" in out
-    assert out.count("| only in old |") == len(ATTENTION.results) - 1
+    assert out.count("| within spread |") == len(ATTENTION.results) - 1
+    assert out.count("| only in new |") == 1
     assert f"- `{(folder / 'cpu' / 'ops.json').as_posix()}` is only in old: {len(OPS.results)} rows" in out
-    assert f"- `{(new / 'h200' / 'other.json').as_posix()}` is only in new: {len(ATTENTION.results)} rows" in out
     status, _, err = _run(capsys, "compare", folder, new / "h200" / "other.json")
     assert status == 1
     assert "must be two files or two folders" in err
+
+
+def test_a_row_that_moved_to_another_file_of_its_folder_is_found(folder, tmp_path, capsys):
+    new = tmp_path / "new"
+    first, second, *rest = ATTENTION.results
+    results.write(new / "h200" / "dense.json", dataclasses.replace(ATTENTION, results=[second]))
+    results.write(new / "h200" / "attention.json", dataclasses.replace(ATTENTION, results=[first, *rest]))
+    results.write(new / "ops.json", OPS)  # in another folder than the old one's
+    status, out, _ = _run(capsys, "compare", folder, new)
+    assert status == 0
+    assert f"{len(ATTENTION.results)} within spread. The limit" in out
+    assert f"`{(new / 'ops.json').as_posix()}` is only in new: {len(OPS.results)} rows" in out
 
 
 def test_committed_results_are_reported_and_equal_to_themselves(capsys):
