@@ -32,7 +32,7 @@ from stattn.trainer import PARALLEL, PRESETS, AdapterRecipe, Recipe, Trainer, ma
 
 EVALUATION_SEED, PICTURE_SEED = 1_000_000, 2_000_000
 # Guidance of 2 makes motion jump (flicker 1.3 to 1.5 times that of real clips), 1 blurs it (0.8).
-GUIDANCE, SHIFT = 1.5, 1.0
+GUIDANCE, SHIFT = 1.4, 1.0
 
 
 @torch.no_grad()

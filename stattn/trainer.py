@@ -149,8 +149,9 @@ PRESETS: dict[str, Recipe] = {
     ),
     # Patches as large as the published cubes: 64 tokens a clip, each of more numbers than the model is wide.
     "cubes": Recipe(
-        dataclasses.replace(_TINY, layers=8, patch=(4, 16, 16)),
-        batch=256,
+        dataclasses.replace(_TINY, heads=8, ffn_dim=2048, text_dim=512, patch=(4, 16, 16)),
+        batch=128,
+        learning_rate=6e-4,
         masks=(("full()", 0.7), ("window(3, 3, 3)", 0.3)),
     ),
     "smoke": Recipe(

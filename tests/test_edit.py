@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,23 @@ def test_an_object_is_found_by_its_colour() -> None:
         objects.object_mask(one.video[0], other)
 
 
+def test_what_an_object_hides_of_others_is_completed_from_all_frames() -> None:
+    near = 0
+    for seed in (4_500_005, 4_500_006, 4_500_009, 4_500_013, 4_500_018):  # objects that pass behind one another
+        clips = world.render(1, 16, seed=seed, objects=(2, 2), cameras=("static",))
+        scene, video = clips.scene, clips.video[0]
+        first, second = (world.COLOURS[int(number)] for number in scene.colours[0, :2])
+        brush = objects.object_mask(video, first)
+        hole = objects.grown(brush, 2)
+        guess, shown = objects.uncovered(video, brush, hole)
+        away = torch.cat((scene.centres[:, :, :1] * 0 - 1e4, scene.centres[:, :, 1:]), 2)
+        truth = objects.object_mask(dataclasses.replace(scene, centres=away).draw()[0], second)
+        made = objects.object_mask(torch.where(hole, guess, video), second)
+        near += int(((objects.centroid(truth) - objects.centroid(made)).norm(dim=1) < 2).sum())
+        assert (objects.grown(truth, 3) | ~shown).all()
+    assert near >= 0.95 * 5 * 16
+
+
 def test_a_hue_turns_all_the_way_round() -> None:
     video = torch.rand(3, 2, 5, 6) * 2 - 1
     everywhere = torch.ones(1, 2, 5, 6, dtype=torch.bool)
@@ -298,7 +316,7 @@ def test_bad_files_and_regions_get_a_clear_error(
         (["inpaint", clip, out, "--mask", str(tmp_path / "small.mkv")], "is 48 x 62 pixels, the video 48 x 64"),
         (["inpaint", clip, out, "--mask", str(tmp_path / "black.mkv")], "mask covers no pixel"),
         (["inpaint", clip, out, "--box", "90,90,4,4"], "mask covers no pixel"),
-        (["inpaint", clip, str(tmp_path / "out.avi"), "--box", "0,0,4,4", "--steps", "1"], "must end in .mp4"),
+        (["inpaint", clip, str(tmp_path / "out.avi"), "--box", "0,0,4,4"], "must end in .mp4"),
         (["outpaint", clip, out, "--margins", "0,0,0,0"], "margins="),
         (["recolour", clip, out, "--source", "red", "--target", "blue"], "no frame shows"),
         (["restyle", clip, out, "--strength", "0"], "strength=0"),
@@ -307,6 +325,9 @@ def test_bad_files_and_regions_get_a_clear_error(
     ):
         assert cli.main(["edit", *words]) == 1, words
         assert text in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["edit", "motion-brush", clip, out, "--colour", "green", "--path", "1,2,3"])
+    assert "must be 2 numbers" in capsys.readouterr().err
     with pytest.raises(ValueError, match="overlap=16"):
         Sampling(overlap=16)
     model = DiT(PRESETS["smoke"].model)

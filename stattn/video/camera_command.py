@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Sample, write, and say what move is seen in the result."""
+    files.out_path(args.out)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     frames, height, width = args.size
     move = Move(**{name: getattr(args, name) for name in CAMERA_FIELDS})

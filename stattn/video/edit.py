@@ -123,7 +123,8 @@ def motion_brush(
     brush: [1, T, H, W] booleans, the object in every frame. path: [T, 2] offsets (x, y) in pixels, one a frame, or two
     of them, the first and the last, joined by a line. The object is cut out and laid down along the path, a crude
     animation; the model repaints it at ``strength``, and the place it left at ``objects.LEFT`` from what other frames
-    or its surroundings show there (as in Time-to-Move, Singer et al., arXiv:2511.08633). grow: pixels by which both
+    or its surroundings show there (as in Time-to-Move, Singer et al., arXiv:2511.08633). What it hid of other vivid
+    objects is completed from the frames that show it. grow: pixels by which both
     regions are widened. Raises ValueError for a brush or path that does not fit.
     """
     check_clip(video, brush)
@@ -133,9 +134,9 @@ def motion_brush(
     laid, cover = objects.moved(levels(video) * 2 - 1, brush, offset)
     hole, there = objects.grown(brush, grow), objects.grown(cover > 0.01, grow)
     base = levels(video) * 2 - 1
-    scenery = objects.scenery(base, hole)
-    rough = torch.lerp(torch.where(hole, scenery, base), laid, cover)
-    level = torch.where(there, strength, torch.where(hole, objects.LEFT, 0.0))
+    behind, others = objects.uncovered(base, brush, hole)
+    rough = torch.lerp(torch.where(hole, behind, base), laid, cover)
+    level = torch.where(there | others, strength, torch.where(hole, objects.LEFT, 0.0))
     return _painted(model, video, level, caption, sampling, _like(rough, video))
 
 

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     child.add_argument(
         "--path",
         required=True,
+        type=_points,
         metavar="X,Y[;X,Y...]",
         help="offsets in pixels from where the object is: the last one, reached in a line, or one for each frame",
     )
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Read, edit, write, and say what it cost."""
+    files.out_path(args.out)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     video, fps = files.read_clip(args.video, max_frames=args.max_frames)
     mask = _region(args, video)
@@ -111,8 +113,7 @@ def _motion_brush(
     if (mask is None) == (args.colour is None):
         raise ValueError("motion-brush needs either --colour or a region (--mask, --box) to say what is moved")
     brush = objects.object_mask(video, args.colour) if mask is None else mask
-    points = [_numbers(2, float)(each) for each in args.path.split(";")]
-    path = torch.tensor([(0.0, 0.0), *points] if len(points) == 1 else points)
+    path = torch.tensor([(0.0, 0.0), *args.path] if len(args.path) == 1 else args.path)
     return edit.motion_brush(model, video, brush, path, args.caption, sampling, strength=args.strength)
 
 
@@ -178,3 +179,7 @@ def _numbers(count: int, kind: Callable[[str], float] = int) -> Callable[[str], 
         return values
 
     return parse_numbers
+
+
+def _points(text: str) -> list[tuple[float, ...]]:
+    return [_numbers(2, float)(each) for each in text.split(";")]

@@ -53,15 +53,23 @@ def read_mask(path: str | Path, video: Tensor) -> Tensor:
     return (grey.float() > 127.5)[None]
 
 
-def write_result(path: str | Path, video: Tensor, fps: float, *, lossless: str = "ffv1") -> list[Path]:
-    """Write a video as PATH, an MP4, and without loss beside it; returns the files. video: uint8 or -1..1.
-
-    lossless: "ffv1" writes the same name ending in .mkv, "png" a folder of that name with frame_00000.png and so on.
-    Raises ValueError for a path that does not end in .mp4.
+def out_path(path: str | Path) -> Path:
+    """Give the path of a result; a command asks before it computes one. Raises ValueError for one that does not end in
+    .mp4.
     """
     target = Path(path)
     if target.suffix.lower() != ".mp4":
         raise ValueError(f"out={str(target)!r} must end in .mp4; the lossless file is written beside it")
+    return target
+
+
+def write_result(path: str | Path, video: Tensor, fps: float, *, lossless: str = "ffv1") -> list[Path]:
+    """Write a video as PATH, an MP4, and without loss beside it; returns the files. video: uint8 or -1..1.
+
+    lossless: "ffv1" writes the same name ending in .mkv, "png" a folder of that name with frame_00000.png and so on.
+    Raises ValueError for a path that ``out_path`` refuses.
+    """
+    target = out_path(path)
     if lossless not in LOSSLESS:
         raise ValueError(f"lossless={lossless!r} must be one of {', '.join(LOSSLESS)}")
     frames = media.to_uint8(video)

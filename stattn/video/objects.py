@@ -52,14 +52,17 @@ def object_mask(video: Tensor, colour: str, *, grow: int = 0) -> Tensor:
     the mask by, for soft edges. Raises ValueError when no frame shows such an object.
     """
     check_clip(video)
-    hue, chroma = hue_and_chroma(video)
-    mask = (apart(hue, hue_of(colour)) < 0.5 / len(COLOURS)) & (chroma > VIVID)
-    # A lone pixel is noise: an object fills most of some 3 x 3 square.
-    solid = F.avg_pool2d(mask[:, None].float(), 3, 1, 1) > 0.6
-    mask = mask & (F.max_pool2d(solid.float(), 5, 1, 2)[:, 0] > 0)
+    mask = _of_hue(*hue_and_chroma(video), colour)
     if not bool(mask.any()):
         raise ValueError(f"colour={colour!r}: no frame shows an object of that colour")
     return grown(mask[None], grow)
+
+
+def _of_hue(hue: Tensor, chroma: Tensor, colour: str) -> Tensor:
+    mask = (apart(hue, hue_of(colour)) < 0.5 / len(COLOURS)) & (chroma > VIVID)
+    # A lone pixel is noise: an object fills most of some 3 x 3 square.
+    solid = F.avg_pool2d(mask[:, None].float(), 3, 1, 1) > 0.6
+    return mask & (F.max_pool2d(solid.float(), 5, 1, 2)[:, 0] > 0)
 
 
 def grown(mask: Tensor, pixels: int) -> Tensor:
@@ -113,6 +116,63 @@ def moved(video: Tensor, mask: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     looked = F.grid_sample(both, at.float(), mode="bilinear", padding_mode="zeros", align_corners=False).transpose(0, 1)
     cover = looked[3:]
     return looked[:3] / cover.clamp(min=1e-6), cover
+
+
+def uncovered(video: Tensor, brush: Tensor, hole: Tensor) -> tuple[Tensor, Tensor]:
+    """Guess what lies behind a brushed object: scenery, and the parts of other objects that it hides.
+
+    video: [3, T, H, W] in -1..1. brush: [1, T, H, W], the object; hole: the brush and what else is not to be trusted.
+    Another object is put together from all frames that show some of it, and is laid where the rest of it is seen to be.
+    Returns the guess, a video of which only the hole matters, and where it shows such an object: [1, T, H, W].
+    """
+    hue, chroma = hue_and_chroma(video)
+    others = []
+    for colour in COLOURS:
+        mask = _of_hue(hue, chroma, colour)[None]
+        if bool(mask.any()) and float((mask & brush).sum()) < 0.5 * float(mask.sum()):
+            others.append(mask & ~hole)
+    vivid = torch.stack(others).any(0) if others else torch.zeros_like(hole)
+    guess, shown = scenery(video, hole | grown(vivid, 2)), torch.zeros_like(hole)
+    for seen in others:
+        if bool((grown(seen, 1) & hole).any()):
+            laid, cover = _completed(video, seen, ~hole)
+            guess, shown = torch.lerp(guess, laid, cover), shown | (cover > 0.5)
+    return guess, shown & hole
+
+
+def _completed(video: Tensor, seen: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Complete an object in every frame: a video of it, and its cover. seen: its pixels, out of those known."""
+    offset = _followed(seen[0], known[0])
+    still, parts = moved(video, seen, -offset)  # every frame on the one where it is seen best
+    _, trusted = moved(video, known, -offset)
+    once = (still * parts).sum(1, keepdim=True) / parts.sum(1, keepdim=True).clamp(min=1e-6)
+    whole = parts.sum(1, keepdim=True) > 0.5 * trusted.sum(1, keepdim=True).clamp(min=0.5)
+    return moved(once.expand_as(video), whole.expand_as(seen), offset)
+
+
+def _followed(seen: Tensor, known: Tensor) -> Tensor:
+    """Follow a partly hidden object: [T, 2] offsets (x, y) from where it is in the frame that shows most of it.
+
+    seen, known: [T, H, W]. In each frame the silhouette of that best frame is laid where it agrees best with what is
+    known; what is hidden speaks for nothing, and the pace of the frames before decides.
+    """
+    frames, height, width = seen.shape
+    best = int(seen.sum((1, 2)).argmax())
+    votes = torch.where(known, torch.where(seen, 1.0, -1.0), 0.0)
+    padded = (2 * height, 2 * width)
+    product = torch.fft.rfft2(votes, s=padded) * torch.fft.rfft2(seen[best].float(), s=padded).conj()
+    score = torch.fft.irfft2(product, s=padded)  # [T, 2 H, 2 W], of every shift down and to the right
+    y, x = ((torch.arange(2 * n) + n) % (2 * n) - n for n in (height, width))
+    offset = torch.zeros(frames, 2)
+    for way in (1, -1):
+        for frame in range(best + way, frames if way > 0 else -1, way):
+            back = min(4, abs(frame - way - best))
+            before = offset[frame - way]
+            pace = (before - offset[frame - way * (1 + back)]) / max(1, back)
+            far = (x - before[0] - pace[0]) ** 2 + (y[:, None] - before[1] - pace[1]) ** 2
+            place = int((score[frame] - 0.1 * far).argmax())
+            offset[frame] = torch.stack((x[place % (2 * width)], y[place // (2 * width)])).float()
+    return offset
 
 
 def scenery(video: Tensor, hole: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Tell the story, write it, and say what was measured."""
+    files.out_path(args.out)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = dit.load(args.model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device)
     sampling = Sampling(steps=args.steps, guidance=args.guidance, seed=args.seed, size=args.size, overlap=1)
