@@ -65,12 +65,10 @@ def _clip(model: DiT, seed: int, sampling: Sampling) -> tuple[dict[str, float], 
     row["recolour_exact_outside"] = _exact(painted, video)
 
     brush = objects.object_mask(video, source)
-    way = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    room = torch.stack([_room(scene, each) for each in way])
-    path = edit.as_path(torch.stack((torch.zeros(2), way[room.argmax()] * min(OFFSET, float(room.max())))), frames)
+    path = edit.as_path(torch.stack((torch.zeros(2), _way(scene))), frames)
     moved = edit.motion_brush(model, video, brush, path, caption, sampling)
     asked = scene.centres[0, :, 0] + path
-    real = media.to_uint8(dataclasses.replace(scene, centres=scene.centres + path[None, :, None]).draw()[0])
+    real = _with_path(scene, path)
     row["brush_end_within_3px"] = _near(moved.video, asked)
     row["brush_end_within_3px_real"] = _near(real, asked)
     row["brush_end_within_3px_unedited"] = _near(video, asked)
@@ -117,7 +115,8 @@ def _near(video: Tensor, asked: Tensor) -> float:
 
 
 def _others(model: DiT, seed: int, sampling: Sampling) -> tuple[float, float, float]:
-    """Move the first of two objects: is the second where it is when the world moves the first one only?
+    """Move the first of two objects: is the second where it is when the world moves the first one only, in the last
+    frame that shows half of it?
 
     Also of the world's own clip, and of one that lies three pixels off.
     """
@@ -125,25 +124,46 @@ def _others(model: DiT, seed: int, sampling: Sampling) -> tuple[float, float, fl
     clips = world.render(1, frames, height, width, seed=seed + 500_000, objects=(2, 2), cameras=("static",))
     scene, video = clips.scene, media.to_uint8(clips.video[0])
     first, second = (world.COLOURS[int(scene.colours[0, index])] for index in (0, 1))
-    way = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    room = torch.stack([_room(scene, each) for each in way])
-    path = edit.as_path(torch.stack((torch.zeros(2), way[room.argmax()] * min(OFFSET, float(room.max())))), frames)
+    path = edit.as_path(torch.stack((torch.zeros(2), _way(scene))), frames)
+    if not _shows(real := _with_path(scene, path), second):  # the first one would hide it all the time
+        path = -path
+        real = _with_path(scene, path)
     moved = edit.motion_brush(model, video, objects.object_mask(video, first), path, clips.captions[0], sampling)
-    offset = torch.zeros_like(scene.centres)
-    offset[0, :, 0] = path
-    real = media.to_uint8(dataclasses.replace(scene, centres=scene.centres + offset).draw()[0])
+    shown = objects.object_mask(real, second)
+    # Of a sliver that looks out behind the other the middle says nothing.
+    area = shown[0].sum((1, 2))
+    last = int((area >= 0.5 * area.max()).nonzero().max())
 
     def near(other: Tensor) -> float:
         try:
-            ours, theirs = (objects.object_mask(each, second)[:, -1:] for each in (real, other))
-        except ValueError:  # one of the two hides it in every frame
-            return float(other is real)
-        if not theirs.any() or not ours.any():
-            return float(bool(theirs.any()) == bool(ours.any()))
-        apart = (objects.centroid(ours) - objects.centroid(theirs))[0].norm()
+            seen = objects.object_mask(other, second)
+        except ValueError:  # in no frame
+            return 0.0
+        apart = (objects.centroid(shown) - objects.centroid(seen))[last].norm()
         return float(apart <= 2 * min(height, width) / 64)
 
     return near(moved.video), near(real), near(torch.roll(real, 3, -1))
+
+
+def _with_path(scene: world.Scene, path: Tensor) -> Tensor:
+    """Film a scene whose first object is moved along a path."""
+    offset = torch.zeros_like(scene.centres)
+    offset[0, :, 0] = path
+    return media.to_uint8(dataclasses.replace(scene, centres=scene.centres + offset).draw()[0])
+
+
+def _shows(video: Tensor, colour: str) -> bool:
+    try:
+        return bool(objects.object_mask(video, colour).any())
+    except ValueError:
+        return False
+
+
+def _way(scene: world.Scene) -> Tensor:
+    """Give the offset (x, y) that leaves the first object most room."""
+    way = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    room = torch.stack([_room(scene, each) for each in way])
+    return way[room.argmax()] * min(OFFSET, float(room.max()))
 
 
 def _room(scene: world.Scene, way: Tensor) -> Tensor:
