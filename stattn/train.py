@@ -72,7 +72,8 @@ def evaluate(
 
 def evaluate_masks(model: DiT, recipe: Recipe, clips: int) -> dict[str, Any]:
     """Evaluate a model under each of a recipe's masks, 0 clips for none; returns settings, results by mask, and what
-    the same checks say of real clips beside their captions, and beside those of others.
+    the same checks say of real clips beside their captions, and beside those of others. Of flicker: what they say of
+    other real clips, and of the clips with their frames in another order.
     """
     found = {
         key: evaluate(model, clips, mask=masks.parse(key), size=_size(recipe), impl="reference")
@@ -81,8 +82,17 @@ def evaluate_masks(model: DiT, recipe: Recipe, clips: int) -> dict[str, Any]:
     settings = {"clips": clips, "guidance": GUIDANCE, "shift": SHIFT, "masks": found}
     if not clips:
         return settings
-    real = world.render(clips, *_size(recipe), seed=EVALUATION_SEED, device=next(model.parameters()).device)
-    return {**settings, "real": _asked(real.video, real), "shuffled": _asked(real.video.roll(1, 0), real)}
+    device = next(model.parameters()).device
+    real, others = (world.render(clips, *_size(recipe), seed=EVALUATION_SEED + i, device=device) for i in (0, 1))
+    mixed = real.video[:, :, torch.randperm(recipe.frames, generator=torch.Generator().manual_seed(0)).to(device)]
+    return {
+        **settings,
+        "real": {**_asked(real.video, real), "flicker_ratio": checks.flicker_ratio(others.video, real.video)},
+        "shuffled": {
+            **_asked(real.video.roll(1, 0), real),
+            "flicker_ratio": checks.flicker_ratio(mixed, real.video),
+        },
+    }
 
 
 def _asked(video: Tensor, clips: world.Clips) -> dict[str, float]:

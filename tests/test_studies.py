@@ -27,6 +27,10 @@ def test_the_checks_of_edits_know_real_edits_from_none() -> None:
     assert found["brush_end_within_3px_unedited"] == 0
     assert found["brush_others_within_2px_real"] == 1
     assert found["brush_others_within_2px_shifted"] == 0
+    assert found["removed_object_gone_real"] == 1
+    assert found["removed_object_gone_unedited"] == 0
+    assert found["background_psnr_another"] < 20
+    assert found["exact_outside_another"] == 0
     for name in ("recolour_exact_outside", "brush_exact_outside", "inpaint_exact_outside", "outpaint_exact_inside"):
         assert found[name] == 1
     assert found["recolour_hue"] < 0.5

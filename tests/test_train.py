@@ -275,7 +275,10 @@ def test_ready_weights_are_evaluated_without_training(tmp_path: Path) -> None:
     line = ["--preset", "smoke", "--evaluate", weights, "--clips", "2", "--out", str(tmp_path)]
     assert train.main(train._parse([*line, "--device", "cpu"])) == 0
     record = json.loads((tmp_path / "evaluation.json").read_text())
-    assert set(record["evaluation"]["masks"]) == {key for key, _ in SMOKE.masks}
+    found = record["evaluation"]
+    assert set(found["masks"]) == {key for key, _ in SMOKE.masks}
+    assert min(found["real"][name] for name in ("colour", "shape", "direction")) == 1
+    assert found["shuffled"]["flicker_ratio"] > 1.2
     assert not (tmp_path / "log.jsonl").exists()
 
 

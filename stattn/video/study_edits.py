@@ -63,6 +63,9 @@ def _clip(model: DiT, seed: int, sampling: Sampling) -> tuple[dict[str, float], 
     row["recolour_hue_unedited"] = _hue_share(video, inside, target)
     row["recolour_background_psnr"] = psnr(painted.video, video, outside)
     row["recolour_exact_outside"] = _exact(painted, video)
+    another = media.to_uint8(world.render(1, frames, height, width, seed=seed + 250_000).video[0])
+    row["background_psnr_another"] = psnr(another, video, outside)
+    row["exact_outside_another"] = _exact(painted._replace(video=another), video)
 
     brush = objects.object_mask(video, source)
     path = edit.as_path(torch.stack((torch.zeros(2), _way(scene))), frames)
@@ -87,7 +90,9 @@ def _clip(model: DiT, seed: int, sampling: Sampling) -> tuple[dict[str, float], 
     filled = edit.inpaint(model, video, box, caption, sampling)
     row["inpaint_exact_outside"] = _exact(filled, video)
     gone = edit.inpaint(model, video, objects.grown(brush, 3), "", sampling)
-    row["removed_object_gone"] = float(checks.classify(_batch(gone.video)).areas[0].max() == 0)
+    row["removed_object_gone"] = _gone(gone.video)
+    row["removed_object_gone_real"] = _gone(_with_path(scene, torch.full((frames, 2), -1e4)))
+    row["removed_object_gone_unedited"] = _gone(video)
     small = video[:, :, height // 8 : -height // 8, width // 8 : -width // 8]
     larger = edit.outpaint(model, small, (width // 8, width // 8, height // 8, height // 8), caption, sampling)
     row["outpaint_exact_inside"] = _exact(larger, video)
@@ -101,6 +106,10 @@ def _batch(video: Tensor) -> Tensor:
 def _exact(result: edit.Edit, video: Tensor) -> float:
     kept = ~result.changed.expand_as(video)
     return float(torch.equal(result.video[kept], video[kept]))
+
+
+def _gone(video: Tensor) -> float:
+    return float(checks.classify(_batch(video)).areas[0].max() == 0)
 
 
 def _hue_share(video: Tensor, inside: Tensor, colour: str) -> float:
