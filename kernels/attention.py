@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from stattn import plan
-from stattn.grid import Triple
+from stattn.grid import Grid, Triple
 from stattn.kernels import _walk as walking
 from stattn.kernels._compile import Specialization
 from stattn.kernels._device import on_device, roomy
@@ -207,7 +207,7 @@ def make_plan(
         make = plan.by_key if by_key else plan.by_query
         distinct = list(dict.fromkeys(problem.masks))
         member = [distinct.index(mask) for mask in problem.masks] if len(problem.masks) > 1 else member
-        grid = plan.Grid(*problem.grid.shape)
+        grid = Grid(*problem.grid.shape)
 
         def lay(config: Config) -> list[plan.Walk]:
             boxes = (problem.q_box, problem.k_box)

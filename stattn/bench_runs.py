@@ -422,7 +422,7 @@ def replay_times(replay: Callable[[], Any]) -> Replay:
     spans = sorted(
         (each.time_range.start, each.time_range.end, each.name)
         for each in profiler.events()
-        if each.device_type == torch.autograd.DeviceType.CUDA
+        if each.device_type.name == "CUDA"
     )
     first, end, last = spans[0]
     longest, between = 0.0, ""

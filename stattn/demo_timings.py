@@ -21,7 +21,8 @@ from stattn.demo_page import STEP
 from stattn.dit import CONFIGS, DiT
 from stattn.grid import Grid
 from stattn.masks import Mask
-from stattn.ops.attention import OPERATION, attention
+from stattn.ops._attention_choice import OPERATION
+from stattn.ops.attention import attention
 from stattn.results import Result
 from stattn.sampler import draw_noise, sample
 from stattn.settings import STEMS

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stattn import masks
+from stattn.blocks import BlockList
 from stattn.grid import Grid, Triple, as_grid, is_int
 from stattn.masks import CONSTRUCTORS, Mask
 
@@ -76,7 +77,7 @@ def draw_page(grid: Grid | Triple = PAGE_GRID, columns: int = 2) -> str:
 
 def _examples(grid: Grid) -> list[tuple[Mask, Triple | None]]:
     """List masks that show well on the page's grid, and queries; a constructor without one shows its first example."""
-    shown: list[tuple[Mask | masks.BlockList, Triple | None]] = [
+    shown: list[tuple[Mask | BlockList, Triple | None]] = [
         (masks.full(), None),
         (masks.spatial(), None),
         (masks.temporal(), None),

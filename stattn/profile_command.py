@@ -154,11 +154,11 @@ def _torch(args: argparse.Namespace, program: list[str] | None, out: Path) -> in
     trace = Path(f"{out}{ENDINGS['torch']}")
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
-    on_device = torch.autograd.DeviceType.CUDA if torch.cuda.is_available() else torch.autograd.DeviceType.CPU
+    kind = "CUDA" if torch.cuda.is_available() else "CPU"
     rows = [
         (event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total, event)
         for event in profiler.key_averages()
-        if event.device_type == on_device and (args.kernel is None or re.search(args.kernel, event.key))
+        if event.device_type.name == kind and (args.kernel is None or re.search(args.kernel, event.key))
     ]
     rows.sort(key=lambda row: -row[0])
     whole = sum(time for time, _ in rows) or 1.0
