@@ -96,6 +96,29 @@ def test_blocks_that_are_compiled_for_themselves_share_one_graph(name):
             torch.testing.assert_close(run(transformer, call), want, **CLOSE)
 
 
+@pytest.mark.parametrize("how", ["compile", "compile_repeated_blocks"])
+def test_a_compiled_model_is_accelerated_and_given_back(tiny, how):
+    call = wan(GRID, 1)
+    dense, (want, _) = run(tiny, call), run_masked(tiny, call, MASK, GRID, None)
+    torch._dynamo.reset()
+    getattr(tiny, how)(backend="eager", fullgraph=True)
+    torch.testing.assert_close(run(tiny, call), dense, **CLOSE)
+    for _ in range(2):
+        with stattn.accelerate(tiny, MASK):
+            torch.testing.assert_close(run(tiny, call), want, **CLOSE)
+        torch.testing.assert_close(run(tiny, call), dense, **CLOSE)
+
+
+def test_compiled_blocks_become_sparse_behind_the_dense_steps(tiny):
+    calls = [wan(GRID, 1) | {"timestep": torch.tensor([each])} for each in (900.0, 800.0, 900.0)]
+    want = [run(tiny, calls[0]), run_masked(tiny, calls[1], MASK, GRID, None)[0], run(tiny, calls[2])]
+    torch._dynamo.reset()
+    tiny.compile_repeated_blocks(backend="eager", fullgraph=True)
+    with stattn.accelerate(tiny, MASK, dense_steps=1):
+        for call, out in zip(calls, want, strict=True):
+            torch.testing.assert_close(run(tiny, call), out, **CLOSE)
+
+
 def test_the_report_knows_what_compiled_blocks_run(tiny):
     tiny.compile_repeated_blocks(backend="eager", fullgraph=True)
     with stattn.accelerate(tiny, MASK) as handle:
