@@ -86,6 +86,15 @@ def wan_tokens(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
     return wan(grid, batch) | {"timestep": torch.rand(batch, t * h * w) * 900}
 
 
+def wan_animate(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
+    t, h, w = grid
+    return wan(grid, batch) | {
+        "hidden_states": randn(batch, 12, t, 2 * h, 2 * w),
+        "pose_hidden_states": randn(batch, 4, t - 1, 2 * h, 2 * w),
+        "face_pixel_values": randn(batch, 3, 4 * t - 7, 16, 16),
+    }
+
+
 def vace(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
     t, h, w = grid
     return wan(grid, batch) | {"control_hidden_states": randn(batch, 6, t, 2 * h, 2 * w)}
@@ -236,6 +245,19 @@ def ltx2_perturbed(grid: tuple[int, int, int], batch: int) -> dict[str, Any]:
     return ltx2(grid, batch) | {"spatio_temporal_guidance_blocks": [1], "perturbation_mask": mask}
 
 
+WAN_ANIMATE = {
+    "in_channels": 12,
+    "latent_channels": 4,
+    "image_dim": None,
+    "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16},
+    "motion_encoder_size": 16,
+    "motion_style_dim": 8,
+    "motion_dim": 4,
+    "motion_encoder_dim": 16,
+    "face_encoder_hidden_dim": 16,
+    "face_encoder_num_heads": 2,
+    "inject_face_latents_blocks": 2,
+}
 HUNYUAN_VIDEO = {"num_single_layers": 1, "text_embed_dim": 10, "pooled_projection_dim": 8, "guidance_embeds": True}
 LTX2 = {
     "audio_in_channels": 4,
@@ -325,6 +347,7 @@ FAMILIES: dict[str, Family] = {
     "wan-i2v": Family("WanTransformer3DModel", {**WAN, "image_dim": 8, "added_kv_proj_dim": 24}, wan_image),
     "wan2.2-ti2v": Family("WanTransformer3DModel", WAN, wan_tokens),
     "wan-vace": Family("WanVACETransformer3DModel", {**WAN, "vace_layers": [0], "vace_in_channels": 6}, vace),
+    "wan-animate": Family("WanAnimateTransformer3DModel", {**WAN, **WAN_ANIMATE}, wan_animate),
     "chronoedit": Family("ChronoEditTransformer3DModel", WAN, wan),
     "skyreels-v2": Family("SkyReelsV2Transformer3DModel", WAN, wan),
     "skyreels-v2-i2v": Family(

@@ -114,6 +114,7 @@ _COGVIDEOX = Family(
 FAMILIES: dict[str, Family] = {
     "WanTransformer3DModel": _WAN,
     "WanVACETransformer3DModel": Family(r"(vace_)?blocks\.\d+\.attn1", _WAN.grid, _WAN.make, _WAN.split),
+    "WanAnimateTransformer3DModel": _WAN,
     "ChronoEditTransformer3DModel": _WAN,
     "SkyReelsV2Transformer3DModel": Family(
         _WAN.layers, _latent, {"SkyReelsV2AttnProcessor": processors.WanProcessor}, _wan_split
