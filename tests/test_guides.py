@@ -3,6 +3,7 @@
 Models that would be downloaded are tiny ones with random weights here.
 """
 
+import importlib.util
 import re
 import types
 from pathlib import Path
@@ -64,3 +65,11 @@ def test_links_and_commands_of_a_guide_exist(path):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for name in re.findall(r"`((?:stattn|kernels|csrc|benchmarks|tests)/[\w/.-]+\.(?:py|cuh|cu|md|json))`", text):
         assert (ROOT / name).exists(), name
+
+
+def test_the_list_of_public_names_is_that_of_the_docstrings():
+    pytest.importorskip("diffusers")
+    spec = importlib.util.spec_from_file_location("api", ROOT / "docs" / "api.py")
+    api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(api)
+    assert api.text() == (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), "run python docs/api.py"
