@@ -23,7 +23,8 @@ from torch import Tensor
 
 import stattn
 from stattn import dit, masks, results
-from stattn.trainer import PRESETS, Trainer
+from stattn.recipes import PRESETS
+from stattn.trainer import Trainer
 
 # All, about one half and 15 % of the pairs of 8 x 8 x 8 tokens. Among windows of their density these cost the shipped
 # weights little: motion is told from many frames, and shapes are small.

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stattn import media, results
-from stattn.trainer import Recipe, Trainer
+from stattn.recipes import Recipe
+from stattn.trainer import Trainer
 
 
 @dataclass(frozen=True)

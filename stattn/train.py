@@ -26,9 +26,10 @@ from stattn.accelerate import accelerate
 from stattn.dit import DiT
 from stattn.masks import Mask
 from stattn.metrics import synth
+from stattn.recipes import PRESETS, AdapterRecipe, Recipe
 from stattn.run import Kind, Run, group, loop
 from stattn.sampler import FlowMatching, sample
-from stattn.trainer import PARALLEL, PRESETS, AdapterRecipe, Recipe, Trainer, materialize_attention
+from stattn.trainer import PARALLEL, Trainer, materialize_attention
 
 EVALUATION_SEED, PICTURE_SEED = 1_000_000, 2_000_000
 # Guidance of 2 makes motion jump (flicker 1.3 to 1.5 times that of real clips), 1 blurs it (0.8).

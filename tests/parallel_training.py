@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from stattn import run, train
-from stattn.trainer import PRESETS, Trainer, learning_rate
+from stattn.recipes import PRESETS
+from stattn.trainer import Trainer, learning_rate
 
 SMOKE = PRESETS["smoke"]
 

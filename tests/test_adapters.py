@@ -12,7 +12,7 @@ import torch
 from stattn import cli, dit, media, train, world
 from stattn.dit import DiT
 from stattn.metrics import warp
-from stattn.trainer import PRESETS, AdapterRecipe
+from stattn.recipes import PRESETS, AdapterRecipe
 from stattn.video import adapted, camera, files, paint, train_adapters
 from stattn.video.adapted import Adapted, AdapterConfig
 from stattn.video.camera import Move, ray_maps

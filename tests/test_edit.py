@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stattn import checks, cli, dit, masks, media, metrics, world
 from stattn.dit import DiT
-from stattn.trainer import PRESETS
+from stattn.recipes import PRESETS
 from stattn.video import edit, files, objects, paint
 from stattn.video.cache import TokenCache
 from stattn.video.paint import Sampling, Work

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from stattn import folder, train, world
-from stattn.trainer import PRESETS, Trainer
+from stattn.recipes import PRESETS
+from stattn.trainer import Trainer
 from stattn.video import files
 
 SMOKE = PRESETS["smoke"]

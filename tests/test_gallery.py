@@ -11,7 +11,7 @@ import torch
 
 from stattn import cli, dit
 from stattn.dit import DiT
-from stattn.trainer import PRESETS
+from stattn.recipes import PRESETS
 from stattn.video import gallery, long, storyboard_command
 from stattn.video.paint import Work
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stattn import cli, dit, media, world
 from stattn.dit import DiT
-from stattn.trainer import PRESETS
+from stattn.recipes import PRESETS
 from stattn.video import files, long, objects, storyboard_command
 from stattn.video.adapted import Adapted, AdapterConfig
 from stattn.video.paint import Sampling, Work

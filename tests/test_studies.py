@@ -13,7 +13,8 @@ from stattn import cli, dit
 from stattn.dit import DiT
 from stattn.grid import Grid
 from stattn.masks import parse
-from stattn.trainer import PRESETS, Trainer, allowed_pairs
+from stattn.recipes import PRESETS
+from stattn.trainer import Trainer, allowed_pairs
 from stattn.video import study_consistency, study_edits, study_length, study_story
 from stattn.video.paint import Sampling
 

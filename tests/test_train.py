@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from stattn import dit, masks, train, trainer, world
 from stattn.dit import DiT
-from stattn.trainer import PRESETS, Trainer
+from stattn.recipes import PRESETS
+from stattn.trainer import Trainer
 
 SMOKE = PRESETS["smoke"]
 CPU = torch.device("cpu")

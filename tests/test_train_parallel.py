@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stattn.trainer import PRESETS, Trainer
+from stattn.recipes import PRESETS
+from stattn.trainer import Trainer
 
 two_cards = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 

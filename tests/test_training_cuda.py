@@ -22,7 +22,8 @@ from stattn import attention_modules, dit, extension, masks
 from stattn.grid import Grid
 from stattn.masks import Mask
 from stattn.modules import SpaceTimeAttention
-from stattn.trainer import PRESETS, Trainer
+from stattn.recipes import PRESETS
+from stattn.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,7 +21,7 @@ from torch import Tensor
 from stattn import checks, dit, media, results, world
 from stattn.dit import DiT
 from stattn.metrics import pixels
-from stattn.trainer import PRESETS, AdapterRecipe
+from stattn.recipes import PRESETS, AdapterRecipe
 from stattn.video import adapted, edit, files, long, objects, storyboard_command, train_adapters
 from stattn.video.camera import Move, maps_of_clip, moves_seen, ray_maps
 from stattn.video.paint import Sampling, paint

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from stattn import dit, media, results
-from stattn.trainer import PRESETS
+from stattn.recipes import PRESETS
 from stattn.video import study_consistency, study_edits, study_length, study_story
 from stattn.video.paint import Sampling
 

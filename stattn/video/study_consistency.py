@@ -20,9 +20,10 @@ from stattn.dit import DiT
 from stattn.masks import parse
 from stattn.metrics import extractors
 from stattn.modules import SpaceTimeAttention
+from stattn.recipes import Recipe
 from stattn.run import plain
 from stattn.sampler import sample
-from stattn.trainer import Recipe, Trainer
+from stattn.trainer import Trainer
 
 KINDS = {
     "full": "full()",

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from stattn import checks, dit, world
 from stattn.accelerate import accelerate
+from stattn.recipes import AdapterRecipe
 from stattn.run import Kind
-from stattn.trainer import AdapterRecipe, Trainer, attention_bias, flow_loss, materialize_attention
+from stattn.trainer import Trainer, attention_bias, flow_loss, materialize_attention
 from stattn.video import adapted
 from stattn.video.adapted import Adapted, AdapterConfig
 from stattn.video.camera import maps_of_clip, moves_seen, paths, ray_maps
