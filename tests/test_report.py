@@ -331,7 +331,7 @@ def test_a_row_is_judged_by_limit_spread_and_direction(tmp_path, capsys, unit, o
     assert status == (verdict == "worse")
 
 
-@pytest.mark.parametrize(("limit", "status"), [("5%", 1), ("5", 1), ("20%", 0), ("0.5%", 1)])
+@pytest.mark.parametrize(("limit", "status"), [("5%", 1), ("5", 1), ("9.95%", 1), ("10.05%", 0), ("0.5%", 1)])
 def test_the_limit_decides(tmp_path, capsys, limit, status):
     before, after = _report(_row("a", 100.0)), _report(_row("a", 110.0))
     assert _compare(tmp_path, capsys, before, after, "--fail-over", limit)[0] == status
@@ -366,7 +366,10 @@ def test_another_machine_is_refused_unless_it_is_asked_for(tmp_path, capsys):
     assert status == 1
     assert "'NVIDIA H200'" in text
     assert "--any-machine" in text
-    assert _compare(tmp_path, capsys, before, after, "--any-machine")[:2] == (0, {"a": "within spread"})
+    status, verdicts, text = _compare(tmp_path, capsys, before, after, "--any-machine")
+    assert (status, verdicts) == (0, {"a": "within spread"})
+    assert ": NVIDIA H200 and NVIDIA H100" in text
+    assert ": NVIDIA H200\n" in _compare(tmp_path, capsys, before, before)[2]
 
 
 def test_times_are_scaled_by_the_matrix_product_and_rates_are_not(tmp_path, capsys):

@@ -231,6 +231,7 @@ def test_a_rollout_refuses_other_models_and_odd_frames():
 
 def test_a_cache_refuses_what_does_not_fit():
     cache = RollingKVCache(1, 1, (2, 2), 1, 2, chunk=2, window=4)
+    assert (cache.slots, cache.sinks, cache.after, cache.rebase) == (4, 0, 0, False)
     with pytest.raises(ValueError, match="no chunk is open"):
         cache.layer(0)
     with pytest.raises(ValueError, match="frames=3"):
