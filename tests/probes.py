@@ -139,13 +139,13 @@ def check(
     count and the forward pass alone.
     """
     rows, columns, heads = len(case.rows()), len(case.columns()), case.heads
-    seed = torch.Generator().manual_seed(rows * 31 + columns)
+    seed = torch.Generator(device).manual_seed(rows * 31 + columns)
 
     def zeros(batch: int, tokens: int) -> torch.Tensor:
         return torch.zeros(batch, tokens, heads, dim, dtype=dtype, device=device)
 
     def random(batch: int, tokens: int) -> torch.Tensor:
-        return torch.randn(batch, tokens, heads, dim, generator=seed).to(device, dtype)
+        return torch.randn(batch, tokens, heads, dim, generator=seed, device=device).to(dtype)
 
     def places(chunks: Sequence[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For each token of the chunks: which chunk's sample, which token, and which feature stands for it."""
