@@ -396,7 +396,7 @@ BUGS = (
         "stattn/integrations/_layers.py",
         'if self.extra == "before" else',
         'if self.extra != "before" else',
-        ("tests/test_integrations.py::test_tokens_of_conditions_beside_the_grid_are_global",),
+        ("tests/test_integrations.py::test_tokens_of_conditions_beside_the_grid_are_global[ltx-before]",),
     ),
     Bug(
         "host-angles-of-h-and-w-swapped",

@@ -220,13 +220,14 @@ def test_what_was_verified_compiles_and_nothing_is_verified_in_compiled_code(tin
         torch.testing.assert_close(run(compiled, call), want, **CLOSE)
 
 
-def test_tokens_of_conditions_beside_the_grid_are_global():
-    transformer = model("LTXVideoTransformer3DModel", **LTX)
-    call = ltx(GRID, 1)
-    more = torch.randn(1, 5, 8)
-    call["hidden_states"] = torch.cat([more, call["hidden_states"]], dim=1)
-    call["video_coords"] = torch.rand(1, 3, 5 + 72)
-    want, masked = run_masked(transformer, call, MASK, GRID, "before")
+@pytest.mark.parametrize("name, side", [("ltx", "before"), ("ltx-2", "after")])
+def test_tokens_of_conditions_beside_the_grid_are_global(name, side):
+    family = FAMILIES[name]
+    transformer, call = family.build(), family.inputs(GRID, 1)
+    parts = [torch.randn(1, 5, 8), call["hidden_states"]]
+    call["hidden_states"] = torch.cat(parts if side == "before" else parts[::-1], dim=1)
+    call["video_coords"] = torch.rand(1, 3, 5 + 72) if name == "ltx" else torch.rand(1, 3, 5 + 72, 2)
+    want, masked = run_masked(transformer, call, MASK, GRID, side)
     assert masked == 2
     with stattn.accelerate(transformer, MASK) as handle:
         torch.testing.assert_close(run(transformer, call), want, **CLOSE)
