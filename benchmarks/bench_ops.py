@@ -287,8 +287,9 @@ def tuned(shape: Shape, copies: int) -> Iterator[Tuned]:
     )  # fmt: skip
     yield Tuned("gate_residual/fwd", 3, gate.CONFIGS, lambda config, i: gate.forward(x[i], y[i], vector, config))
     yield Tuned(
-        "gate_residual/bwd", 3, gate.CONFIGS, lambda config, i: gate.backward(dx[i], y[i], vector, True, config)
-    )
+        "gate_residual/bwd", 3, gate.BACKWARD_CONFIGS,
+        lambda config, i: gate.backward(dx[i], y[i], vector, True, config),
+    )  # fmt: skip
     yield Tuned(
         "gate_residual_modulate/fwd", 4, gate_modulate.CONFIGS,
         lambda config, i: gate_modulate.forward(False, x[i], y[i], *vectors, *norm, 1e-6, config),

@@ -105,8 +105,8 @@ def gate_residual_modulate_forward(
     local = rows_of(tl.program_id(0) - group * tiles, ROWS)
     live = None if ROWS == 1 else local < rows
     row = group * rows + local
-    values = load_row(row_address(x, row, tokens, x_b, x_n), live, C, CHUNK, CHUNKS, "evict_first")
-    update = load_row(row_address(y, row, tokens, y_b, y_n), live, C, CHUNK, CHUNKS, "evict_first")
+    values = load_row(row_address(x, row, tokens, x_b, x_n), live, C, CHUNK, CHUNKS, "")
+    update = load_row(row_address(y, row, tokens, y_b, y_n), live, C, CHUNK, CHUNKS, "")
     if GATE != ABSENT:
         at_gate = vector_address(gate, GATE, group, groups, row, tokens, gate_b, gate_r)
         gates = load_row(at_gate, live, C, CHUNK, CHUNKS, "evict_last")

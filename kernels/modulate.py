@@ -124,7 +124,7 @@ def modulate_forward(
         local = rows_of(tile, ROWS)
         live = None if ROWS == 1 else local < rows
         row = group * rows + local
-        values = load_row(row_address(x, row, tokens, x_b, x_n), live, C, CHUNK, CHUNKS, "evict_first")
+        values = load_row(row_address(x, row, tokens, x_b, x_n), live, C, CHUNK, CHUNKS, "")
         unit, row_mean, row_rstd = normalise(values, eps, LAYER, C, CHUNK, CHUNKS)
         if not HOIST:
             at_scale, at_shift = None, None

@@ -202,8 +202,8 @@ def test_every_config_is_right(device, monkeypatch):
     case = Case(1, 3, 70, "frame", "frame", "sample") if device == "cpu" else Case(2, 2100, 5120, *["frame"] * 3)
     inputs = draw(case, torch.float16, device)
     douts = tuple(torch.randn(2, *inputs.x.shape, device=device).half())
-    places = [(modulate_kernels, "CONFIGS"), (modulate_kernels, "BACKWARD_CONFIGS"), (gate_kernels, "CONFIGS"),
-              (gate_modulate, "CONFIGS"), (gate_modulate, "BACKWARD_CONFIGS")]  # fmt: skip
+    modules = (modulate_kernels, gate_kernels, gate_modulate)
+    places = [(module, name) for module in modules for name in ("CONFIGS", "BACKWARD_CONFIGS")]
     want = {name: run(name, case, inputs, douts, "reference") for name in OPERATIONS}
     for module, name in places:
         operations = {modulate_kernels: "modulate", gate_kernels: "gate_residual"}
