@@ -51,6 +51,9 @@ Model = TypeVar("Model", bound=nn.Module)
 # A score whose exponential is 0 beside any score of normalised queries and keys, and finite: kernels need no special
 # case for a tile of keys that are all hidden.
 HIDDEN = -1e4
+# The steps at which a compiled run compares its gradients with those of plain PyTorch, and by how much they may differ:
+# rounding makes 0.02, and what PyTorch 2.11 compiles for CUDA has been wrong by many times their norm.
+CHECKED, MOST_APART = (2, 20, 200), 0.2
 
 
 def materialize_attention(model: Model) -> Model:
@@ -213,7 +216,7 @@ class Trainer:
         self.loss: Callable[..., Tensor] = (
             torch.compile(self.objective, dynamic=False, fullgraph=True) if compile else self.objective
         )
-        self.autocast = device.type == "cuda"
+        self.compiled, self.autocast = compile, device.type == "cuda"
 
     @staticmethod
     def objective(model: Any, *batch: Any) -> Tensor:
@@ -248,15 +251,45 @@ class Trainer:
         """Take one step at a learning rate for ``progress`` in [0, 1) through the run; returns the loss, on the
         device.
         """
-        # Of PyTorch's kernels this one takes a bias that all heads share without copying it.
-        kernel = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if self.autocast else nullcontext()
-        with kernel, torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = self.loss(self.model, *self.batch(), self.recipe.least_level)
-        loss.backward()
+        batch = self.batch()
+        loss = self.backward(self.loss, batch)
+        if self.compiled and self.steps in CHECKED:
+            self.check_gradients(batch)
         if self.ranks > 1 and not self.sharded:
             average_gradients([parameter for _, parameter in self.trained], self.ranks)
         self.update(learning_rate(self.recipe, self.steps, progress))
         return loss.detach()
+
+    def backward(self, loss: Callable[..., Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+        """Add the gradients of a batch's loss to those of the weights; returns the loss."""
+        # Of PyTorch's kernels this one takes a bias that all heads share without copying it.
+        kernel = sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if self.autocast else nullcontext()
+        with kernel, torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            value = loss(self.model, *batch, self.recipe.least_level)
+        value.backward()
+        return value
+
+    def check_gradients(self, batch: tuple[Tensor, ...]) -> None:
+        """Compare the gradients that the compiled loss left with those of plain PyTorch (waits for the device). Raises
+        RuntimeError when they are others.
+        """
+        parameters = [parameter for _, parameter in self.trained]
+        compiled = [parameter.grad for parameter in parameters]
+        self.optimizer.zero_grad()
+        self.backward(self.objective, batch)
+        plain = [parameter.grad for parameter in parameters]
+        for parameter, gradient in zip(parameters, compiled, strict=True):
+            parameter.grad = gradient
+        pairs = [(a, b) for a, b in zip(compiled, plain, strict=True) if a is not None and b is not None]
+        apart = sum((_local(a) - _local(b)).square().sum() for a, b in pairs) / sum(
+            _local(b).square().sum() for _, b in pairs
+        )
+        error = float(apart) ** 0.5
+        if not error <= MOST_APART:
+            raise RuntimeError(
+                f"the compiled loss's gradients differ from those of plain PyTorch by {error:.3g} times their norm at "
+                f"step {self.steps}: train with --no-compile"
+            )
 
     def update(self, rate: float) -> None:
         """Move the weights along their gradients, and the average after them."""

@@ -263,6 +263,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_compiled_run_with_other_gradients_is_stopped(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def compiled(loss: Any, **options: Any) -> Any:
+        def call(*args: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return loss(*args) * (2 if wrong and calls > 2 else 1)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    one, other = Trainer(SMOKE, CPU, compile=True), Trainer(SMOKE, CPU)
+    for _ in range(2):
+        one.step(0.0)
+        other.step(0.0)
+    if wrong:
+        with pytest.raises(RuntimeError, match="by 1 times their norm at step 2: train with --no-compile"):
+            one.step(0.0)
+        return
+    assert torch.equal(one.step(0.0), other.step(0.0))
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.gpu
 def test_a_compiled_run_on_the_gpu_learns(tmp_path: Path) -> None:
     record = _run(tmp_path, steps=200, device="cuda", compile=True, log_every=20)

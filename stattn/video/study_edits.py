@@ -130,14 +130,14 @@ def _others(model: DiT, seed: int, sampling: Sampling) -> tuple[float, float, fl
     Also of the world's own clip, and of one that lies three pixels off.
     """
     frames, height, width = sampling.size
-    clips = world.render(1, frames, height, width, seed=seed + 500_000, objects=(2, 2), cameras=("static",))
-    scene, video = clips.scene, media.to_uint8(clips.video[0])
+    scene, caption = _pair_of_objects(sampling.size, seed)
+    video = media.to_uint8(scene.draw()[0])
     first, second = (world.COLOURS[int(scene.colours[0, index])] for index in (0, 1))
     path = edit.as_path(torch.stack((torch.zeros(2), _way(scene))), frames)
-    if not _shows(real := _with_path(scene, path), second):  # the first one would hide it all the time
+    if not _area(real := _with_path(scene, path), second):  # the first one would hide it all the time
         path = -path
         real = _with_path(scene, path)
-    moved = edit.motion_brush(model, video, objects.object_mask(video, first), path, clips.captions[0], sampling)
+    moved = edit.motion_brush(model, video, objects.object_mask(video, first), path, caption, sampling)
     shown = objects.object_mask(real, second)
     # Of a sliver that looks out behind the other the middle says nothing.
     area = shown[0].sum((1, 2))
@@ -154,18 +154,30 @@ def _others(model: DiT, seed: int, sampling: Sampling) -> tuple[float, float, fl
     return near(moved.video), near(real), near(torch.roll(real, 3, -1))
 
 
+def _pair_of_objects(size: tuple[int, int, int], seed: int) -> tuple[world.Scene, str]:
+    """Draw two objects of which some frame shows at least half of the second: one never seen nothing could keep."""
+    number = seed + 500_000
+    while True:
+        scene = world.sample(1, *size, seed=number, objects=(2, 2), cameras=("static",))
+        away = _with_path(scene, torch.full((size[0], 2), -1e4))
+        second = world.COLOURS[int(scene.colours[0, 1])]
+        if _area(media.to_uint8(scene.draw()[0]), second) >= 0.5 * _area(away, second):
+            return scene, scene.captions()[0]
+        number += 1000
+
+
+def _area(video: Tensor, colour: str) -> int:
+    try:
+        return int(objects.object_mask(video, colour).sum((0, 2, 3)).max())
+    except ValueError:
+        return 0
+
+
 def _with_path(scene: world.Scene, path: Tensor) -> Tensor:
     """Film a scene whose first object is moved along a path."""
     offset = torch.zeros_like(scene.centres)
     offset[0, :, 0] = path
     return media.to_uint8(dataclasses.replace(scene, centres=scene.centres + offset).draw()[0])
-
-
-def _shows(video: Tensor, colour: str) -> bool:
-    try:
-        return bool(objects.object_mask(video, colour).any())
-    except ValueError:
-        return False
 
 
 def _way(scene: world.Scene) -> Tensor:
