@@ -264,6 +264,23 @@ def densities() -> str:
     return table(head, rows, run)
 
 
+def samples() -> str:
+    run = Run("h100/sampler")
+    shape = "sampler/wan2.1-1.3b-480p"
+    rows = []
+    for kind, words in (
+        ("diffusers", "diffusers, compiled by blocks, cuDNN's attention"),
+        ("stattn-dense", "stattn, dense, one CUDA graph"),
+        ("stattn-sliding_tile", "stattn, sliding tile, one CUDA graph"),
+    ):
+        name = f"{shape}/{kind}"
+        gap = run(f"{name}/gap") if f"{name}/gap" in run.rows else "–"
+        error = "–" if kind == "stattn-dense" else f"{run.row(f'{name}/snr').value:.1f} dB"
+        rows.append([words, run(name), run.base(name), gap, error])
+    head = ["50 steps of Wan2.1-1.3B, 480p", "time", "50 x one step alone", "longest gap", "SNR to stattn, dense"]
+    return table(head, rows, run)
+
+
 def diffusers() -> str:
     run = Run("h200/diffusers")
     rows = []
@@ -367,6 +384,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "triton": triton,
     "steps": steps,
     "densities": densities,
+    "samples": samples,
     "diffusers": diffusers,
     "elementwise": elementwise,
     "solver": solver,
