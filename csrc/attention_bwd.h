@@ -32,6 +32,38 @@ struct StatsPlaces {
     }
 };
 
+// Lists ascend, so blocks that begin together walk through the boxes of a head together, and find them in the L2 cache. They
+// drift apart from wave to wave: a block begins when most of the wave before its own have asked for their last box, but does
+// not wait for long, since where lists differ much in length no order helps. What it computes does not depend on it.
+struct Together {
+    int* done;   // what loaders have ended, GROUPS of a block; or null where the boxes of a head stay in the cache in any order
+    int blocks;  // of a wave
+    static constexpr int GROUPS = 2, PATIENCE = 100;  // cycles a box
+
+    // bytes: of the boxes of a head.
+    Together() = default;
+    Together(const AttentionPlan& plan, int64_t bytes, int processors)
+        : done(plan.together && bytes > 16 << 20 ? const_cast<int*>(plan.data) + plan.together : nullptr),
+          blocks(processors) {}
+
+#ifdef __CUDACC__
+    __device__ __forceinline__ void begin(int boxes) const {
+        if (!done) return;
+        const int before = (static_cast<int>(blockIdx.x / blocks) * blocks - blocks / 10) * GROUPS;
+        const int64_t start = clock64(), most = int64_t{boxes} * PATIENCE;
+        int ended;
+        while (true) {
+            asm volatile("ld.relaxed.gpu.b32 %0, [%1];" : "=r"(ended) : "l"(done));
+            if (ended >= before || clock64() - start > most) break;
+            __nanosleep(200);
+        }
+    }
+    __device__ __forceinline__ void end(int loaders) const {
+        if (done) asm volatile("red.relaxed.gpu.add.u32 [%0], %1;" ::"l"(done), "r"(loaders) : "memory");
+    }
+#endif
+};
+
 // The plan of dK and dV has the records of the forward's (attention_fwd.h) with the roles of queries and keys exchanged:
 //
 // - Tiles are of keys: two slabs of at most 64 keys side by side on the axis `stacked`, for two warpgroups. Boxes are of

@@ -41,17 +41,29 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
     p.places = attention_bwd::StatsPlaces(call.stats);
     p.of_delta = call.stats.rows() * call.batch * call.heads;
     p.scale = call.scale;
+    p.together = {*call.plan, int64_t{call.keys} * S::D * 4, launch.processors};
     attention_dq<S><<<p.tiles, S::THREADS, launch.shared, stream>>>(p);
     return cudaGetLastError();
 }
 
-// The list of tiles: warpgroups and rows of a key box, by head dimension.
+// Whether there is shared memory for a bit for each global token, where a call says which are real.
+template <typename S>
+bool fits(const AttentionPlan& plan) {
+    const int rows = plan.box[0] * plan.box[1] * plan.box[2];
+    const int boxes = (plan.before + rows - 1) / rows + (plan.after + rows - 1) / rows + 1;
+    return !plan.valid || S::LAUNCHED + boxes * ((S::BN + 31) / 32) * 4 <= attention_fwd::SHARED_LIMIT;
+}
+
+// The list of tiles: warpgroups, rows of a key box and stages, by head dimension.
 template <typename Element>
 cudaError_t choose(const AttentionBackward& call, cudaStream_t stream) {
     switch (call.config + (call.head_dim > 64 ? 0 : 100)) {
-        case 0: return launch<DqShape<Element, 128, 3, 64>>(call, stream);
-        case 100: return launch<DqShape<Element, 64, 3, 64>>(call, stream);
-        case 101: return launch<DqShape<Element, 64, 3, 96>>(call, stream);
+        case 0:
+            if (fits<DqShape<Element, 128, 3, 64, 4>>(*call.plan))
+                return launch<DqShape<Element, 128, 3, 64, 4>>(call, stream);
+            return launch<DqShape<Element, 128, 3, 64, 2>>(call, stream);
+        case 100: return launch<DqShape<Element, 64, 3, 64, 4>>(call, stream);
+        case 101: return launch<DqShape<Element, 64, 3, 96, 4>>(call, stream);
         default: return cudaErrorInvalidValue;
     }
 }

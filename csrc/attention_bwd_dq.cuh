@@ -33,10 +33,11 @@ struct DqParameters : attention_fwd::Parameters {
     const float* stats;
     int64_t of_delta;  // from a row's LSE to its delta
     StatsPlaces places;
+    Together together;
     float scale;
 };
 
-template <typename Element_, int D_, int WARPGROUPS_, int BN_>
+template <typename Element_, int D_, int WARPGROUPS_, int BN_, int STAGES_>
 struct DqShape {
     using Element = Element_;
     static constexpr bool PLANNED = true;
@@ -49,7 +50,7 @@ struct DqShape {
     static constexpr uint32_t SLAB = CHUNKS * SLAB_CHUNK;
     static constexpr uint32_t BOX_CHUNK = BN * 128;
     static constexpr uint32_t BOX = CHUNKS * BOX_CHUNK;
-    static constexpr int STAGES = 2;
+    static constexpr int STAGES = STAGES_;  // of both rings, a power of 2
     static constexpr uint32_t Q_AT = 0;
     static constexpr uint32_t DO_AT = Q_AT + WARPGROUPS * SLAB;
     static constexpr uint32_t K_AT = DO_AT + WARPGROUPS * SLAB;
@@ -60,7 +61,7 @@ struct DqShape {
     static constexpr uint32_t LAUNCHED = SHARED + 1024;  // room to align the start; without what depends on the call
     static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 2 ? 240 : 160;
     static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 24 : 32;
-    static_assert(D % 64 == 0 && BN % 16 == 0 && BOX_CHUNK % 1024 == 0);
+    static_assert(D % 64 == 0 && BN % 16 == 0 && BOX_CHUNK % 1024 == 0 && (STAGES & (STAGES - 1)) == 0);
     static_assert(LAUNCHED <= 232448);
 
     __device__ static uint32_t full_k(uint32_t base, int stage) { return base + 8 * stage; }
@@ -70,13 +71,24 @@ struct DqShape {
     __device__ static uint32_t full_q(uint32_t base, int group) { return base + 8 * (4 * STAGES + group); }
 };
 
+// A stage of a ring and the parity of its present use.
+template <typename S>
+struct Turn {
+    int stage = 0;
+    uint32_t parity = 0;
+    __device__ __forceinline__ void advance() {
+        stage = (stage + 1) % S::STAGES;
+        parity ^= stage == 0;
+    }
+};
+
 // The producer.
 
 template <typename S>
 struct BoxLoader {
     const DqParameters& p;
     uint32_t shared, barriers;
-    attention_fwd::Turn turn;
+    Turn<S> turn;
     int k_x, v_x;  // of the tile's head
 
     __device__ __forceinline__ void start(const Tile& tile) {
@@ -108,10 +120,12 @@ __device__ __forceinline__ void produce_boxes(const DqParameters& p, uint32_t sh
     BoxLoader<S> loader{p, shared, barriers};
     const Tile tile = tile_at<S>(p, blockIdx.x);
     loader.start(tile);
+    p.together.begin(tile.boxes);
     for (int number = 0; number < tile.boxes; ++number) {
         const int4 box = record_at(p, tile.first_box + number);
         loader.visit(box.x, box.y, box.z, box.w);
     }
+    p.together.end(Together::GROUPS);
 }
 
 // Brings Q and dO.
@@ -239,7 +253,7 @@ struct Consumer {
     uint64_t q, dout, k, v, k_rows;  // k_rows: K as the right operand of dS K
     int group;
     bool elected;  // one thread of each warp
-    attention_fwd::Turn turn;
+    Turn<S> turn;
 
     // Lets boxes pass that none of the warpgroup's rows sees, from `number` on; returns the next that one does.
     // first_mask: the warpgroup's first mask record. record: becomes that of the box.
@@ -267,7 +281,7 @@ struct Consumer {
     template <bool MASKED>
     __device__ __forceinline__ int step(float (&scores)[S::BN / 2], float (&gradient)[S::D / 2], const RowStats& rows,
                                         int number, int boxes, int masked, int first_mask, int4& record) {
-        const attention_fwd::Turn mine = turn;
+        const Turn<S> mine = turn;
         float dp[S::BN / 2];
         uint32_t ds[S::BN / 16][4];
         barrier_wait(S::full_v(barriers, mine.stage), mine.parity);

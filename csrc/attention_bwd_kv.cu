@@ -14,6 +14,7 @@ using attention_bwd::KEYS;
 using attention_bwd::KvParameters;
 using attention_bwd::KvShape;
 using attention_bwd::PARTS;
+using attention_bwd::Sees;
 using attention_bwd::SLAB;
 using attention_fwd::Heads;
 
@@ -162,6 +163,7 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
     if (mapper.error == cudaSuccess) mapper.error = attention_fwd::multiprocessors(device, &processors);
     if (mapper.error == cudaSuccess)
         mapper.error = attention_fwd::allow_shared_memory<attention_backward_kv<S>>(device);
+    if (S::LISTED) p.together = {*plan, int64_t{call.queries} * S::D * 4, processors};
     for (int part = 0; part < PARTS; ++part) {
         Heads places;  // those of the video
         const bool video = part == 0;
@@ -197,30 +199,34 @@ cudaError_t launch(const AttentionBackward& call, cudaStream_t stream) {
     return error == cudaSuccess && in_pieces ? attention_backward_sum(call, cut, stream) : error;
 }
 
-template <typename Element, bool PLANNED, Dq DQ>
+template <typename Element, Sees SEES, Dq DQ>
 cudaError_t choose(const AttentionBackward& call, cudaStream_t stream) {
-    if (call.head_dim > 64) return launch<KvShape<Element, 128, 64, PLANNED, DQ>>(call, stream);
-    return launch<KvShape<Element, 64, 128, PLANNED, DQ>>(call, stream);
+    if (call.head_dim > 64) return launch<KvShape<Element, 128, 64, SEES, DQ>>(call, stream);
+    return launch<KvShape<Element, 64, 128, SEES, DQ>>(call, stream);
 }
 
-template <bool PLANNED, Dq DQ>
+template <Sees SEES, Dq DQ>
 cudaError_t choose(const AttentionBackward& call, cudaStream_t stream) {
-    if (call.bf16) return choose<__nv_bfloat16, PLANNED, DQ>(call, stream);
-    return choose<__half, PLANNED, DQ>(call, stream);
+    if (call.bf16) return choose<__nv_bfloat16, SEES, DQ>(call, stream);
+    return choose<__half, SEES, DQ>(call, stream);
 }
 
 }  // namespace
 
 cudaError_t attention_backward_kv(const AttentionBackward& call, cudaStream_t stream) {
     if (call.batch == 0) return cudaSuccess;
-    if (call.config < 0 || call.config > (call.dq_sum ? 2 : 0) || (call.config > 0 && (call.config == 1) != bool(call.plan)))
-        return cudaErrorInvalidValue;
-    if (!call.dq_sum)
-        return call.plan ? choose<true, Dq::ELSEWHERE>(call, stream) : choose<false, Dq::ELSEWHERE>(call, stream);
+    // What each number stands for is said with dq_sum_size.
+    const bool planned = call.plan != nullptr;
+    const bool fits = call.config == 1 ? planned : call.config == 2 ? call.dq_sum && !planned : call.config == 0;
+    if (!fits || !(planned || call.dq_sum)) return cudaErrorInvalidValue;
+    if (!call.dq_sum) {
+        if (call.config == 1) return choose<Sees::LISTED, Dq::ELSEWHERE>(call, stream);
+        return choose<Sees::PLANNED, Dq::ELSEWHERE>(call, stream);
+    }
     const cudaError_t error = cudaMemsetAsync(call.dq_sum, 0, dq_sum_size(call) * sizeof(float), stream);
     if (error != cudaSuccess) return error;
-    if (call.config == 2) return choose<false, Dq::IN_ORDER>(call, stream);
-    return call.plan ? choose<true, Dq::ANY_ORDER>(call, stream) : choose<false, Dq::ANY_ORDER>(call, stream);
+    if (call.config == 2) return choose<Sees::ALL, Dq::IN_ORDER>(call, stream);
+    return planned ? choose<Sees::PLANNED, Dq::ANY_ORDER>(call, stream) : choose<Sees::ALL, Dq::ANY_ORDER>(call, stream);
 }
 
 }  // namespace stattn

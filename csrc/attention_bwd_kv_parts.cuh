@@ -112,7 +112,7 @@ template <typename S>
 __device__ __forceinline__ void load_note(const KvOperands& at, int number, int& t, int& h, int& w, int& x) {
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(t), "=r"(h), "=r"(w), "=r"(x)
-                 : "r"(at.notes + number % NOTES * S::NOTE));
+                 : "r"(at.notes + number % S::NOTES * S::NOTE));
 }
 
 // n / d for by = ceil(2^32 / d), or 0 for d = 1, and n below 2^26.
@@ -201,7 +201,7 @@ __device__ __forceinline__ void add_dq(const KvParameters& p, const KvOperands& 
 template <typename S>
 __device__ __forceinline__ int masks_of(const KvOperands& at, int number) {
     int masks;
-    const uint32_t from = at.notes + number % NOTES * S::NOTE + 16 + 4 * at.group;
+    const uint32_t from = at.notes + number % S::NOTES * S::NOTE + 16 + 4 * at.group;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(masks) : "r"(from));
     return masks;
 }
@@ -211,7 +211,7 @@ __device__ __forceinline__ int masks_of(const KvOperands& at, int number) {
 template <typename S>
 __device__ __forceinline__ void leave_out(const KvParameters& p, const KvOperands& at, float (&scores)[S::BQ / 2],
                                           int number, int steps) {
-    const int stage = number % STAGES, parity = number / STAGES & 1;
+    const int stage = number % S::STAGES, parity = number / S::STAGES & 1;
     float dq[32];
     if constexpr (S::FUSED) {
         barrier_wait(S::ready_ds(at.barriers), (number & 1) ^ 1);
@@ -223,8 +223,8 @@ __device__ __forceinline__ void leave_out(const KvParameters& p, const KvOperand
     barrier_wait(S::full_do(at.barriers, stage), parity);
     give_back(S::empty_do(at.barriers, stage), at.elected);
     if (number + 1 < steps)
-        barrier_wait(S::full_q(at.barriers, (number + 1) % STAGES), (number + 1) / STAGES & 1);
-    issue_scores<S>(scores, at.k, operand_at(at.q, (number + 1) % STAGES * S::BOX));
+        barrier_wait(S::full_q(at.barriers, (number + 1) % S::STAGES), (number + 1) / S::STAGES & 1);
+    issue_scores<S>(scores, at.k, operand_at(at.q, (number + 1) % S::STAGES * S::BOX));
     if constexpr (S::FUSED) {
         mma_wait<1>();
         pin(dq);
@@ -243,7 +243,7 @@ __device__ __forceinline__ void mask_weights(const KvOperands& at, float (&weigh
     const int masks = masks_of<S>(at, number);
     if (masks == UNMASKED) return;
     const int lane = threadIdx.x % 32;
-    const uint32_t from = at.masks + number % STAGES * (GROUPS * S::MASKS);
+    const uint32_t from = at.masks + number % S::STAGES * (GROUPS * S::MASKS);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll

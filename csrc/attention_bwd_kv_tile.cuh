@@ -12,11 +12,9 @@ using namespace sm90;
 using attention_fwd::Heads;
 using attention_fwd::VIDEO;
 
-constexpr int STAGES = 2;
 constexpr int GROUPS = 2;  // consumer warpgroups
 constexpr int SLAB = 64;   // keys of a warpgroup
 constexpr int KEYS = GROUPS * SLAB;
-constexpr int NOTES = 4;  // what the producer writes down about a box is read until the end of the box behind it
 
 // In place of the number of a group of masks: no key of the warpgroup sees anything of the box, or all see it whole.
 constexpr int UNSEEN = -1, UNMASKED = -2;
@@ -53,21 +51,34 @@ struct KvParameters {
                      // warpgroup the next tile's number; else null
     int head_boxes, first_box[PARTS], boxes_along[3];  // of queries of a head, in all and by parts
     uint32_t by_extent[3], by_rows;  // what divides by a box's extents and rows, see divided()
+    Together together;  // of lists
     float* partial;  // [B][key heads][pieces][dK, dV][128 keys][head_dim], of tiles in pieces
 };
 
 // How dQ comes about: elsewhere; by sums in memory in any order; by sums in the order of key tiles.
 enum class Dq { ELSEWHERE, ANY_ORDER, IN_ORDER };
 
-template <typename Element_, int D_, int BQ_, bool PLANNED_, Dq DQ>
+// How tiles see queries: all; those of a plan, for both warpgroups together; or of a plan of lists, each its own where
+// these are strangers to each other, which is a shape of its own.
+enum class Sees { ALL, PLANNED, LISTED, APART };
+
+template <typename Element_, int D_, int BQ_, Sees SEES, Dq DQ>
 struct KvShape {
     using Element = Element_;
     static constexpr int D = D_;    // columns computed; the tensors may have fewer
     static constexpr int BQ = BQ_;  // queries of a box
-    static constexpr bool PLANNED = PLANNED_;
+    static constexpr bool PLANNED = SEES != Sees::ALL;
+    static constexpr bool LISTED = SEES == Sees::LISTED;
+    static constexpr bool APART = SEES == Sees::APART;
+    using Apart = KvShape<Element_, D_, BQ_, Sees::APART, DQ>;  // of strangers
     static constexpr bool FUSED = DQ != Dq::ELSEWHERE;
     static constexpr bool IN_ORDER = DQ == Dq::IN_ORDER;
     static constexpr bool CUT = !PLANNED && DQ == Dq::ANY_ORDER;  // whether the last tiles may be in pieces
+    // Boxes come from memory, not from the L2, where lists are strangers to each other: as many stages as there is room for.
+    static constexpr int RINGS = APART ? GROUPS : 1;
+    static constexpr int STAGES = FUSED ? 2 : 4 / RINGS;
+    // What the producer writes down about a box is read until the end of the box behind it.
+    static constexpr int NOTES = 2 * STAGES;
     static constexpr int THREADS = 128 * (GROUPS + 1);
     static constexpr int CHUNKS = D / 64;
     static constexpr uint32_t SLAB_CHUNK = SLAB * 128;
@@ -83,37 +94,39 @@ struct KvShape {
     static constexpr uint32_t K_AT = 0;
     static constexpr uint32_t V_AT = K_AT + TILE;
     static constexpr uint32_t Q_AT = V_AT + TILE;
-    static constexpr uint32_t DO_AT = Q_AT + STAGES * BOX;
-    static constexpr uint32_t DS_AT = DO_AT + STAGES * BOX;
+    static constexpr uint32_t DO_AT = Q_AT + RINGS * STAGES * BOX;
+    static constexpr uint32_t DS_AT = DO_AT + RINGS * STAGES * BOX;
     static constexpr uint32_t STAGED_AT = DS_AT + (FUSED ? 2 * DS : 0);
     static constexpr uint32_t STATS_AT = STAGED_AT + (FUSED ? STAGINGS * GROUPS * STAGED : 0);  // of all stages: L, then delta
     static constexpr uint32_t STATS = BQ * 4;
-    static constexpr uint32_t MASKS_AT = STATS_AT + 2 * STAGES * STATS;  // of all stages and warpgroups
+    static constexpr uint32_t MASKS_AT = STATS_AT + RINGS * 2 * STAGES * STATS;  // of all stages and warpgroups
     static constexpr uint32_t MASK = BQ / 8;  // bytes, of a key
     static constexpr uint32_t MASKS = SLAB * MASK;
-    static constexpr uint32_t NOTES_AT = MASKS_AT + (PLANNED ? STAGES * GROUPS * MASKS : 0);
+    static constexpr uint32_t NOTES_AT = MASKS_AT + (PLANNED ? RINGS * STAGES * GROUPS * MASKS : 0);
     static constexpr uint32_t NOTE = 32;
-    static constexpr uint32_t UNREAD_AT = NOTES_AT + NOTES * NOTE;  // where dS goes that is of no key
+    static constexpr uint32_t UNREAD_AT = NOTES_AT + RINGS * NOTES * NOTE;  // where dS goes that is of no key
     static constexpr uint32_t BARRIERS_AT = UNREAD_AT + 128;
-    static constexpr uint32_t TILE_AT = BARRIERS_AT + 8 * (4 * STAGES + 3 + (IN_ORDER ? 2 * STAGINGS * GROUPS : 0));
-    static constexpr uint32_t SHARED = TILE_AT + 4;  // with the tile's number, where they are drawn
+    static constexpr uint32_t TILE_AT = BARRIERS_AT + 8 * (RINGS * 4 * STAGES + 3 + (IN_ORDER ? 2 * STAGINGS * GROUPS : 0));
+    // With the tile's number, where they are drawn, or the boxes that each warpgroup sees of lists.
+    static constexpr uint32_t SHARED = TILE_AT + 4 * (LISTED || APART ? GROUPS : 1);
     static constexpr uint32_t LAUNCHED = SHARED;
     // setmaxnreg shares out what the launch allocated: more would wait for ever.
     static constexpr int CONSUMER_REGISTERS = 240;
     static constexpr int PRODUCER_REGISTERS = 24;
     static_assert(D % 64 == 0 && (D == 64 ? BQ == 128 : BQ == 64));  // dQ is 2 x (64 x 64)
-    static_assert(LAUNCHED <= 232448);
+    static_assert(LAUNCHED <= 232448 && (FUSED ? !LISTED && !APART : true));
 
-    // Addresses of barriers, from that of the first.
+    // Addresses of barriers, from that of a ring's first or, from full_k on, of the first ring's.
+    static constexpr uint32_t RING_BARRIERS = 8 * 4 * STAGES;
     __device__ static uint32_t full_q(uint32_t base, int stage) { return base + 8 * stage; }
     __device__ static uint32_t empty_q(uint32_t base, int stage) { return base + 8 * (STAGES + stage); }
     __device__ static uint32_t full_do(uint32_t base, int stage) { return base + 8 * (2 * STAGES + stage); }
     __device__ static uint32_t empty_do(uint32_t base, int stage) { return base + 8 * (3 * STAGES + stage); }
-    __device__ static uint32_t full_k(uint32_t base) { return base + 8 * (4 * STAGES); }
-    __device__ static uint32_t full_v(uint32_t base) { return base + 8 * (4 * STAGES + 1); }
-    __device__ static uint32_t ready_ds(uint32_t base) { return base + 8 * (4 * STAGES + 2); }
+    __device__ static uint32_t full_k(uint32_t base) { return base + RINGS * RING_BARRIERS; }
+    __device__ static uint32_t full_v(uint32_t base) { return base + RINGS * RING_BARRIERS + 8; }
+    __device__ static uint32_t ready_ds(uint32_t base) { return base + RINGS * RING_BARRIERS + 16; }
     __device__ static uint32_t full_dq(uint32_t base, int group, int staging) {
-        return base + 8 * (4 * STAGES + 3 + STAGINGS * group + staging);
+        return base + RINGS * RING_BARRIERS + 8 * (3 + STAGINGS * group + staging);
     }
     __device__ static uint32_t empty_dq(uint32_t base, int group, int staging) {
         return full_dq(base, GROUPS + group, staging);
@@ -177,6 +190,14 @@ __device__ __forceinline__ int tile_number(uint32_t shared) {
     int number;
     asm volatile("ld.shared.s32 %0, [%1];" : "=r"(number) : "r"(shared + S::TILE_AT));
     return number;
+}
+
+// How many boxes a warpgroup sees of lists, which the block counted.
+template <typename S>
+__device__ __forceinline__ int seen_boxes(uint32_t shared, int group) {
+    int boxes;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(boxes) : "r"(shared + S::TILE_AT + 4 * group));
+    return boxes;
 }
 
 // The first key of a warpgroup.

@@ -138,6 +138,7 @@ lay_out(const __grid_constant__ AttentionListPlan l, const int2* counts) {
         records[l.first_record + 2 * i + 1] = make_int4(start, boxes, start + boxes, counts[i].x);
         start += boxes + l.slabs * counts[i].x;
     }
+    if (threadIdx.x == 0) l.plan[l.heads] = 0;  // by which blocks begin together
     for (int head = threadIdx.x; head < l.heads; head += SUMMERS)
         l.plan[head] = l.first_record + 2 * l.tiles * (head % l.list_heads);
 }

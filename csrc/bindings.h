@@ -61,9 +61,9 @@ inline AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const T
     STD_TORCH_CHECK(data.is_cuda() && data.get_device_index() == q.get_device_index() && data.is_contiguous() &&
                         data.scalar_type() == ScalarType::Int,
                     "stattn::attention: plan must be a contiguous int32 tensor on the device of q");
-    // A plan of dK and dV has one more.
-    STD_TORCH_CHECK(layout.size() == 24 || layout.size() == 25, "stattn::attention: layout has ", layout.size(),
-                    " integers, not 24 or 25");
+    // A plan of dK and dV has one more, and one of lists in the backward two.
+    STD_TORCH_CHECK(24 <= layout.size() && layout.size() <= 26, "stattn::attention: layout has ", layout.size(),
+                    " integers, not 24 to 26");
     for (const int64_t each : layout)
         STD_TORCH_CHECK(0 <= each && each < INT32_MAX, "stattn::attention: layout has ", each);
     AttentionPlan plan{};
@@ -88,7 +88,9 @@ inline AttentionPlan attention_plan(const Tensor& data, const Tensor& q, const T
     plan.line_record = static_cast<int>(layout[21]);
     plan.pieces = static_cast<int>(layout[22]);
     plan.split_tiles = static_cast<int>(layout[23]);
-    plan.split_record = layout.size() == 25 ? static_cast<int>(layout[24]) : 0;
+    plan.split_record = layout.size() > 24 ? static_cast<int>(layout[24]) : 0;
+    plan.together = layout.size() > 25 ? static_cast<int>(layout[25]) : 0;
+    STD_TORCH_CHECK(plan.together < data.numel(), "stattn::attention: the plan is too short");
     keys += layout[17] + layout[18];
     if (plan.q_globals) queries += layout[17] + layout[18];
     if (valid) {

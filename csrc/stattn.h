@@ -34,6 +34,8 @@ struct AttentionPlan {
     const uint8_t* valid;  // [B, before + after], which of them are real; or null
     // Tiles in pieces: the pieces of each head, the tiles that they are of; and in csrc/attention_bwd.h where these are listed.
     int pieces, split_tiles, split_record;
+    // Of lists in the backward: where in the plan a number lies, 0 at first, by which blocks begin together; or 0.
+    int together;
 };
 struct AttentionForward {
     Strided q, k, v, out;
@@ -140,7 +142,8 @@ inline QueryBoxes query_boxes(const AttentionBackward& call) {
 
 // dq_sum holds 8,192 numbers for each box, in the order of the registers that they come from; or with a plan whose boxes
 // do not begin at multiples of their extents, [B * heads][queries][head_dim]. config: 1 for boxes of a plan, else 0; or 2,
-// without a plan, where key tiles add in their order: behind the sums then lie 4 integers, and 2 for each box.
+// without a plan, where key tiles add in their order: behind the sums then lie 4 integers, and 2 for each box. Without sums
+// it is 1 for a plan of lists, else 0, and there is a plan.
 inline int64_t dq_sum_size(const AttentionBackward& call) {
     const int64_t heads = int64_t{call.batch} * call.heads;
     if (call.plan && call.config == 0) return heads * call.queries * call.head_dim;

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,17 @@ import torch
 from probes import Case
 from test_attention import draw, results
 from test_attention_cuda import HOPPER, problem
-from test_attention_cuda_bwd_proof import refusal
+from test_attention_cuda_bwd_proof import EVERY, forget_plans, refusal
 from test_attention_kernels import check_strides_of_dout, gradients, random_call, same
 from test_attention_operation import check_compiled, check_operations
 from test_attention_proof import option_cases
 
 import stattn
 from stattn import extension, masks
+from stattn.blocks import BlockList, lower
 from stattn.grid import Grid, Triple
-from stattn.ops import _cuda_bwd, _cuda_bwd_plan
+from stattn.ops import _cuda_bwd, _cuda_bwd_plan, _cuda_tiles
+from stattn.ops._cuda_tiles import KERNELS, Config
 
 DEVICE = "cuda"
 gpu = pytest.mark.gpu
@@ -92,6 +95,7 @@ def test_nothing_outside_the_tensors_is_read_or_written() -> Covered:
             q, k, v, dout, *found = (x[guard:-guard].view(1, n, 2, dim) for x in held)
             for x in (q, k, v, dout):
                 x.normal_()
+            before = held[:4].clone()
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
             out = stattn.attention(*leaves, grid, mask, impl="cuda", deterministic=way)
             with pytest.MonkeyPatch.context() as patch:
@@ -99,6 +103,7 @@ def test_nothing_outside_the_tensors_is_read_or_written() -> Covered:
                 patch.setattr(torch.Tensor, "new_empty", lambda x, n: x.new_full((n,), torch.nan))
                 gradient = torch.autograd.grad(out, leaves, dout)
             assert all(a.data_ptr() == b.data_ptr() for a, b in zip(gradient, found, strict=True))
+            torch.testing.assert_close(held[:4], before, rtol=0, atol=0, equal_nan=True)
             assert held[:, :guard].isnan().all()
             assert held[:, -guard:].isnan().all()
             assert not held[:, guard:-guard].isnan().any()
@@ -106,8 +111,29 @@ def test_nothing_outside_the_tensors_is_read_or_written() -> Covered:
     return {"calls": calls}
 
 
+@gpu
+@apart
+@hopper
+def test_what_memory_holds_before_makes_no_difference() -> Covered:
+    grid, video = Grid(4, 9, 16, 2, 3), Grid(4, 9, 16)
+    lists = lower(masks.window(3, 5, 5), video.shape, (2, 3, 8), (2, 3, 8), DEVICE)
+    calls = [(grid, masks.full()), (grid, masks.window(3, 5, 5)), (video, lists)]
+    for dim, (where, mask) in itertools.product((64, 128), calls):
+        tensors = draw(2, where.tokens, 2, dim, dtype=torch.bfloat16, device=DEVICE)
+        dout = torch.randn_like(tensors[0])
+        plain = gradients(tensors, dout, None, where, mask, impl="cuda", deterministic=True)
+        torch.use_deterministic_algorithms(True)  # by which PyTorch fills new memory with NaN, or the largest integer
+        try:
+            filled = gradients(tensors, dout, None, where, mask, impl="cuda")
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert same(filled, plain)
+    return {"calls": 2 * len(calls)}
+
+
 # racecheck orders what the arriving thread itself did before a barrier: here all lanes of a warp read, then __syncwarp,
-# then one lane arrives for them, and only then may the producer write again.
+# then one lane arrives for them, and only then may the producer write again. A build in which each lane arrives has no
+# hazard (benchmarks/notes/attention-cuda.md).
 READ_BY_WARPS = {
     ("Read", "stattn::attention_bwd::mask_weights"),
     ("Read", "stattn::attention_bwd::masks_of"),
@@ -207,6 +233,49 @@ def test_1000_deterministic_runs_beside_another_stream_give_the_same_bits(number
 @gpu
 @apart
 @hopper
+@pytest.mark.parametrize("dim, dq, kv", EVERY, ids=[f"{dim}-{dq.number}-{kv.number}" for dim, dq, kv in EVERY])
+def test_50_runs_of_every_config_give_the_same_bits(dim: int, dq: Config, kv: Config) -> Covered:
+    grid = Grid(4, 11, 17, 3, 5)
+    tensors = draw(2, grid.tokens, 2, dim, dtype=torch.bfloat16, device=DEVICE)
+    dout = torch.randn_like(tensors[0])
+    with pytest.MonkeyPatch.context() as patch:
+        for kernel, chosen in (("dq", dq), ("kv", kv)):
+            patch.setitem(_cuda_tiles.KERNELS, kernel, KERNELS[kernel]._replace(configs={dim: (chosen,)}))
+        forget_plans()
+        for mask in (masks.full(), masks.window(3, 5, 7), masks.spatial() | masks.temporal()):
+            first = gradients(tensors, dout, None, grid, mask, impl="cuda", deterministic=True)
+            for _ in range(50):
+                assert same(gradients(tensors, dout, None, grid, mask, impl="cuda", deterministic=True), first)
+    forget_plans()
+    return {"reruns": 150}
+
+
+@gpu
+@apart
+@hopper
+def test_long_lists_whose_blocks_wait_for_each_other_give_the_same_bits() -> Covered:
+    shape, tile = (30, 48, 80), (2, 4, 8)
+    tiles = Grid(*shape).video // 64
+    index = torch.rand(1, 3, tiles, tiles, device=DEVICE).topk(90).indices.sort(-1).values.to(torch.int32)
+    index[:, 1] = index[:, 1, :1]  # all that the first tile sees
+    count = torch.randint(1, 91, (1, 3, tiles), device=DEVICE, dtype=torch.int32)
+    lists = BlockList(shape, tile, tile, count, index)
+    tensors = draw(1, Grid(*shape).video, 3, 128, dtype=torch.bfloat16, device=DEVICE)
+    dout = torch.randn_like(tensors[0])
+    first = gradients(tensors, dout, None, shape, lists, impl="cuda", deterministic=True)
+    for _ in range(50):
+        assert same(gradients(tensors, dout, None, shape, lists, impl="cuda", deterministic=True), first)
+    for head in range(3):  # alone, blocks meet others
+        one = slice(head, head + 1)
+        alone = BlockList(shape, tile, tile, count[:, one], index[:, one])
+        found = gradients(tuple(x[:, :, one] for x in tensors), dout[:, :, one], None, shape, alone, impl="cuda")
+        assert all(torch.equal(x, y[:, :, one]) for x, y in zip(found[2:], first[2:], strict=True))
+    return {"reruns": 50}
+
+
+@gpu
+@apart
+@hopper
 def test_a_sample_depends_on_nothing_but_itself_bitwise() -> Covered:
     grid = Grid(4, 9, 16, 0, 7)
     found = (masks.full(), masks.window(3, 5, 5), masks.spatial() | masks.temporal())
@@ -219,7 +288,25 @@ def test_a_sample_depends_on_nothing_but_itself_bitwise() -> Covered:
         for one in (slice(i, i + 1) for i in range(3)):
             alone = gradients(tuple(x[one] for x in tensors), dout[one], None, grid, mask, valid=valid[one], **given)
             assert same(alone, [x[one] for x in together])
-    return {"masks": len(found)}
+    lists = lower(found[1], (4, 9, 16), (2, 3, 8), (2, 3, 8), DEVICE)
+    tensors = draw(3, 4 * 9 * 16, 4, 64, key_heads=2, dtype=torch.bfloat16, device=DEVICE)
+    dout = torch.randn_like(tensors[0])
+    together = gradients(tensors, dout, None, lists.shape, lists, **given)
+    for one in (slice(i, i + 1) for i in range(3)):
+        alone = gradients(tuple(x[one] for x in tensors), dout[one], None, lists.shape, lists, **given)
+        assert same(alone, [x[one] for x in together])
+    return {"masks": len(found) + 1}
+
+
+def kernels_of(call: Callable[[], object]) -> Counter[str]:
+    """Count the package's kernels in a call, by their names."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = [each for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+    return Counter(each.name for each in events if "stattn" in each.name)
 
 
 @gpu
@@ -231,12 +318,8 @@ def test_deterministic_algorithms_choose_the_way_that_is_reproducible() -> None:
     dout = torch.randn_like(tensors[0])
 
     def kernels(**given: Any) -> set[str]:
-        gradients(tensors, dout, None, grid, mask, impl="cuda", **given)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            gradients(tensors, dout, None, grid, mask, impl="cuda", **given)
-            torch.cuda.synchronize()
-        names = [each.name for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
-        return {name for name in names if "attention_dq" in name}
+        found = kernels_of(lambda: gradients(tensors, dout, None, grid, mask, impl="cuda", **given))
+        return {name for name in found if "attention_dq" in name}
 
     assert not kernels()
     assert kernels(deterministic=True)
@@ -298,11 +381,38 @@ def test_kernels_run_on_the_stream_they_are_called_on() -> None:
 @gpu
 @apart
 @hopper
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_kernels_run_on_the_device_of_their_tensors() -> Covered:
+    grid, calls = Grid(4, 9, 16, 2, 3), 0
+    lists = lower(masks.window(3, 5, 5), (4, 9, 16), (2, 3, 8), (2, 3, 8), DEVICE)
+    for dim, mask in itertools.product((64, 128), (masks.full(), masks.window(3, 5, 5), lists)):
+        where = Grid(4, 9, 16) if mask is lists else grid
+        tensors = draw(2, where.tokens, 2, dim, dtype=torch.bfloat16, device=DEVICE)
+        dout = torch.randn_like(tensors[0])
+        want = gradients(tensors, dout, None, where, mask, impl="cuda", deterministic=True)
+        there = mask
+        if isinstance(there, BlockList):
+            there = lower(masks.window(3, 5, 5), (4, 9, 16), (2, 3, 8), (2, 3, 8), "cuda:1")
+        assert torch.cuda.current_device() == 0
+        *moved, d = (x.to("cuda:1") for x in (*tensors, dout))
+        found = gradients(tuple(moved), d, None, where, there, impl="cuda", deterministic=True)
+        assert all(x.device == torch.device("cuda:1") for x in found)
+        assert same([x.to(DEVICE) for x in found], want)
+        calls += 1
+    return {"calls": calls}
+
+
+@gpu
+@apart
+@hopper
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dense", [True, False])
-def test_a_graph_replays_with_new_inputs(dense: bool, way: bool) -> Covered:
-    grid, mask = Grid(4, 9, 16, 2, 3), masks.full() if dense else masks.window(3, 5, 5)
-    valid = None if dense else torch.tensor([[True, True, False, True, True]], device=DEVICE)
+@pytest.mark.parametrize("kind", ["dense", "window", "lists"])
+def test_a_graph_replays_with_new_inputs(kind: str, way: bool) -> Covered:
+    grid: Grid = Grid(4, 9, 16) if kind == "lists" else Grid(4, 9, 16, 2, 3)
+    mask: Any = masks.full() if kind == "dense" else masks.window(3, 5, 5)
+    if kind == "lists":
+        mask = lower(mask, grid.shape, (2, 3, 8), (2, 3, 8), DEVICE)
+    valid = torch.tensor([[True, True, False, True, True]], device=DEVICE) if kind == "window" else None
     tensors = [x.requires_grad_() for x in draw(1, grid.tokens, 2, 64, dtype=torch.bfloat16, device=DEVICE)]
     dout = torch.randn_like(tensors[0]).detach()
 
@@ -331,6 +441,7 @@ def test_a_graph_replays_with_new_inputs(dense: bool, way: bool) -> Covered:
                 assert same(replayed, eager)
             for x, y in zip(replayed, eager, strict=True):
                 torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)
+        assert kernels_of(graph.replay) == kernels_of(call)  # a launch elsewhere would escape the capture
         stream.synchronize()
     return {"replays": 20}
 
@@ -352,13 +463,18 @@ def test_the_operations_pass_opcheck_and_compile() -> None:
 @hopper
 def test_a_long_backward_takes_the_memory_that_its_way_says() -> Covered:
     """Beside the gradients: statistics of 8 bytes a row, rounded up; sums of dQ in fp32, but for a fixed order under a
-    mask; and of dense calls pieces, or 8 bytes a box of 64 queries.
+    mask and for lists; of dense calls pieces, or 8 bytes a box of 64 queries; of lists a plan at a time, of at most 64
+    bytes a pair of tiles of 64 tokens and 64 a tile, and two bits for each pair that might be.
     """
     shape, heads = (21, 45, 80), 4
     n = Grid(*shape).video
     tensors = [x.requires_grad_() for x in draw(1, n, heads, 128, dtype=torch.bfloat16, device=DEVICE)]
     dout = torch.randn_like(tensors[0])
-    for mask, way in itertools.product((masks.full(), masks.window(7, 17, 17)), WAYS):
+    tiles, most = 6 * 12 * 20, 96
+    index = torch.rand(1, heads, tiles, tiles, device=DEVICE).topk(most).indices.to(torch.int32)
+    lists = BlockList(shape, (4, 4, 4), (4, 4, 4), torch.full_like(index[..., 0], most), index)
+    ways: list[tuple[Any, bool]] = [*itertools.product((masks.full(), masks.window(7, 17, 17)), WAYS), (lists, False)]
+    for mask, way in ways:
         out = stattn.attention(*tensors, shape, mask, impl="cuda", deterministic=way)
         torch.autograd.grad(out, tensors, dout, retain_graph=True)  # plans stay
         torch.cuda.synchronize()
@@ -367,11 +483,13 @@ def test_a_long_backward_takes_the_memory_that_its_way_says() -> Covered:
         found = torch.autograd.grad(out, tensors, dout)
         taken = torch.cuda.max_memory_allocated() - before
         allowed = sum(x.nbytes for x in found) + 8 * n * heads
-        if mask == masks.full():
+        if mask is not lists and mask == masks.full():
             allowed += 4 * dout.numel() + (n // 8 * heads if way else 4 * _cuda_bwd.TAIL * 2 * _cuda_bwd.KEY_TILE * 128)
+        elif mask is lists:
+            allowed += heads * tiles * (64 * (most + 1) + tiles // 4 + 8)
         elif not way:  # in whole boxes of 64 queries
             _, integers, _ = _cuda_bwd_plan.layout(problem(shape, mask), heads, 128)
             allowed += 4 * 8192 * heads * math.prod(-(-s // b) for s, b in zip(shape, integers[9:12], strict=True))
         # PyTorch leaves up to 1 MiB at the end of each of the six.
-        assert taken <= allowed + (6 << 20), f"{mask}: {taken} bytes, {allowed} allowed"
+        assert taken <= allowed + (6 << 20), f"{type(mask)} {way}: {taken} bytes, {allowed} allowed"
     return {"tokens": n}

@@ -29,9 +29,9 @@ from test_attention_proof_numbers import LENGTHS, check_sampled
 
 import stattn
 from stattn import extension, masks
-from stattn.blocks import BlockList
+from stattn.blocks import BlockList, block_list, tile_count
 from stattn.grid import Grid, Triple
-from stattn.masks import CONSTRUCTORS
+from stattn.masks import CONSTRUCTORS, EMPTY, FULL, PARTIAL
 from stattn.ops import _cuda_bwd, _cuda_bwd_plan, _cuda_plan, _cuda_tiles
 from stattn.ops._cuda_tiles import KERNELS, Config
 
@@ -127,6 +127,27 @@ def test_calls_with_more_than_a_mask_see_what_they_should(kind: str) -> Covered:
     for number, case in enumerate(option_cases(kind)):
         dim = (64, 128)[number % 2]
         covered.update(both_ways(case, torch.bfloat16, dim))
+    return covered
+
+
+@gpu
+@apart
+@hopper
+@pytest.mark.parametrize("dim", [64, 128])
+def test_lists_of_strangers_and_of_twins_are_seen_as_they_are(dim: int) -> Covered:
+    """Key tiles side by side share a ring of boxes where their queries are mostly the same, else each has its own."""
+    covered = Counter[str]()
+    for shape, tile in (((4, 16, 24), (4, 4, 4)), ((4, 15, 22), (4, 4, 4)), ((6, 8, 24), (2, 4, 8))):
+        tiles = tile_count(shape, tile)
+        number = torch.arange(tiles)
+        strangers = (number[:, None] + number) % 2 == 0
+        twins = (number[:, None] + number // 6) % 3 > 0
+        few = number[:, None] == 3 * number
+        for seen in (strangers, twins, few, torch.rand(tiles, tiles) < 0.2):
+            kinds = torch.where(seen, FULL, EMPTY).to(torch.int8)
+            kinds[:, 5:9] = torch.where(kinds[:, 5:9] == FULL, PARTIAL, EMPTY).to(torch.int8)
+            lists = block_list(shape, tile, tile, kinds[None, None], masks.window(3, 7, 7))
+            covered.update(both_ways(Case(Grid(*shape), lists, heads=1), torch.bfloat16, dim))
     return covered
 
 

@@ -18,7 +18,7 @@ import torch
 
 import stattn
 from stattn import masks
-from stattn.blocks import BlockList, lower
+from stattn.blocks import BlockList, block_list, lower
 from stattn.grid import Grid, Region
 
 
@@ -38,6 +38,9 @@ def calls() -> Iterator[tuple[Grid, Any, dict[str, Any]]]:
     for q_tile, k_tile in (((2, 4, 8), (2, 4, 8)), ((6, 8, 8), (2, 4, 4))):
         lists = lower(masks.window(3, 3, 3), (6, 8, 9), q_tile, k_tile, "cuda")
         yield Grid(6, 8, 9), lists, {}
+    number = torch.arange(12, device="cuda")
+    strangers = torch.where((number[:, None] + number) % 2 == 0, masks.FULL, masks.EMPTY).to(torch.int8)
+    yield Grid(6, 8, 16), block_list((6, 8, 16), (2, 4, 8), (2, 4, 8), strangers[None, None]), {}
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ from stattn.problem import Extras, Problem
 KEY_TILE = ROWS * KERNELS["kv"].warpgroups
 SUMS = 8192  # of a box of queries
 TAIL = 264  # pieces that the last key tiles of a dense call may be cut into, where the order of sums is free
-IN_BOXES, IN_ORDER = 1, 2  # how dQ is added up otherwise than by default (dq_sum_size in csrc/stattn.h)
+# How dQ is added up otherwise than by default, and 1 where it is not, for lists (dq_sum_size in csrc/stattn.h).
+IN_BOXES, IN_ORDER = 1, 2
 _PIECES = 22  # where a layout of dK and dV says how many there are
 
 
@@ -117,7 +118,8 @@ def _launch(call: Call, stats_layout: list[int], plans: Plans, scale: float, det
     rest = (partial, stats_layout, scale)
     plan = (by_key.array, by_key.layout, call.valid)
     if by_key.layout and (deterministic or by_key.listed):
-        of_keys(*given, call.dk, call.dv, None, *rest, 0, *plan)
+        of_keys(*given, call.dk, call.dv, None, *rest, int(by_key.listed), *plan)
+        del by_key, plan  # those of lists make room for the other
         by_query = plans("dq")
         of_queries(*given, call.dq, stats_layout, scale, by_query.config, by_query.array, by_query.layout, call.valid)
         return

@@ -88,7 +88,8 @@ def cut(problem: Problem, heads: int, head_dim: int, kernel: str) -> Cut:
         parts[number] = np.pad(part.astype(np.int32), (0, -len(part) % 4))
         at += len(parts[number])
     group_integers = len(parts[3])
-    groups_record = -(-heads // (4 * ROWS)) * ROWS  # groups of masks begin at multiples of their size
+    # Behind the heads' numbers lies that by which blocks begin together. Groups begin at multiples of their size.
+    groups_record = -(-(heads + 1) // (4 * ROWS)) * ROWS
     first_record = groups_record + group_integers // 4
     pattern_at = np.cumsum([0, *(len(each) for each in axes.numbers)])[:3]
     columns = [-(-n // extent) for n, extent in zip(shape, axes.column_tile, strict=True)]
@@ -102,7 +103,7 @@ def cut(problem: Problem, heads: int, head_dim: int, kernel: str) -> Cut:
     layout += [*pattern_at, *(len(each) for each in axes.patterns)]
     layout += [groups_record, groups_record * 4 // (axes.width // 32 * ROWS), first_record, *starts, group_integers]
     plan_layout = [*shape, *shape, *slab, *axes.box, 1, 1, 1, stacked, len(corners), 0, 0, 1, 0, 0]
-    plan_layout += [0, 0, 0] if kernel == "kv" else [0, 0]
+    plan_layout += [0, 0, 0, heads]
     slabs_of_tile = math.prod(extent // n for extent, n in zip(axes.row_tile, slab, strict=True))
     bits = math.prod(row_tiles) * -(-math.prod(columns) // 32)
     return Cut(
@@ -187,7 +188,7 @@ class _Axes:
             start = (tile[:, None] + np.arange(0, extent, self.part[axis])).reshape(-1)
             place = np.arange(self.box[axis])
             column = start[:, None] + place  # [boxes, box]
-            inside = (place < self.part[axis]) & (column < length)
+            inside = column < length  # where boxes are longer than parts, the grid ends before both
             bits = (self.slabs[axis] if products else 0) * len(start) * self.slab[axis] * self.box[axis]
             if bits * (1 + len(products)) > MOST_BITS:
                 self.fits = False
