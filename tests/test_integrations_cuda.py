@@ -225,7 +225,7 @@ def share(rank, folder):
             shared.enable_parallelism(config=ContextParallelConfig(**{how: 2}))
             with torch.no_grad():
                 found.append(first(shared(**call, return_dict=False)).cpu())
-            assert {each.impl for each in handle.report()} == {"cuda"}
+            assert {(each.impl, each.norm_rope) for each in handle.report()} == {("cuda", "fused")}
     if rank == 0:
         eager, want = (run_masked(m, c, MASK, shape, None)[0].cpu() for m, c in ((transformer, call), (truth, wide)))
         torch.save((found, eager, want), f"{folder}/results.pt")

@@ -70,7 +70,9 @@ def context_parallel(name: str, how: str) -> tuple[torch.Tensor, list[torch.Tens
             if how != "both":
                 transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
             compiled = first(transformer(**call, return_dict=False))
-        assert "serves it" in str(handle.report())
+        report = handle.report()
+        assert "serves it" in str(report)
+        assert {each.norm_rope for each in report} == {"by the model" if name == "ltx" else "fused"}
     assert torch.equal(out, again)
     torch.testing.assert_close(compiled, out, atol=1e-5, rtol=1e-5)
     if name == "ltx":

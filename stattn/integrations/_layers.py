@@ -242,18 +242,21 @@ class Host:
             before, after = (before + more, after) if self.extra == "before" else (before, after + more)
         return Grid(t, h, w, before, after)
 
-    def tables(self, source: Tensor, cos: Tensor, sin: Tensor, split: Triple, before: int, after: int) -> RopeTables:
-        """Give the angle tables of the axes from the angles of all tokens.
+    def tables(
+        self, source: Tensor, cos: Tensor, sin: Tensor, split: Triple | None, before: int, after: int
+    ) -> RopeTables:
+        """Give the angle tables of the axes from the angles of all tokens; those of one axis of tokens without a split.
 
-        cos, sin: [t*h*w, D/2], views of ``source``, by which the tables are remembered: all layers are given the same.
+        cos, sin: [tokens, D/2], views of ``source``, by which the tables are remembered: all layers are given the same.
         """
         assert self.grid is not None
         eager = not torch.compiler.is_compiling()
         key = (self.grid, split, before, after, cos.device, torch.is_inference_mode_enabled()) if eager else None
         if eager and self._rope is not None and self._rope[0]() is source and self._rope[1] == key:
             return self._rope[2]
-        places = [each.reshape(*self.grid, -1) for each in (cos, sin)]
-        ends = (split[0] // 2, (split[0] + split[1]) // 2, sum(split) // 2)
+        shape, widths = ((cos.shape[0], 1, 1), (2 * cos.shape[1], 0, 0)) if split is None else (self.grid, split)
+        places = [each.reshape(*shape, -1) for each in (cos, sin)]
+        ends = (widths[0] // 2, (widths[0] + widths[1]) // 2, sum(widths) // 2)
         t, h, w = (
             torch.stack([(each[:, 0, 0], each[0, :, 0], each[0, 0])[axis][:, start:end] for each in places]).float()
             for axis, (start, end) in enumerate(zip((0, *ends), ends, strict=False))

@@ -85,9 +85,11 @@ class Processor:
             source, cos, sin = angles
             grid = self.layer.host.grid
             assert grid is not None
+            # Of a part of the tokens, which context parallelism makes, each has angles of its own.
             whole = cos.shape[0] == grid[0] * grid[1] * grid[2] == q.shape[1] - before - after
-            if self.split is not None and sum(self.split) == q.shape[-1] and whole:
-                tables = self.layer.host.tables(source, cos.to(q.device), sin.to(q.device), self.split, before, after)
+            if self.split is not None and sum(self.split) == q.shape[-1]:
+                split = self.split if whole else None
+                tables = self.layer.host.tables(source, cos.to(q.device), sin.to(q.device), split, before, after)
                 note += "" if reason is None else ", RoPE fused"
             else:
                 note += ", RoPE by itself"
