@@ -389,7 +389,7 @@ def test_long_grids_are_planned_quickly_and_small() -> None:
             assert plan.encode([walk], [0]).nbytes < 64 << 10
 
 
-@pytest.mark.parametrize("dim, size", itertools.product((16, 64, 128, 256), (2, 4)))
+@pytest.mark.parametrize("dim, size", list(itertools.product((16, 64, 128, 256), (2, 4))))
 def test_gpus_with_little_shared_memory_get_configs_that_fit_it(
     monkeypatch: pytest.MonkeyPatch, dim: int, size: int
 ) -> None:
