@@ -75,9 +75,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], *runs: Run) -> str
 
 def headline() -> str:
     peers, backward, step = Run("h200/attention"), Run("h200/attention_cuda_bwd"), Run("h200/step")
-    hosts, sampler, denoise, cpu = Run("h200/diffusers"), Run("h200/sampler"), Run("h200/denoise"), Run("cpu/attention")
+    hosts, sampler, denoise, cpu = Run("h200/diffusers"), Run("h100/sampler"), Run("h200/denoise"), Run("cpu/attention")
     dense, wan = "dense_bwd/wan-1.3b-480p", "step/wan2.1-1.3b-480p"
-    sample = "sampler/wan2.1-1.3b-480p/stattn-sliding_tile"
+    sample = "sampler/wan2.1-1.3b-480p"
     host, blocks = "diffusers/wan2.1-1.3b-480p", "diffusers/hunyuanvideo-1.5-720p-121-frames-2-blocks"
     rows = [
         [
@@ -118,9 +118,9 @@ def headline() -> str:
             f"as it comes {hosts(f'{blocks}/original')}, {hosts(f'{blocks}/original/memory')}",
         ],
         [
-            "50 steps of Wan-1.3B, sliding tile, as one CUDA graph",
-            sampler(sample),
-            f"50 steps alone {sampler.base(sample)}",
+            "50 steps of Wan-1.3B as one CUDA graph, H100: dense; sliding tile, 10 %",
+            f"{sampler(f'{sample}/stattn-dense')}; {sampler(f'{sample}/stattn-sliding_tile')}",
+            f"diffusers, compiled, cuDNN {sampler(f'{sample}/diffusers')}",
         ],
         [
             "guidance and one UniPC update of 720p latents",
@@ -133,11 +133,11 @@ def headline() -> str:
             f"PyTorch, dense {shown(cpu.row('attention/sdpa/dense_fwd/wan-1.3b-480p-2-heads').value / 1e3, 's')}",
         ],
     ]
-    return table(["H200, bf16, medians; random weights", "stattn", "in the same run"], rows)
+    return table(["H200 but where said, bf16, medians; random weights", "stattn", "in the same run"], rows)
 
 
-def dense() -> str:
-    run, backward = Run("h200/attention_cuda"), Run("h200/attention_cuda_bwd")
+def dense(card: str = "h200") -> str:
+    run, backward = Run(f"{card}/attention_cuda"), Run(f"{card}/attention_cuda_bwd")
     shapes = {
         "wan-1.3b-480p": "Wan-1.3B, 480p: 32,760 tokens, 12 heads of 128",
         "cogvideox-5b": "CogVideoX-5B: 17,550 tokens, 48 heads of 64",
@@ -170,8 +170,8 @@ MASKED = {
 }
 
 
-def masked() -> str:
-    run = Run("h200/attention_cuda")
+def masked(card: str = "h200") -> str:
+    run = Run(f"{card}/attention_cuda")
     rows = [
         [words, run(f"attention/cuda/{name}"), run.base(f"attention/cuda/{name}")] for name, words in MASKED.items()
     ]
@@ -180,8 +180,8 @@ def masked() -> str:
     return table(["forward", "`cuda`", "dense `cuda` of as many pairs"], rows, run)
 
 
-def masked_backward() -> str:
-    run = Run("h200/attention_cuda_bwd")
+def masked_backward(card: str = "h200") -> str:
+    run = Run(f"{card}/attention_cuda_bwd")
     rows = []
     for name, words in MASKED.items():
         mask, shape = name.split("/")
@@ -281,8 +281,8 @@ def samples() -> str:
     return table(head, rows, run)
 
 
-def diffusers() -> str:
-    run = Run("h200/diffusers")
+def diffusers(card: str = "h200") -> str:
+    run = Run(f"{card}/diffusers")
     rows = []
     for shape, words, original in (
         ("wan2.1-1.3b-480p", "Wan2.1-1.3B, 81 frames at 480p, compiled", "cudnn"),
@@ -391,6 +391,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "patches": patches,
     "select": select,
     "cpu": cpu,
+    "dense-h100": lambda: dense("h100"),
+    "masked-h100": lambda: masked("h100"),
+    "masked-backward-h100": lambda: masked_backward("h100"),
+    "diffusers-h100": lambda: diffusers("h100"),
 }
 
 
