@@ -16,6 +16,7 @@ import stattn
 from stattn import masks, results
 from stattn.blocks import BlockList, block_list
 from stattn.grid import Grid
+from stattn.report import SHAPES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -180,3 +181,8 @@ def test_no_two_rows_have_the_same_name() -> None:
     names = [f"{case.label(backward)}/{case.shape}" for case in CASES for backward in (False, True)]
     assert len(set(names)) == len(names)
     assert all(set(case.baselines.values()) <= set(case.peers) for case in CASES)
+
+
+def test_the_report_knows_the_shapes_of_the_cases_by_their_names() -> None:
+    cases = {(case.shape, case.grid.shape, case.heads, case.dim) for case in CASES if case.shape in SHAPES}
+    assert cases == {(name, grid.shape, heads, dim) for name, (grid, heads, dim) in SHAPES.items()}

@@ -15,6 +15,7 @@ from mask_definitions import COMBINED, RAGGED, Triple, every_example, places
 from stattn import masks
 from stattn.grid import Grid
 from stattn.masks import CONSTRUCTORS, EMPTY, FULL, PARTIAL, Mask
+from stattn.tables import Rule, is_same, is_whole, same, tighten, whole
 
 # Keys.
 
@@ -335,3 +336,27 @@ def test_tiles_of_no_extent_are_refused(tile: object) -> None:
     for tiles in ({"q_tile": tile, "k_tile": (1, 1, 1)}, {"q_tile": (1, 1, 1), "k_tile": tile}):
         with pytest.raises((TypeError, ValueError), match="_tile="):
             masks.full().tiles(RAGGED, **tiles)  # type: ignore[arg-type]
+
+
+# Rules of one axis.
+
+
+def rule(lo: list[int], hi: list[int], step: int = 1) -> Rule:
+    return Rule(np.array(lo, np.int32), np.array(hi, np.int32), step)
+
+
+def test_a_rule_is_whole_only_if_every_query_sees_every_key() -> None:
+    assert is_whole(whole(3))
+    assert is_whole(rule([0, 0, 0], [2, 2, 2]))
+    for narrower in (rule([0, 1, 0], [2, 2, 2]), rule([0, 0, 0], [2, 1, 2]), rule([0, 0, 0], [2, 2, 2], 2), same(3)):
+        assert not is_whole(narrower)
+    assert is_same(same(3))
+    assert not is_same(rule([0, 0, 2], [0, 1, 2]))
+    assert not is_same(rule([0, 1, 2], [0, 2, 2]))
+
+
+def test_bounds_are_moved_to_keys_that_the_step_allows_and_a_step_that_none_takes_is_dropped() -> None:
+    tight = tighten(rule([0, 0, 0, 2], [3, 3, 3, 2], 2))
+    assert (tight.lo.tolist(), tight.hi.tolist(), tight.step) == ([0, 1, 0, 4], [2, 3, 2, -1], 2)
+    alone = tighten(rule([0, 0, 1], [1, 1, 2], 3))
+    assert (alone.lo.tolist(), alone.hi.tolist(), alone.step) == ([0, 1, 2], [0, 1, 2], 1)
