@@ -31,13 +31,15 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 def test_weights_are_small_and_say_how_they_were_made() -> None:
     files = sorted((ROOT / "stattn").rglob("weights/*.safetensors"))
     sizes = {path.stem: path.stat().st_size for path in files}
-    assert {"tiny", "synth-r3d", "synth-frame", "synth-clip"} <= set(sizes)
+    assert {"tiny", "camera", "memory", "synth-r3d", "synth-frame", "synth-clip"} <= set(sizes)
     assert max(sizes.values()) <= 16e6
     assert sum(sizes.values()) <= 24e6
     for path in files:
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         assert record["command"].startswith("python -m stattn.train --preset " + path.stem), path
         assert record["losses"] if "losses" in record else record["log"], path
+        assert record.get("minutes", record.get("seconds", 1e9) / 60) <= 9, path
+        assert record["machine"] == "NVIDIA H200", path
 
 
 def python(code: str, cwd: Path, *path: Path, options: tuple[str, ...] = ()) -> str:
