@@ -60,7 +60,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, steps: Any, seed:
     )
     parser.add_argument("--steps", type=steps, default=20, help="sampling steps (default: 20)")
     parser.add_argument(
-        "--guidance", type=float, default=1.5, help="classifier-free guidance, 1 for none (default: 1.5)"
+        "--guidance", type=float, default=1.4, help="classifier-free guidance, 1 for none (default: 1.4)"
     )
     parser.add_argument(
         "--shift", type=float, default=1.0, help="of the noise schedule, above 1 towards noise (default: 1)"
