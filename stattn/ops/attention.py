@@ -103,7 +103,7 @@ def attention(
     globals_see: "all", or "globals": global queries see each other only, which keeps autoregressive causality.
     scale: of the scores, any finite real number (a NumPy scalar too); 1/sqrt(D) when None.
     deterministic: True asks for a bitwise reproducible backward that does not depend on the batch, False for the
-        fastest, None follows ``torch.are_deterministic_algorithms_enabled()``. On Hopper True costs 10 to 20 % of a
+        fastest, None follows ``torch.are_deterministic_algorithms_enabled()``. On Hopper True costs 10 to 30 % of a
         backward's time, and under masks saves its memory for sums of dQ in fp32. The forward is always reproducible.
     impl: "auto", or an implementation by name; see ``stattn.explain``.
 
