@@ -51,6 +51,11 @@ BAD = {
         "k has 3 heads",
         {"k": torch.zeros(2, 24, 3, 8), "v": torch.zeros(2, 24, 3, 8)},
     ),
+    "keys of no heads": (
+        ValueError,
+        "k has 0 heads",
+        {"k": torch.zeros(2, 24, 0, 8), "v": torch.zeros(2, 24, 0, 8)},
+    ),
     "k and v of other lengths": (ValueError, "v has shape", {"v": torch.zeros(2, 23, 2, 8)}),
     "strides": (ValueError, "q has strides", {"q": torch.zeros(2, 24, 8, 2).transpose(2, 3)}),
     "a list for q": (TypeError, "q=list must be a tensor", {"q": [1.0]}),
@@ -82,6 +87,11 @@ BAD = {
     "k_frames of no slots": (ValueError, "k_frames has no slots", {"k_frames": torch.zeros(0, dtype=torch.int32)}),
     "k_frames beyond": (ValueError, r"k_frames=\[0, 2\]", {"k_frames": torch.tensor([0, 2], dtype=torch.int32)}),
     "k_frames twice": (ValueError, r"k_frames=\[1, 1\]", {"k_frames": torch.tensor([1, 1], dtype=torch.int32)}),
+    "k_frames beside a region of the first frames": (
+        ValueError,
+        "k_region=",
+        {"k_frames": torch.tensor([0, 1], dtype=torch.int32), "k_region": Region((0, 0, 0), (1, 3, 4))},
+    ),
     "k_frames beside a region of frames": (
         ValueError,
         "k_region=",
