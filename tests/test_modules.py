@@ -258,6 +258,12 @@ def test_cross_attention_to_no_text_is_the_bias():
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
+def test_cross_attention_to_one_token_is_its_value():
+    ours = randomise(CrossAttention(24, 2))
+    x, text = randn(2, 7, 24), randn(2, 1, 24, seed=2)
+    torch.testing.assert_close(ours(x, text), ours.to_out[0](ours.to_v(text)).expand(2, 7, 24))
+
+
 @pytest.mark.parametrize(
     "module, call",
     [
@@ -356,6 +362,8 @@ def test_unknown_implementations_and_stems_are_refused_by_every_module(kind):
         (ValueError, r"x of shape \(4, 8\)", lambda: CrossAttention(8, 2)(randn(4, 8), randn(2, 4, 8))),
         (ValueError, r"text of shape \(2, 4, 9\)", lambda: CrossAttention(8, 2)(randn(2, 4, 8), randn(2, 4, 9))),
         (ValueError, r"\(3,\)", lambda: CrossAttention(8, 2)(randn(2, 4, 8), randn(2, 4, 8), torch.tensor([1, 2, 3]))),
+        (ValueError, r"\(2, 3\)", lambda: CrossAttention(8, 2)(randn(2, 4, 8), randn(2, 4, 8), torch.ones(2, 3) > 0)),
+        (ValueError, "torch.float32", lambda: CrossAttention(8, 2)(randn(2, 4, 8), randn(2, 4, 8), torch.ones(2, 4))),
     ],
 )
 def test_wrong_arguments_are_named(error, message, make):
