@@ -115,6 +115,8 @@ def test_inputs_that_do_not_fit_are_named(error, message, change):
         (r"text of shape \(2, 6, 9\)", {"text": torch.zeros(2, 6, 9)}),
         (r"text of shape \(2, 6\)", {"text": torch.zeros(2, 6, dtype=torch.int64)}),
         ("masked_input", {"known": torch.zeros(2, 4, 3, 8, 10), "known_mask": torch.zeros(2, 1, 3, 8, 10)}),
+        ("masked_input", {"known": torch.zeros(2, 4, 3, 8, 10)}),
+        ("masked_input", {"known_mask": torch.zeros(2, 1, 3, 8, 10)}),
     ],
 )
 def test_inputs_of_another_kind_of_model_are_named(message, change):

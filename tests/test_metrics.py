@@ -72,6 +72,7 @@ def test_consistency_and_clipsim_follow_their_formulas() -> None:
     text = torch.randn(7)
     expected = sum(cos(row, text, dim=0).item() for row in rows) / 5
     assert metrics.clipsim(rows, text) == pytest.approx(expected, rel=1e-5)
+    assert metrics.clipsim(rows[:1, :1], text[:1]) == pytest.approx((rows[0, 0] * text[0]).sign().item())
 
 
 def test_features_that_do_not_fit_are_refused() -> None:
