@@ -193,6 +193,16 @@ def test_parts_of_a_long_video_continue_each_other(model: DiT) -> None:
     torch.testing.assert_close(long[:, 3:7], second)
 
 
+def test_a_path_of_two_offsets_is_a_line_and_any_other_is_one_offset_a_frame() -> None:
+    line = edit.as_path([(0, 0), (12, -6)], 4)
+    torch.testing.assert_close(line, torch.tensor([[0.0, 0.0], [4.0, -2.0], [8.0, -4.0], [12.0, -6.0]]))
+    each = torch.tensor([[0.0, 0.0], [1.0, 5.0], [-2.0, 3.0]])
+    assert torch.equal(edit.as_path(each, 3), each)
+    for wrong in ([(0, 0)], [(0, 0), (1, 1), (2, 2)], [(0, 0, 0), (1, 1, 1)]):
+        with pytest.raises(ValueError, match=r"must be \[4, 2\] or \[2, 2\]"):
+            edit.as_path(wrong, 4)
+
+
 def test_edits_with_the_shipped_model_do_what_they_say(tiny: DiT) -> None:
     clips = world.render(1, seed=8, objects=(1, 1), cameras=("static",))  # a green disc moves down
     video, scene = media.to_uint8(clips.video[0]), clips.scene

@@ -204,6 +204,8 @@ def test_text_is_encoded_once_and_the_chunks_are_reported():
         ({"sinks": -1}, "sinks=-1"),
         ({"context": torch.zeros(1, 3, 3, *SIZE)}, "context has 3 frames"),
         ({"context": torch.zeros(1, 3, 8, *SIZE)}, "context has 8 frames"),
+        ({"context": torch.zeros(1, 3, 0, *SIZE)}, "context has 0 frames"),
+        ({"context": torch.zeros(1, 3, 6, *SIZE), "chunk": 4}, "context has 6 frames"),
         ({"context": torch.zeros(1, 3, 2, 2, 2)}, "context of shape"),
         ({"noise": torch.zeros(1, 3, 2, *SIZE)}, "noise of shape"),
         ({"noise": torch.zeros(1, 3, 8, *SIZE), "seed": 1}, "noise and seed or generator exclude each other"),
