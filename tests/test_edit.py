@@ -203,6 +203,18 @@ def test_a_path_of_two_offsets_is_a_line_and_any_other_is_one_offset_a_frame() -
             edit.as_path(wrong, 4)
 
 
+def test_a_box_moves_in_a_line_from_corner_to_corner() -> None:
+    box = edit.moving_box((3, 30, 40), (2, 3, 10, 12), (14, 9))
+    assert box.shape == (1, 3, 30, 40)
+    for frame, (left, top) in enumerate(((2, 3), (8, 6), (14, 9))):
+        expected = torch.zeros(30, 40, dtype=torch.bool)
+        expected[top : top + 12, left : left + 10] = True
+        assert torch.equal(box[0, frame], expected)
+    assert torch.equal(edit.moving_box((2, 30, 40), (2, 3, 10, 12)), box[:, :1].expand(1, 2, 30, 40))
+    with pytest.raises(ValueError, match=r"start=\(2, 3, 0, 12\)"):
+        edit.moving_box((3, 30, 40), (2, 3, 0, 12))
+
+
 def test_edits_with_the_shipped_model_do_what_they_say(tiny: DiT) -> None:
     clips = world.render(1, seed=8, objects=(1, 1), cameras=("static",))  # a green disc moves down
     video, scene = media.to_uint8(clips.video[0]), clips.scene
