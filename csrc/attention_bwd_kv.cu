@@ -226,7 +226,8 @@ cudaError_t attention_backward_kv(const AttentionBackward& call, cudaStream_t st
     const cudaError_t error = cudaMemsetAsync(call.dq_sum, 0, dq_sum_size(call) * sizeof(float), stream);
     if (error != cudaSuccess) return error;
     if (call.config == 2) return choose<Sees::ALL, Dq::IN_ORDER>(call, stream);
-    return planned ? choose<Sees::PLANNED, Dq::ANY_ORDER>(call, stream) : choose<Sees::ALL, Dq::ANY_ORDER>(call, stream);
+    if (planned) return choose<Sees::PLANNED, Dq::ANY_ORDER>(call, stream);
+    return choose<Sees::ALL, Dq::ANY_ORDER>(call, stream);
 }
 
 }  // namespace stattn

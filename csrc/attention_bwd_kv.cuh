@@ -2,8 +2,8 @@
 //
 // A thread block has a tile of 2 x 64 keys of one head and goes through boxes of BQ queries, those of all heads that
 // share the keys. A producer warpgroup brings Q, dO and the rows' stats by tensor copies through two rings in shared
-// memory. Each of two consumer warpgroups has 64 keys and computes, with keys as rows so that P and dS are operands in
-// registers,
+// memory; where lists are strangers to each other, through two for each consumer. Each of two consumer warpgroups has 64
+// keys and computes, with keys as rows so that P and dS are operands in registers,
 //
 //     P^T = 2^(c K Q^T - L);  dP^T = V dO^T;  dS^T = P^T (dP^T - delta);  dV += P^T dO;  dK += dS^T Q
 //
@@ -78,7 +78,10 @@ __device__ __forceinline__ void produce(const KvParameters& p, uint32_t shared, 
     }
 
     if constexpr (S::APART) p.together.begin(seen_boxes<S>(shared, ring));
-    if constexpr (S::LISTED) p.together.begin(p.queries_per_key * record_at(p, tile_record(p, tile, tile.head * p.queries_per_key) + 1).y);
+    if constexpr (S::LISTED) {
+        const int4 list = record_at(p, tile_record(p, tile, tile.head * p.queries_per_key) + 1);
+        p.together.begin(p.queries_per_key * list.y);
+    }
     const uint32_t boxes = shared + ring * S::STAGES * S::BOX, mine = barriers + ring * S::RING_BARRIERS;
     int number = 0;  // of the step
     int skipped = tile.first, left = tile.steps;
@@ -164,11 +167,12 @@ __device__ __forceinline__ void add_in_order(const KvParameters& p, uint32_t sha
 
 // Lists.
 
-// Counts what each warpgroup's keys see. Where most of it is the same, one ring brings it to both; strangers have a ring each,
-// and neither waits for the other, nor for boxes that it does not see. By all threads.
+// Counts what each warpgroup's keys see. Where most of it is the same, the same rings bring it to both; strangers have
+// rings each, and neither waits for the other, nor for boxes that it does not see. By all threads.
 template <typename S>
 __device__ __forceinline__ bool are_strangers(const KvParameters& p, uint32_t shared) {
-    if (threadIdx.x < GROUPS) asm volatile("st.shared.s32 [%0], 0;" ::"r"(shared + S::TILE_AT + 4 * threadIdx.x) : "memory");
+    if (threadIdx.x < GROUPS)
+        asm volatile("st.shared.s32 [%0], 0;" ::"r"(shared + S::TILE_AT + 4 * threadIdx.x) : "memory");
     __syncthreads();
     const KeyTile tile = tile_at<S>(p, blockIdx.x);
     int boxes = 0;
