@@ -302,7 +302,7 @@ def diffusers(card: str = "h200") -> str:
 
 
 def elementwise() -> str:
-    runs = [Run(f"h200/{stem}") for stem in ("ops", "gate_residual", "qk_norm_rope")]
+    runs = [Run(f"h200/{stem}") for stem in ("ops", "qk_norm_rope")]
     shape = "wan-14b-720p"
     rows = []
     for op in ("modulate", "gate_residual", "gate_residual_modulate", "qk_norm_rope"):
