@@ -90,12 +90,15 @@ def test_a_ray_map_says_where_the_scenery_was(name: str) -> None:
 
 @pytest.mark.smoke
 def test_dolly_and_track_move_near_scenery_more() -> None:
-    for move, ratio in ((Move(dolly=0.9), (1 + 0.45 / 2) / (1 - 0.45 / 2)), (Move(track=4), None)):
-        maps = ray_maps(move.path(5), 64, 64)
-        far, near = maps[:, :2, -1].abs().amax(), maps[:, 2:, -1].abs().amax()
-        assert near > 1.5 * far
-        if ratio is None:
-            torch.testing.assert_close(near, 2 * far)
+    corner = torch.tensor(31.5 / 32)  # how far the outermost pixel's middle lies from the picture's, in half sides
+    maps = ray_maps(Move(dolly=0.9).path(5), 64, 64)  # from 0.45 behind the middle of its way to 0.45 before it
+    for depth, channels in zip(camera.DEPTHS, (maps[:, :2], maps[:, 2:]), strict=True):
+        shrunk = (1 - 0.45 / depth) / (1 + 0.45 / depth)
+        torch.testing.assert_close(channels[:, :, -1].abs().amax(), (1 - shrunk) * corner)
+    maps = ray_maps(Move(track=4).path(5), 64, 64)
+    far, near = maps[:, :2, -1].abs().amax(), maps[:, 2:, -1].abs().amax()
+    torch.testing.assert_close(near, 2 * far)
+    torch.testing.assert_close(far, torch.tensor(4 * 4 / camera.DEPTHS[0] / 32))
     with pytest.raises(ValueError, match="dolly=5"):
         Move(dolly=5.0)
     with pytest.raises(ValueError, match="pan_x=nan"):

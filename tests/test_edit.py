@@ -215,6 +215,19 @@ def test_a_box_moves_in_a_line_from_corner_to_corner() -> None:
         edit.moving_box((3, 30, 40), (2, 3, 0, 12))
 
 
+def test_guidance_compares_with_a_pass_that_sees_no_text(model: DiT) -> None:
+    seen: list[list[int]] = []
+
+    def call(*args: object, **keywords: object) -> Tensor:
+        seen.append(keywords["text_valid"].tolist())  # type: ignore[attr-defined]
+        return model(*args, **keywords)
+
+    rough, strength = torch.zeros(1, 3, 4, 32, 32), torch.ones(1)
+    paint.paint(model, rough, strength, ["a red disc"], Sampling(steps=1, guidance=2.0), call=call)
+    paint.paint(model, rough, strength, ["a red disc"], Sampling(steps=1, guidance=1.0), call=call)
+    assert seen == [[3, 0], [3]]
+
+
 def test_edits_with_the_shipped_model_do_what_they_say(tiny: DiT) -> None:
     clips = world.render(1, seed=8, objects=(1, 1), cameras=("static",))  # a green disc moves down
     video, scene = media.to_uint8(clips.video[0]), clips.scene
