@@ -216,6 +216,20 @@ def test_results_and_gradients_are_within_rule_1(way: bool, dim: int, dtype: str
 @gpu
 @apart
 @hopper
+@pytest.mark.parametrize("dim", [64, 128])
+def test_more_padded_tokens_than_rings_leave_room_for_are_within_rule_1(dim: int) -> Covered:
+    """Which of them are real lies in shared memory: rings of dQ have two stages where four leave no room for it."""
+    valid = torch.arange(16_000) % 5 > 0
+    case = Case(Grid(1, 4, 16, 0, len(valid)), masks.window(1, 3, 5), heads=1, valid=valid, q_globals=False)
+    for way in WAYS:
+        case.options["deterministic"] = way
+        check_numbers(case, dim=dim, dtype=torch.bfloat16, device=DEVICE, impl="cuda")
+    return {"calls": len(WAYS)}
+
+
+@gpu
+@apart
+@hopper
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_gradients_of_large_and_lone_values_stay_within_rule_1(dtype: str) -> Covered:
     kind, calls = getattr(torch, dtype), 0
