@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.smoke
+
 ROOT = Path(__file__).resolve().parent.parent
 # What a part must not import, at the top of a file or within a function.
 MODELS = ("dit", "dit_blocks", "sampler", "rollout", "accelerate", "integrations", "video")

@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks import pages
 
+pytestmark = pytest.mark.smoke
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
