@@ -7,12 +7,11 @@
 #include <optional>
 #include <vector>
 
-#include <dlfcn.h>
-
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "current_stream.h"
 #include "stattn.h"
 
 namespace stattn::bindings {
@@ -20,17 +19,11 @@ namespace stattn::bindings {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The current CUDA stream of torch. Its getter lives in libtorch_cuda, which a CPU build of torch does not have: naming
-// it would keep this library from loading there. A torch that made a CUDA tensor has loaded it, so the process has it.
 inline cudaStream_t current_stream(int32_t device) {
-    using Getter = AOTITorchError (*)(int32_t, void**);
-    static const Getter getter = [] {
-        void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-        return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-    }();
-    STD_TORCH_CHECK(getter != nullptr, "stattn: no aoti_torch_get_current_cuda_stream in a loaded libtorch_cuda.so");
+    STD_TORCH_CHECK(stream_getter() != nullptr,
+                    "stattn: no aoti_torch_get_current_cuda_stream in a loaded libtorch_cuda.so");
     void* stream = nullptr;
-    STD_TORCH_CHECK(getter(device, &stream) == AOTI_TORCH_SUCCESS, "stattn: no current stream on device ", device);
+    STD_TORCH_CHECK(stream_getter()(device, &stream) == AOTI_TORCH_SUCCESS, "stattn: no current stream on device ", device);
     return static_cast<cudaStream_t>(stream);
 }
 

@@ -9,7 +9,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
@@ -39,27 +39,18 @@ def _failure() -> str | None:
     return None
 
 
-class Direct(NamedTuple):
-    """Functions of csrc/attention_direct.cpp, which calls past PyTorch's dispatcher take.
-
-    call: takes a call's numbers, 8 bytes each, and returns a CUDA error. forget: takes a call that was kept. error:
-    says what an error is.
-    """
-
-    call: Callable[[bytes], int]
-    forget: Callable[[int], None]
-    error: Callable[[int], bytes]
-
-
 @functools.cache
-def direct() -> Direct:
-    """Give the functions of the loaded library that are called past the dispatcher."""
-    library = ctypes.CDLL(str(LIBRARY))
-    call, forget, error = library.stattn_attention, library.stattn_attention_forget, library.stattn_error
-    call.argtypes, call.restype = (ctypes.c_char_p,), ctypes.c_int
-    forget.argtypes, forget.restype = (ctypes.c_uint64,), None
-    error.argtypes, error.restype = (ctypes.c_int,), ctypes.c_char_p
-    return Direct(call, forget, error)
+def attention_function() -> Callable[[int, tuple[object, ...]], Callable[..., Any]] | None:
+    """Give what turns a call that the loaded library keeps into a function, see csrc/attention_direct.cpp.
+
+    None where this process has no stable ABI of Python's that the library finds.
+    """
+    library = ctypes.PyDLL(str(LIBRARY))
+    if not library.stattn_has_python():
+        return None
+    function = library.stattn_attention_function
+    function.argtypes, function.restype = (ctypes.c_uint64, ctypes.py_object), ctypes.py_object
+    return function
 
 
 def _attention_results(q: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:

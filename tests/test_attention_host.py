@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention_memo import arguments, refuse
+from test_attention_cuda import gpu
+from test_attention_memo import arguments
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import stattn
 from stattn import extension, masks
-from stattn.grid import Grid
+from stattn.grid import Grid, Region
 from stattn.ops import _attention_memo as memo
-from stattn.ops import _cuda
 
 
 @pytest.fixture(autouse=True)
@@ -27,54 +28,70 @@ def cold() -> Iterator[None]:
     memo.clear()
 
 
-def test_what_calls_past_the_dispatcher_says_where_each_tensor_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[tuple[int, ...]] = []
+@pytest.mark.skipif(not extension.load(), reason="no CUDA library")
+def test_the_library_finds_what_it_needs_of_this_python() -> None:
+    assert extension.attention_function() is not None
 
-    def library(packed: bytes) -> int:
-        said.append(struct.unpack("=9Q", packed))
-        return 0
 
-    monkeypatch.setattr(_cuda, "_stream", lambda index: 77 + index)
-    launch = object.__new__(_cuda.Launch)
-    launch._direct = extension.Direct(library, refuse, refuse)
-    launch._kept, launch._index, launch._alone = 5, 2, True
-    made = []
+class TestOnHopper:
+    """What the library calls by Python's stable ABI, past the dispatcher, beside the operation."""
 
-    def here(*given: Any) -> torch.Tensor:
-        made.append(given)
-        return _cuda._empty(*given, torch.device("cpu"))
+    pytestmark = gpu
 
-    def use(room: int) -> None:
-        found = _cuda._results(q, room)
-        launch._here = tuple(partial(here, *each) for each in found)
-        launch._there = tuple(partial(_cuda._empty, *each, torch.device("cpu")) for each in found)
+    def test_results_are_those_of_the_operation(self) -> None:
+        text, text_valid = Grid(3, 5, 7, 0, 6), torch.arange(12, device="cuda").view(2, 6) % 5 > 0
+        few = Region((2, 0, 0), (1, 8, 8))  # in pieces
+        ways: tuple[tuple[Grid, masks.Mask, dict[str, Any], int], ...] = (
+            (Grid(3, 5, 7), masks.full(), {}, 105),
+            (Grid(3, 5, 7), masks.window(3, 3, 3), {}, 105),
+            (text, masks.window(3, 3, 3), {"valid": text_valid}, 111),
+            (Grid(3, 8, 640), masks.full(), {"q_region": few}, 64),
+        )
+        for (grid, mask, options, rows), dim, lse in itertools.product(ways, (64, 128), (False, True)):
+            q = torch.randn(2, rows, 4, dim, device="cuda", dtype=torch.bfloat16)
+            k, v = torch.randn(2, 2, grid.tokens, 2, dim, device="cuda", dtype=torch.bfloat16).unbind()
+            call = partial(stattn.attention, q, k, v, grid, mask, return_lse=lse, impl="cuda", **options)
+            with Watched():
+                want = call()
+            for filled in (False, False, True):
+                torch.use_deterministic_algorithms(filled)
+                try:
+                    got = call()
+                finally:
+                    torch.use_deterministic_algorithms(False)
+                for mine, other in zip(*((x if lse else (x,)) for x in (got, want)), strict=True):
+                    assert torch.equal(mine, other)
+                    assert (mine.dtype, mine.stride()) == (other.dtype, other.stride())
 
-    q, k, v = torch.randn(3, 2, 2, 24, 8).bfloat16().transpose(2, 3).unbind()
-    places = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    real = torch.ones(2, 3, dtype=torch.bool)
-    for room, valid, wants, fill in itertools.product((0, 7), (None, real), (True, False), (True, False)):
-        use(room)
-        made.clear()
-        out, lse = launch(places, valid, wants, fill)
-        assert out.shape == q.shape
-        assert out.is_contiguous()
-        assert out.dtype == torch.bfloat16
-        assert (None if lse is None else (lse.shape, lse.dtype)) == (((2, 2, 24), torch.float32) if wants else None)
-        assert len(made) == (0 if fill else 1 + wants + (room > 0))
-        addresses = [0 if x is None else x.data_ptr() for x in (q, k, v, out, lse, valid)]
-        assert said[-1][:7] == (5, *addresses)
-        assert (said[-1][7] == 0) == (room == 0)
-        assert said[-1][8] == 79
-    use(0)
-    launch._alone = False
-    for current in (2, 0):  # memory comes from the device of the call
-        monkeypatch.setattr(_cuda, "_current_device", {2: lambda: 2, 0: lambda: 0}[current])
-        made.clear()
-        launch(places, None, False, False)
-        assert len(made) == (current == 2)
-    launch._direct = extension.Direct(lambda packed: 9, refuse, lambda error: b"no")
-    with pytest.raises(RuntimeError, match="attention: no"):
-        launch(places, None, False, True)
+    def test_a_call_holds_nothing_but_its_results(self) -> None:
+        q, k, v = torch.randn(3, 1, 512, 2, 64, device="cuda", dtype=torch.bfloat16).unbind()
+        call = partial(stattn.attention, q, k, v, Grid(8, 8, 8), masks.window(3, 3, 3), return_lse=True, impl="cuda")
+        held = [call() for _ in range(4)]
+        before, references = torch.cuda.memory_allocated(), sys.getrefcount(torch.Tensor.data_ptr)
+        for _ in range(1000):
+            call()
+        assert torch.cuda.memory_allocated() == before
+        assert abs(sys.getrefcount(torch.Tensor.data_ptr) - references) < 10
+        assert len(held) == 4
+
+    def test_wrong_arguments_of_a_kept_call_raise(self) -> None:
+        q, k, v = torch.randn(3, 1, 512, 2, 64, device="cuda", dtype=torch.bfloat16).unbind()
+        for _ in range(2):
+            stattn.attention(q, k, v, Grid(8, 8, 8), impl="cuda")
+        (known,) = memo._known.values()
+        launch, places = known.launch, memo.places_of(q, k, v)
+        assert launch is not None
+        assert launch(places, None, False, False)[0].shape == q.shape
+        for wrong in ((), (places,), (places[:2], None, False, False), (("q", 0, 0), None, False, False)):
+            with pytest.raises((RuntimeError, TypeError, IndexError)):
+                launch(*wrong)
+
+
+class Watched(TorchDispatchMode):
+    """Lets calls go by the operation."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
 
 
 def median(calls: int, run: Callable[[], Any], rest: Callable[[], Any] = lambda: None) -> float:

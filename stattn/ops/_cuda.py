@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
-import weakref
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from typing import Any
@@ -22,10 +20,7 @@ HEAD_DIMS = (64, 128)
 ALIGNMENT = 16  # bytes: what a tensor copy asks of addresses and strides
 LEAST_SCALE = 1e-37  # stands for 0, with which masked scores of -inf would turn into NaN
 
-_PACK = struct.Struct("=9Q").pack
-# Of a build with CUDA.
-_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # of a build with CUDA
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -128,50 +123,28 @@ def _call(which: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem
     return operations[which](q, k, v, *plan, valid, frames)
 
 
-class Launch:
-    """Calls the kernels past the dispatcher, for tensors like those that it was made of.
+def launch_for(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras
+) -> Callable[..., Any] | None:
+    """Give what calls the kernels past the dispatcher for tensors like these, None for calls that go by it.
 
-    The library checked these and keeps what is left to say: where tensors begin.
+    It takes the addresses of q, k and v, ``valid``, whether LSE is asked for and whether new memory is filled, and
+    returns the output, and LSE or None. The library checks these tensors and keeps what is left to say.
     """
-
-    def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, valid: torch.Tensor | None
-    ) -> None:
-        _, (scale, config, self._plan, layout, _) = _launch(
-            problem, q.shape[2], q.shape[3], valid is not None, False, q.device
-        )
-        self._kept, room = torch.ops.stattn.attention_prepare(q, k, v, scale, config, self._plan, layout, valid)
-        self._index, made = q.device.index, _results(q, room)
-        self._there = tuple(partial(_empty, *each, q.device) for each in made)
-        # Allocates on the current device, past the dispatcher as well; but does not fill what is to be filled.
-        quick = getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None)
-        self._here = self._there if quick is None else tuple(partial(quick, *each) for each in made)
-        self._alone = torch.cuda.device_count() == 1
-        self._direct = extension.direct()
-        weakref.finalize(self, self._direct.forget, self._kept).atexit = False
-
-    def __call__(
-        self, places: tuple[int, int, int], valid: torch.Tensor | None, lse: bool, fill: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Give the output, and LSE if asked for. places: where q, k and v begin. fill: whether new memory is filled."""
-        new = self._there if fill or not (self._alone or _current_device() == self._index) else self._here
-        out = new[0]()
-        sums = new[1]() if lse else None
-        room = new[2]() if len(new) > 2 else None
-        error = self._direct.call(
-            _PACK(
-                self._kept,
-                *places,
-                out.data_ptr(),
-                0 if sums is None else sums.data_ptr(),
-                0 if valid is None else valid.data_ptr(),
-                0 if room is None else room.data_ptr(),
-                _stream(self._index),
-            )
-        )
-        if error:
-            raise RuntimeError(f"stattn.attention: {self._direct.error(error).decode()}")
-        return out, sums
+    if extras.block_index is not None or extras.k_frames is not None or q.numel() == 0 or k.numel() == 0:
+        return None
+    valid, function = extras.valid if problem.grid.globals else None, extension.attention_function()
+    if function is None or (valid is not None and not valid.is_contiguous()):
+        return None
+    _, (scale, config, plan, layout, _) = _launch(problem, q.shape[2], q.shape[3], valid is not None, False, q.device)
+    kept, room = torch.ops.stattn.attention_prepare(q, k, v, scale, config, plan, layout, valid)
+    made = _results(q, room)
+    there = (partial(_empty, device=q.device), *made)
+    # Allocates on the current device, past the dispatcher as well; but does not fill what is to be filled.
+    quick = getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None)
+    here = there if quick is None else (quick, *made)
+    current = None if torch.cuda.device_count() == 1 else _current_device
+    return function(kept, (torch.Tensor.data_ptr, current, here, there, plan))
 
 
 def _results(q: torch.Tensor, room: int) -> list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]:
@@ -188,16 +161,6 @@ def _empty(
     shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
-
-
-def launch_for(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, extras: Extras
-) -> Callable[..., Any] | None:
-    """Give what calls the kernels past the dispatcher for tensors like these, None for calls that go by it."""
-    if extras.block_index is not None or extras.k_frames is not None or q.numel() == 0 or k.numel() == 0:
-        return None
-    valid = extras.valid if problem.grid.globals else None
-    return Launch(q, k, v, problem, valid) if valid is None or valid.is_contiguous() else None
 
 
 @lru_cache(maxsize=4096)
