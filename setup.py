@@ -1,8 +1,8 @@
 """Build the CUDA library where a CUDA compiler is at hand; everything else about the package is in pyproject.toml.
 
-The library is one shared object, stattn/libstattn.so, for Hopper (sm_90a). It uses PyTorch's stable ABI alone, so one
-file serves every Python and every torch from 2.11 on. It is built without a GPU, from the headers of any such torch,
-CPU builds included.
+The library is one shared object, stattn/libstattn.so, for Hopper (sm_90a). It uses PyTorch's stable ABI alone, and of
+Python's what it finds in the process, so one file serves every Python and every torch from 2.11 on. It is built without
+a GPU, from the headers of any such torch, CPU builds included.
 
     python setup.py build_ext --inplace     # into the source tree; compiles only what changed
 
