@@ -36,30 +36,20 @@ from stattn.kernels._philox import four_normals, in_order, philox_normal
 
 
 class Config(NamedTuple):
-    """Elements of a tile and its warps, where outputs are latents and where they are tokens; elements of one that draws
-    numbers, by as many warps as the latter; the same of the kernel that sums."""
+    """Elements of a tile and its warps, and of a tile that draws numbers; the same of the kernel that sums."""
 
-    latent_elements: int
-    latent_warps: int
     elements: int
     warps: int
     drawn_elements: int
     sum_elements: int
     sum_warps: int
 
-    def tile(self, tokens: bool, draws: bool) -> tuple[int, int]:
-        """Return the elements and warps of a tile of the step."""
-        if draws:
-            return self.drawn_elements, self.warps
-        return (self.elements, self.warps) if tokens else (self.latent_elements, self.latent_warps)
 
-
-# H100, UniPC with guidance at Wan's 720p latents, us, from latents: 47.6, 48.0, 48.4 and 49.4; compiled 47.3.
 CONFIGS = (
-    Config(1024, 8, elements=2048, warps=4, drawn_elements=1024, sum_elements=4096, sum_warps=8),
-    Config(1024, 4, elements=1024, warps=4, drawn_elements=512, sum_elements=2048, sum_warps=4),
-    Config(1024, 2, elements=1024, warps=2, drawn_elements=512, sum_elements=8192, sum_warps=8),
-    Config(4096, 8, elements=4096, warps=8, drawn_elements=2048, sum_elements=4096, sum_warps=4),
+    Config(elements=2048, warps=4, drawn_elements=1024, sum_elements=4096, sum_warps=8),
+    Config(elements=1024, warps=4, drawn_elements=512, sum_elements=2048, sum_warps=4),
+    Config(elements=1024, warps=2, drawn_elements=512, sum_elements=8192, sum_warps=8),
+    Config(elements=4096, warps=8, drawn_elements=2048, sum_elements=4096, sum_warps=4),
 )
 MOST_PARTIALS = 256
 MOST_CHANNELS = 16  # of a tile of tokens
@@ -398,7 +388,7 @@ def advance(
     }
     units = places // shared["ALIGN"]
     past_weights = (*weights[2:], 0.0, 0.0, 0.0)[:3]
-    elements, warps = config.tile(patch is not None, seeds is not None)
+    elements = config.elements if seeds is None else config.drawn_elements
     tile = _tile(elements, channels, patch is not None)
     programs = batch * triton.cdiv(channels, tile["CHANNELS"]) * triton.cdiv(places, tile["PLACES"])
     with on_device(sample):
@@ -410,7 +400,7 @@ def advance(
         denoise_advance[(programs,)](
             following, target, sums, seeds, *given, channels, units, height, width, offset,
             guidance, rescale, *convert, *weights[:2], *past_weights, noise_weight, *known_weights,
-            **tile, **shared, STAR=zero_star, RESCALE=rescale != 0, num_warps=warps,
+            **tile, **shared, STAR=zero_star, RESCALE=rescale != 0, num_warps=config.warps,
         )  # fmt: skip
     return following, target
 
@@ -446,13 +436,13 @@ def _advance(
     patch, output = outputs
     config = CONFIGS[number]
     types, constants = _types(denoise_advance, output, given, patch)
-    elements, warps = config.tile(patch[0] > 0, "seeds" in given)
+    elements = config.drawn_elements if "seeds" in given else config.elements
     constants |= _tile(elements, 16, patch[0] > 0) | {"STAR": False, "RESCALE": False} | flags
     if not flags:
         constants["sums_ptr"] = None
     unaligned = ("height", "width", "offset")
     return Specialization(
-        f"advance/{name}/{number}", denoise_advance, types, constants, {"num_warps": warps}, unaligned
+        f"advance/{name}/{number}", denoise_advance, types, constants, {"num_warps": config.warps}, unaligned
     )
 
 

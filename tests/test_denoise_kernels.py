@@ -141,7 +141,7 @@ def test_every_config_is_right(config: int, device: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("device", DEVICES)
 def test_sums_over_many_tiles_are_right(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "MOST_PARTIALS", 2)
-    tiny = kernels.Config(16, 1, elements=16, warps=1, drawn_elements=16, sum_elements=16, sum_warps=1)
+    tiny = kernels.CONFIGS[0]._replace(elements=16, warps=1, drawn_elements=16, sum_elements=16, sum_warps=1)
     monkeypatch.setattr(kernels.advance, "__defaults__", (tiny,))
     for patch in (None, (1, 2, 2)):
         assert_right(problem("both", SMALL[0], torch.float32, torch.float32, device, patch))
