@@ -301,8 +301,8 @@ def diffusers(card: str = "h200") -> str:
     return table(head, rows, run)
 
 
-def elementwise() -> str:
-    runs = [Run(f"h200/{stem}") for stem in ("ops", "qk_norm_rope")]
+def elementwise(card: str = "h200") -> str:
+    runs = [Run(f"{card}/{stem}") for stem in ("ops", "qk_norm_rope")]
     shape = "wan-14b-720p"
     rows = []
     for op in ("modulate", "gate_residual", "gate_residual_modulate", "qk_norm_rope"):
@@ -317,8 +317,8 @@ def elementwise() -> str:
     return table(head, rows, *runs)
 
 
-def solver() -> str:
-    run = Run("h200/denoise")
+def solver(card: str = "h200") -> str:
+    run = Run(f"{card}/denoise")
     rows = []
     for step, words in (
         ("euler-cfg", "Euler, guidance"),
@@ -444,6 +444,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "masked-h100": lambda: masked("h100"),
     "masked-backward-h100": lambda: masked_backward("h100"),
     "diffusers-h100": lambda: diffusers("h100"),
+    "elementwise-h100": lambda: elementwise("h100"),
+    "solver-h100": lambda: solver("h100"),
 }
 
 
