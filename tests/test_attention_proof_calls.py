@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +51,7 @@ from stattn.blocks import block_list, lower
 from stattn.grid import Grid, Triple
 from stattn.kernels import attention as forward
 from stattn.kernels import attention_bwd as backward
+from stattn.kernels import attention_runs_hopper as hopper
 from stattn.masks import Mask
 from stattn.ops import _attention_memo
 from stattn.ops._attention_choice import OPERATION
@@ -183,6 +186,20 @@ def test_an_empty_batch_returns_at_once() -> None:
     assert [len(x) for x in found] == [0] * 5
 
 
+def strange_races(report: str) -> list[str]:
+    """Give the accesses of racecheck's report that are not about the byte that tells waiting warps what to run.
+
+    Triton makes it of ``warp_specialize``, and says that it belongs to that line or to the kernel's first: the byte is
+    stored, all warps meet at barrier 1, and those that waited load it. The report does not see that barrier.
+    """
+    lines, first = inspect.getsourcelines(hopper.attention_runs_forward_hopper.fn)
+    starts = ("def ", "    gl.warp_specialize(")
+    known = [f"attention_runs_hopper.py:{first + i}" for i, line in enumerate(lines) if line.startswith(starts)]
+    found = [line for line in report.splitlines() if " access at " in line]
+    assert found
+    return [line for line in found if not any(re.search(f"{place}( |$)", line) for place in known)]
+
+
 @pytest.mark.parametrize("tool", ["memcheck", "synccheck", "initcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing_in_tiny_calls(tool: str) -> Covered:
     sanitizer = shutil.which("compute-sanitizer")
@@ -191,7 +208,8 @@ def test_compute_sanitizer_finds_nothing_in_tiny_calls(tool: str) -> Covered:
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, script]
     command += ["--gradients", "--impl", "triton", "--dims", "128"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    known = tool == "racecheck" and done.returncode == 9 and not strange_races(done.stdout)
+    assert done.returncode == 0 or known, (done.stdout + done.stderr)[-3000:]
     return {"calls": int(done.stdout.split(" calls")[0].split()[-1])}
 
 
