@@ -7,12 +7,10 @@ strides is read where it lies. Past the end of an axis that the patch does not d
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # Launchers' parts.
 
@@ -89,11 +87,6 @@ def check_count(tokens: int) -> None:
     """Raise ValueError for more tokens than the kernels can number."""
     if tokens >= 2**31:
         raise ValueError(f"x has {tokens} tokens in its batch; the Triton kernels number at most 2**31 - 1")
-
-
-def on(x: Tensor) -> Any:
-    """Make x's device the current one, for a launch; nothing to do on a CPU."""
-    return torch.cuda.device(x.device if x.is_cuda else -1)
 
 
 # Numbers that change from call to call. A version for each that is 1 or a multiple of 16 would gain nothing: alignment

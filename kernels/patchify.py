@@ -31,7 +31,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels._patches import PLAIN, Geometry, check_count, on, patch_steps, place, power_of_two, read_patches
+from stattn.kernels._device import on_device
+from stattn.kernels._patches import PLAIN, Geometry, check_count, patch_steps, place, power_of_two, read_patches
 
 # Launch parameters.
 
@@ -352,7 +353,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None, 
     if config.boxes:
         target = TensorDescriptor(out, [count, features], [features, 1], [config.tokens, config.features])
     arguments = (x, *(None if each is None else each.contiguous() for each in (weight, bias, pos)), target, count)
-    with on(x):
+    with on_device(x):
         (patchify_forward_resident if resident else patchify_forward_tiled)[(programs,)](
             *arguments,
             *geometry.numbers(),

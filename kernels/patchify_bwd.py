@@ -24,13 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
+from stattn.kernels._device import on_device
 from stattn.kernels._patches import (
     PLAIN,
     Geometry,
     as_rows,
     check_count,
     gather_patches,
-    on,
     patch_steps,
     place,
     tap,
@@ -298,7 +298,7 @@ def dx(dout: Tensor, weight: Tensor, size: tuple[int, ...], config: Config | Non
     config = config or CONFIGS[kernel_for("dx", geometry.taps, dout.dtype)][0]
     programs = triton.cdiv(count, config.tokens) * triton.cdiv(geometry.taps, config.taps)
     dout = _rows(dout)
-    with on(dout):
+    with on_device(dout):
         patchify_dx[(programs,)](
             dout,
             weight.contiguous(),
@@ -344,7 +344,7 @@ def dweight(
     if bias_dtype is not None:
         dbias = torch.empty(parts, features, dtype=bias_dtype if one else torch.float32, device=x.device)
     dout = _rows(dout)
-    with on(x):
+    with on_device(x):
         patchify_dweight[(parts * tiles,)](
             dout,
             x,
@@ -379,7 +379,7 @@ def _sum(parts: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
         return out
     whole = parts[0].is_contiguous()
     rows, columns = (1, out.numel()) if whole else out.shape
-    with on(parts):
+    with on_device(parts):
         sum_parts[(rows * triton.cdiv(columns, SUM_BLOCK),)](
             parts, out, len(parts), columns, parts.stride(0), 0 if whole else parts.stride(1), SUM_BLOCK, num_warps=4
         )

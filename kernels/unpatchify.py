@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels._patches import Geometry, check_count, on, power_of_two
+from stattn.kernels._device import on_device
+from stattn.kernels._patches import Geometry, check_count, power_of_two
 
 CONFIGS = (1024, 2048)  # values that one program moves, the default first
 WARPS = 4
@@ -179,7 +180,7 @@ def _launch(kernel: Any, source: Tensor, out: Tensor, video: Tensor, tokens: Ten
     parts = patch[0] * patch[1] * triton.cdiv(patch[2], constants["BLOCK_W"])
     parts *= triton.cdiv(geometry.size[1], constants["BLOCK_C"])
     video_tokens, grid_h, grid_w, *numbers = geometry.numbers()
-    with on(source):
+    with on_device(source):
         kernel[(triton.cdiv(count, constants["BLOCK_M"]) * parts,)](
             source.view(integer),
             out.view(integer),

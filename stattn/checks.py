@@ -70,8 +70,8 @@ def agreement(video: Tensor, colours: Tensor, shapes: Tensor) -> dict[str, float
     }
 
 
-def flicker(video: Tensor) -> Tensor:
-    """Measure flicker: the mean of |x[t + 1] - 2 x[t] + x[t - 1]| over channels, inner frames and pixels.
+def jumps(video: Tensor) -> Tensor:
+    """Measure how much a clip jumps: the mean of |x[t + 1] - 2 x[t] + x[t - 1]| over channels, inner frames and pixels.
 
     What moves steadily adds little, what jumps from frame to frame adds four times its size. video: [B, C, T, H, W];
     returns [B] fp32. Raises ValueError for fewer than 3 frames.
@@ -82,10 +82,10 @@ def flicker(video: Tensor) -> Tensor:
 
 
 def flicker_ratio(generated: Tensor, real: Tensor) -> float:
-    """Divide the mean flicker of generated clips by that of real ones (waits for the device): 1 is as steady as real
+    """Divide the mean jumps of generated clips by that of real ones (waits for the device): 1 is as steady as real
     video, below 1 is smoother or frozen.
     """
-    return (flicker(generated).mean() / flicker(real).mean()).item()
+    return (jumps(generated).mean() / jumps(real).mean()).item()
 
 
 def _check(video: Tensor, frames: int) -> None:

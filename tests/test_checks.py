@@ -104,10 +104,10 @@ def test_the_moments_of_drawn_shapes_are_those_of_the_table() -> None:
 @pytest.mark.smoke
 def test_flicker_ignores_steady_motion_and_counts_jumps() -> None:
     ramp = torch.arange(8.0)[:, None, None].expand(1, 3, 8, 16, 16) / 8
-    assert checks.flicker(ramp).item() == pytest.approx(0, abs=1e-6)
+    assert checks.jumps(ramp).item() == pytest.approx(0, abs=1e-6)
     jumps = torch.zeros(1, 3, 8, 16, 16)
     jumps[:, :, ::2] = 0.1
-    assert checks.flicker(jumps).item() == pytest.approx(0.2)
+    assert checks.jumps(jumps).item() == pytest.approx(0.2)
     clips = world.render(16, seed=3)
     assert checks.flicker_ratio(clips.video, clips.video) == pytest.approx(1)
     assert checks.flicker_ratio(clips.video + 0.05 * torch.randn_like(clips.video), clips.video) > 1.5
@@ -119,11 +119,11 @@ def test_flicker_ignores_steady_motion_and_counts_jumps() -> None:
 
 def test_bad_shapes_are_refused_by_name() -> None:
     good = torch.zeros(2, 3, 4, 16, 16)
-    assert checks.flicker(good).shape == (2,)
+    assert checks.jumps(good).shape == (2,)
     with pytest.raises(ValueError, match=r"video of shape \(2, 1, 4, 16, 16\)"):
         checks.classify(good[:, :1])
     with pytest.raises(ValueError, match="T >= 3"):
-        checks.flicker(good[:, :, :2])
+        checks.jumps(good[:, :, :2])
     with pytest.raises(ValueError, match=r"colours of shape \(3,\)"):
         checks.agreement(good, torch.zeros(3), torch.zeros(2))
     with pytest.raises(ValueError, match=r"shapes of shape \(3,\)"):

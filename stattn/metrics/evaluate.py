@@ -37,7 +37,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the clips of folder a, and of folder b and between them when it is given.
 
-    Each clip: flicker (VBench's temporal flickering), jumps (``stattn.checks.flicker``), warping error along classical
+    Each clip: flicker (VBench's temporal flickering), jumps (``stattn.checks.jumps``), warping error along classical
     flow, motion smoothness by classical interpolation, subject consistency; CLIPSIM where each clip NAME.mp4 has its
     caption in NAME.txt. Between folders: Frechet distance and unbiased polynomial MMD of clip features. Whatever a
     network has a part in carries its name. max_clips: of each folder, the first by name.
@@ -99,7 +99,7 @@ def clip_metrics(
     """Measure one clip [3, T, H, W]; see ``evaluate``."""
     found = {
         "flicker": pixels.flicker(video),
-        "jumps": float(checks.flicker(pixels.levels(video)[None] * 2 - 1)),
+        "jumps": float(checks.jumps(pixels.levels(video)[None] * 2 - 1)),
         "warp_error(lucas-kanade)": pixels.warp_error(video),
         "motion_smoothness(midway)": pixels.motion_smoothness(video),
     }

@@ -29,7 +29,7 @@ def levels(video: Tensor) -> Tensor:
 def flicker(video: Tensor) -> float:
     """Measure temporal flickering as VBench does: 1 minus the mean of |f_(t+1) - f_t|, in 0..1, higher is steadier.
 
-    VBench takes it of clips whose camera and subject are still; motion lowers it too. ``stattn.checks.flicker``
+    VBench takes it of clips whose camera and subject are still; motion lowers it too. ``stattn.checks.jumps``
     measures jumps beside steady motion.
     """
     x = _at_least(video, 2)
