@@ -118,6 +118,10 @@ def test_the_command_measures_folders_of_files(pool: Path, tmp_path: Path, capsy
     assert found["between"]["FVD(pool)"] > 0
     assert found["extractors"]["pool"]["sha256"] == extractors.file_sha256(pool)
     assert cli.main(["evaluate", str(a), str(b), *features, "--max-clips", "2"]) == 0
+    told: list[tuple[int, int]] = []
+    networks = evaluate.Networks(f"pool={pool}", None, None)
+    evaluate.evaluate(a, b, networks, max_clips=2, on_clip=lambda done, total: told.append((done, total)))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_bad_folders_and_files_are_named(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

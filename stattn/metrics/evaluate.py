@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -34,13 +35,15 @@ def evaluate(
     *,
     max_clips: int | None = None,
     device: torch.device | str = "cpu",
+    on_clip: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure the clips of folder a, and of folder b and between them when it is given.
 
     Each clip: flicker (VBench's temporal flickering), jumps (``stattn.checks.jumps``), warping error along classical
     flow, motion smoothness by classical interpolation, subject consistency; CLIPSIM where each clip NAME.mp4 has its
     caption in NAME.txt. Between folders: Frechet distance and unbiased polynomial MMD of clip features. Whatever a
-    network has a part in carries its name. max_clips: of each folder, the first by name.
+    network has a part in carries its name. max_clips: of each folder, the first by name. on_clip: called after each
+    clip with the number of clips that are done and that of all.
 
     Returns {"a": {...}, "b": {...}, "between": {...}, "extractors": {...}}; means over clips, and their number. Raises
     ValueError for files that are no video or too short, naming the file, and for folders of one clip to compare.
@@ -57,8 +60,15 @@ def evaluate(
         raise ValueError(f"text extractor {text.name} reads no captions")
     found: dict[str, Any] = {}
     features: list[Tensor] = []
+    total = sum(map(len, folders.values()))
+    done = itertools.count(1)
+
+    def after() -> None:
+        if on_clip is not None:
+            on_clip(next(done), total)
+
     for key, files in folders.items():
-        one, rows = _folder(files, loaded)
+        one, rows = _folder(files, loaded, after)
         found[key] = {"folder": str(files[0].parent), **one}
         features.append(rows)
     clips = loaded["clips"]
@@ -76,7 +86,9 @@ def evaluate(
     return found
 
 
-def _folder(files: Sequence[Path], loaded: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+def _folder(
+    files: Sequence[Path], loaded: dict[str, Any], after: Callable[[], None]
+) -> tuple[dict[str, Any], Tensor]:
     rows: list[dict[str, float]] = []
     features = []
     captions = [caption_of(path) for path in files]
@@ -89,6 +101,7 @@ def _folder(files: Sequence[Path], loaded: dict[str, Any]) -> tuple[dict[str, An
                 features.append(loaded["clips"](extractors.fit(video, loaded["clips"])))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        after()
     means = {name: fmean(row[name] for row in rows) for name in rows[0]}
     return {"clips": len(files), **means}, torch.cat(features) if features else torch.empty(0, 0)
 
@@ -146,7 +159,16 @@ def main(args: argparse.Namespace) -> int:
     names = (args.clip_features, args.frame_features, args.text_features)
     networks = Networks(*(None if name == "none" else name for name in names))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found = evaluate(args.a, args.b, networks, max_clips=args.max_clips, device=device)
+    media.extra("tqdm", "tqdm")
+    from tqdm import tqdm
+
+    with tqdm(unit="clip", delay=1) as bar:
+
+        def on_clip(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = evaluate(args.a, args.b, networks, max_clips=args.max_clips, device=device, on_clip=on_clip)
     print(table(found))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
