@@ -18,6 +18,12 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
 
 
 @functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Give the compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
 def roomy(device: torch.device) -> bool:
     """Say whether a program may take more than `LITTLE_SHARED` on a device; so it may under the interpreter."""
     if device.type != "cuda":

@@ -34,7 +34,7 @@ from stattn.kernels import _walk as walking
 from stattn.kernels import attention as general
 from stattn.kernels import attention_bwd as general_bwd
 from stattn.kernels._compile import Specialization
-from stattn.kernels._device import on_device, roomy
+from stattn.kernels._device import capability, on_device, roomy
 from stattn.kernels.attention import LOG2E, Config, shared_arguments, strides
 from stattn.problem import Extras, Problem
 
@@ -280,7 +280,7 @@ def choose(
     q = tensors[0]
     if any(x is not None for x in extras) or q.numel() == 0 or not _aligned(*tensors):
         return None
-    if q.is_cuda and (torch.cuda.get_device_capability(q.device) < (9, 0) or not roomy(q.device)):
+    if q.is_cuda and (capability(q.device) < (9, 0) or not roomy(q.device)):
         return None
     return _cheaper(problem, q.shape[2], q.shape[3], q.element_size(), by_key, configs, general_configs, q.device)
 
@@ -385,7 +385,7 @@ def specializations() -> Iterator[Specialization]:
     kernels = (
         (attention_runs_forward, CONFIGS), (attention_runs_dq, DQ_CONFIGS), (attention_runs_dkdv, DKDV_CONFIGS)
     )  # fmt: skip
-    for (fn, configs), capability in itertools.product(kernels, (90, 100)):
+    for (fn, configs), target in itertools.product(kernels, (90, 100)):
         for config in configs:
             dim = config.widths[-1]
             constants = {"DIM": dim, "ROWS": config.rows, "COLUMNS": config.columns, "SIGN": 1}
@@ -396,8 +396,8 @@ def specializations() -> Iterator[Specialization]:
             types |= {each: "i32" for each in fn.arg_names if each not in types and each not in constants}
             options = {"num_warps": config.warps, "num_stages": config.stages}
             counts = tuple(set(COUNTS) & set(fn.arg_names))
-            label = f"{fn.__name__}-{dim}-{config.rows}x{config.columns}-{capability}"
-            yield Specialization(label, fn, types, constants, options, counts, SPILLS, capability)
+            label = f"{fn.__name__}-{dim}-{config.rows}x{config.columns}-{target}"
+            yield Specialization(label, fn, types, constants, options, counts, SPILLS, target)
     types = dict.fromkeys(("out", "dout"), "*bf16") | dict.fromkeys(("dlse", "lse", "stats"), "*fp32")
     types |= dict.fromkeys(("dout_batch", "dout_token", "dout_head", "tokens", "heads", "padded", "sets"), "i32")
     yield Specialization(

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels._device import on_device
+from stattn.kernels._device import capability, on_device
 from stattn.kernels.attention import LOG2E, Config
 
 # Rows of a tile, columns of a box; warps of each of the two groups, boxes of keys (and of values) in flight.
@@ -241,14 +241,9 @@ def _boxes(x: torch.Tensor, tokens: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*step, 1], [1, tokens, 1, dim], LAYOUT)
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
 def serves(x: torch.Tensor) -> bool:
     """Say whether a tensor lies on a GPU that these kernels are made for."""
-    return x.is_cuda and _capability(x.device) == (9, 0)
+    return x.is_cuda and capability(x.device) == (9, 0)
 
 
 def attention(

@@ -31,7 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels._device import on_device
+from stattn.kernels._device import capability, on_device
 from stattn.kernels._patches import PLAIN, Geometry, check_count, patch_steps, place, power_of_two, read_patches
 
 # Launch parameters.
@@ -368,7 +368,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None, 
 def _takes_boxes(out: Tensor) -> bool:
     """Whether the tensor memory accelerator can write these tokens; the interpreter always does as if."""
     wide = out.shape[2] * out.element_size() % 16 == 0
-    return wide and (not out.is_cuda or torch.cuda.get_device_capability(out.device) >= (9, 0))
+    return wide and (not out.is_cuda or capability(out.device) >= (9, 0))
 
 
 # What is compiled.

@@ -12,7 +12,7 @@ import torch
 
 import stattn
 from stattn import extension, masks, results
-from stattn.ops._dispatch import Operation
+from stattn.ops._dispatch import Operation, capability_of
 from stattn.ops.denoise import DENOISE_STEP, PHILOX_NORMAL, DenoiseCall, NormalCall
 from stattn.ops.gate import GATE_RESIDUAL, GATE_RESIDUAL_MODULATE, GateCall
 from stattn.ops.modulate import MODULATE, ModulateCall
@@ -91,19 +91,20 @@ def tables(device: str) -> Iterator[str]:
     for mask in (masks.full(), masks.sliding_tile((3, 6, 4), (3, 3, 5))):
         head, *rows = stattn.explain(q, q, q, GRID, mask, device=device).splitlines()
         yield "\n".join((f"{head}, mask {mask.key}", *rows))
+    place = (device, capability_of(torch.device(device)))
     calls: list[tuple[Operation, tuple[object, ...]]] = [
-        (SELECT, SelectCall(device, dtype, head_dim)),
-        (PATCHIFY, PatchifyCall(device, dtype, 16, patch)),
-        (UNPATCHIFY, PatchifyCall(device, dtype, 16, patch)),
-        (MODULATE, ModulateCall(device, (dtype, torch.float32), channels, "layer")),
-        (MODULATE_LINEAR, ModulateLinearCall(device, (dtype, dtype), 64, False, False)),
-        (GATE_RESIDUAL, GateCall(device, (dtype, torch.float32), channels, None)),
-        (GATE_RESIDUAL_MODULATE, GateCall(device, (dtype, torch.float32), channels, "layer")),
-        (QK_NORM_ROPE, QKNormRopeCall(device, dtype, heads, head_dim, True, True, (dtype, dtype))),
-        (QK_NORM_ROPE_IN_PLACE, QKNormRopeCall(device, dtype, heads, head_dim, True, True, (dtype, dtype))),
-        (QK_NORM_ROPE_MEANS, QKNormRopeCall(device, dtype, heads, head_dim, True, True, (dtype, dtype))),
-        (DENOISE_STEP, DenoiseCall(device, torch.float32, dtype, patch, False, ())),
-        (PHILOX_NORMAL, NormalCall(device)),
+        (SELECT, SelectCall(*place, dtype, head_dim)),
+        (PATCHIFY, PatchifyCall(*place, dtype, 16, patch)),
+        (UNPATCHIFY, PatchifyCall(*place, dtype, 16, patch)),
+        (MODULATE, ModulateCall(*place, (dtype, torch.float32), channels, "layer")),
+        (MODULATE_LINEAR, ModulateLinearCall(*place, (dtype, dtype), 64, False, False)),
+        (GATE_RESIDUAL, GateCall(*place, (dtype, torch.float32), channels, None)),
+        (GATE_RESIDUAL_MODULATE, GateCall(*place, (dtype, torch.float32), channels, "layer")),
+        (QK_NORM_ROPE, QKNormRopeCall(*place, dtype, heads, head_dim, True, True, (dtype, dtype))),
+        (QK_NORM_ROPE_IN_PLACE, QKNormRopeCall(*place, dtype, heads, head_dim, True, True, (dtype, dtype))),
+        (QK_NORM_ROPE_MEANS, QKNormRopeCall(*place, dtype, heads, head_dim, True, True, (dtype, dtype))),
+        (DENOISE_STEP, DenoiseCall(*place, torch.float32, dtype, patch, False, ())),
+        (PHILOX_NORMAL, NormalCall(*place)),
     ]
     for operation, call in calls:
         table = operation.table(call)  # type: ignore[arg-type]  # every call has a device

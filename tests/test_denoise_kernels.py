@@ -331,7 +331,7 @@ def test_what_the_kernels_do_not_serve_is_refused_with_its_reason() -> None:
 
 
 def test_auto_takes_triton_for_cuda_tensors_only() -> None:
-    served = DenoiseCall("cuda", torch.float32, torch.bfloat16, (1, 2, 2), True, (torch.bool,))
+    served = DenoiseCall("cuda", (9, 0), torch.float32, torch.bfloat16, (1, 2, 2), True, (torch.bool,))
     assert DENOISE_STEP.choose("auto", served).name == "triton"
     assert DENOISE_STEP.choose("auto", served._replace(device="cpu")).name == "reference"
 

@@ -581,11 +581,11 @@ def test_a_graph_replays_with_new_inputs_and_holds_one_kernel_forward_and_two_ba
 @pytest.mark.interpreter
 def test_auto_takes_triton_on_cuda_only_and_says_what_it_does_not_serve():
     both = (torch.bfloat16, torch.float32)
-    assert MODULATE.choose("auto", ModulateCall("cuda", both, 5120, "layer")).name == "triton"
-    assert MODULATE.choose("auto", ModulateCall("cpu", both, 5120, "layer")).name == "reference"
-    assert GATE_RESIDUAL.choose("auto", GateCall("cuda", both, 5120, None)).name == "triton"
+    assert MODULATE.choose("auto", ModulateCall("cuda", (9, 0), both, 5120, "layer")).name == "triton"
+    assert MODULATE.choose("auto", ModulateCall("cpu", (0, 0), both, 5120, "layer")).name == "reference"
+    assert GATE_RESIDUAL.choose("auto", GateCall("cuda", (9, 0), both, 5120, None)).name == "triton"
     with pytest.raises(ValueError, match="at most 32768 channels, the call has 40000"):
-        MODULATE.choose("triton", ModulateCall("cuda", both, 40000, "layer"))
+        MODULATE.choose("triton", ModulateCall("cuda", (9, 0), both, 40000, "layer"))
     x, scale = torch.ones(1, 2, 8), torch.ones(1, 8)
     assert modulate(x, scale, scale, impl="triton").shape == x.shape
     with pytest.raises(ValueError, match="no float64 kernel"):

@@ -139,7 +139,7 @@ def test_calls_that_one_pass_does_not_serve_are_the_two_operations(device):
 
 
 def test_what_one_pass_serves():
-    call = ModulateLinearCall("cuda", (torch.bfloat16,), 64, False, False)
+    call = ModulateLinearCall("cuda", (9, 0), (torch.bfloat16,), 64, False, False)
     assert call.fused
     assert not call._replace(dtypes=(torch.float32,)).fused
     assert not call._replace(features=257).fused

@@ -115,7 +115,7 @@ def test_the_second_device_runs_while_the_first_is_current():
 
 def test_auto_takes_the_kernels_on_a_gpu_and_the_reference_on_a_cpu():
     for device, taken in (("cuda", "triton"), ("cpu", "reference")):
-        call = PatchifyCall(device, torch.bfloat16, 16, (1, 2, 2), (torch.float32,))
+        call = PatchifyCall(device, (9, 0), torch.bfloat16, 16, (1, 2, 2), (torch.float32,))
         assert PATCHIFY.choose("auto", call).name == taken
         assert UNPATCHIFY.choose("auto", call).name == taken
 

@@ -49,7 +49,7 @@ def test_ranges_are_off_and_cost_no_iterator_and_no_wrapper():
     assert not ranges.enabled()
     items = [1, 2]
     assert ranges.each("layer", items) is items
-    call = ModulateCall("cpu", (torch.float32, torch.float32), 8, "layer")
+    call = ModulateCall("cpu", (0, 0), (torch.float32, torch.float32), 8, "layer")
     assert MODULATE.choose("reference", call) in MODULATE.implementations
 
 

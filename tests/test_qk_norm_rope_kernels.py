@@ -324,7 +324,7 @@ def test_what_the_kernels_do_not_serve_is_refused_with_its_reason() -> None:
 
 
 def test_auto_takes_triton_for_cuda_tensors_only() -> None:
-    call = QKNormRopeCall("cuda", torch.bfloat16, 12, 128, True, True, (torch.bfloat16,))
+    call = QKNormRopeCall("cuda", (9, 0), torch.bfloat16, 12, 128, True, True, (torch.bfloat16,))
     assert QK_NORM_ROPE.choose("auto", call).name == "triton"
     assert QK_NORM_ROPE.choose("auto", call._replace(device="cpu")).name == "reference"
 

@@ -187,7 +187,7 @@ def test_triton_writes_all_of_its_lists_and_reads_nothing_unwritten(device: str)
 @pytest.mark.interpreter
 def test_triton_refuses_rows_that_are_too_long_for_it() -> None:
     assert kernels.MOST_TILES == MOST_TILES
-    assert dict(OPERATION.table(SelectCall("cuda", torch.bfloat16, 64, MOST_TILES)))["triton"] is None
+    assert dict(OPERATION.table(SelectCall("cuda", (9, 0), torch.bfloat16, 64, MOST_TILES)))["triton"] is None
     x = torch.zeros(1, MOST_TILES + 1, 1, 2)
     with pytest.raises(ValueError, match=f"at most {MOST_TILES} key tiles, not {MOST_TILES + 1}"):
         stattn.top_k(x, x, (1, 1, MOST_TILES + 1), (1, 1, 999), (1, 1, 1), 3, impl="triton")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from stattn.masks import full
 from stattn.ops import _cuda, _dense, _triton
-from stattn.ops._dispatch import Implementation, Operation, lacks
+from stattn.ops._dispatch import Implementation, Operation, device_of
 from stattn.problem import Extras, Problem
 from stattn.reference.attention import attention as _reference_forward
 
@@ -41,8 +40,7 @@ def call_of(
     deterministic: bool,
 ) -> AttentionCall:
     return AttentionCall(
-        q.device.type,
-        capability_of(q.device),
+        *device_of(q),
         q.dtype,
         q.shape[3],
         q.shape[2],
@@ -72,13 +70,6 @@ def _not_dense(problem: Problem, extras: Extras) -> str | None:
     return None
 
 
-@lru_cache(maxsize=64)
-def capability_of(device: torch.device) -> tuple[int, int]:
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return (0, 0)
-    return torch.cuda.get_device_capability(device)
-
-
 def _reference_why_not(call: AttentionCall) -> str | None:
     return None
 
@@ -90,9 +81,7 @@ def _no_masks(call: AttentionCall) -> str | None:
 def _triton_why_not(call: AttentionCall) -> str | None:
     if call.head_dim % 8 or not 16 <= call.head_dim <= 256:
         return f"head dimension {call.head_dim} must be a multiple of 8 from 16 to 256"
-    if call.device == "cuda" and call.capability < (8, 0):
-        return lacks(call.capability, (8, 0))
-    return _triton.why_not(call.device, call.dtype)
+    return _triton.why_not(call.device, call.capability, call.dtype)
 
 
 def _triton_forward(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stattn.ops._dispatch import lacks
+from stattn.ops._dispatch import capability_of, lacks
 from stattn.problem import Extras, Problem
 
 _aten = torch.ops.aten
@@ -43,7 +43,7 @@ def _kernel(q: torch.Tensor) -> str:
         return "cpu"
     if q.dtype not in HALF:
         return "efficient"
-    major = torch.cuda.get_device_capability(q.device)[0]
+    major = capability_of(q.device)[0]
     return "cudnn" if major >= 9 and q.shape[3] <= 128 else "flash"
 
 

@@ -21,7 +21,10 @@ NAMES = ("cuda", "flash", "sdpa", "triton", "reference")
 
 
 class Call(Protocol):
-    """The metadata of one call: a hashable record with at least the device type."""
+    """The metadata of one call: a hashable record with at least the device type.
+
+    Those of operations also have the device's compute capability, see ``capability_of``.
+    """
 
     @property
     def device(self) -> str: ...
@@ -90,6 +93,27 @@ class Operation:
                 return each
         have = ", ".join(each.name for each in self.implementations)
         raise ValueError(f"impl={impl!r}: {self.name} has no such implementation; it has {have}")
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Give the compute capability of a CUDA device; (0, 0) where there is none."""
+    # Dynamo folds what is asked of a device's properties, but traces into a cache instead of using it.
+    return _ask_capability(device) if torch.compiler.is_compiling() else _known_capability(device)
+
+
+def _ask_capability(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return (0, 0)
+    card = torch.cuda.get_device_properties(device)
+    return card.major, card.minor
+
+
+_known_capability = lru_cache(maxsize=64)(_ask_capability)
+
+
+def device_of(x: torch.Tensor) -> tuple[str, tuple[int, int]]:
+    """Give what calls hold of a tensor's device: its type and its compute capability."""
+    return x.device.type, capability_of(x.device)
 
 
 def lacks(capability: tuple[int, int], needed: tuple[int, int]) -> str:

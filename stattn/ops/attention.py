@@ -16,7 +16,8 @@ from stattn.ops import _attention_memo as _memo
 from stattn.ops import _cuda, _cuda_bwd, _dense, _validate
 from stattn.ops._attention_check import check as _check
 from stattn.ops._attention_check import real_globals as _real_globals
-from stattn.ops._attention_choice import OPERATION, call_of, capability_of, needs_grad
+from stattn.ops._attention_choice import OPERATION, call_of, needs_grad
+from stattn.ops._dispatch import capability_of
 from stattn.problem import Extras, Problem
 from stattn.reference.attention import attention_backward as _reference_backward
 from stattn.reference.attention import merge as _reference_merge

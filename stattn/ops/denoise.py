@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stattn.grid import is_int
 from stattn.ops import _triton, _validate
-from stattn.ops._dispatch import Implementation, Operation
+from stattn.ops._dispatch import Implementation, Operation, device_of
 from stattn.reference._philox import philox_normal as reference_normal
 from stattn.reference.denoise import KINDS, conversion
 from stattn.reference.denoise import denoise_step as reference
@@ -28,6 +28,7 @@ class DenoiseCall(NamedTuple):
     """
 
     device: str
+    capability: tuple[int, int]
     dtype: torch.dtype
     output: torch.dtype
     patch: tuple[int, int, int] | None
@@ -39,6 +40,7 @@ class NormalCall(NamedTuple):
     """What the choice of an implementation depends on."""
 
     device: str
+    capability: tuple[int, int]
 
 
 def denoise_step(
@@ -136,7 +138,7 @@ def denoise_step(
     for i, each in enumerate(history):
         _validate.one_device("sample", sample, **{f"history[{i}]": each})
     others = tuple(each.dtype for each in (*history, noise, known, generated) if each is not None)
-    call = DenoiseCall(sample.device.type, sample.dtype, output.dtype, patch, zero_star or rescale != 0, others)
+    call = DenoiseCall(*device_of(sample), sample.dtype, output.dtype, patch, zero_star or rescale != 0, others)
     return DENOISE_STEP.choose(impl, call).run(
         sample,
         output,
@@ -187,7 +189,7 @@ def philox_normal(
     elif device is not None:
         device = _validate.device("device", device)
     seeds = _seeds(seed, offset, size[0], torch.empty(0, device=device).device)
-    return PHILOX_NORMAL.choose(impl, NormalCall(seeds.device.type)).run(seeds, offset, size)
+    return PHILOX_NORMAL.choose(impl, NormalCall(*device_of(seeds))).run(seeds, offset, size)
 
 
 def _check_output(
@@ -309,11 +311,11 @@ def _reference_why_not(call: DenoiseCall | NormalCall) -> str | None:
 
 
 def _triton_why_not(call: DenoiseCall) -> str | None:
-    return _triton.why_not(call.device, call.dtype, call.output, *call.others)
+    return _triton.why_not(call.device, call.capability, call.dtype, call.output, *call.others)
 
 
 def _triton_normal_why_not(call: NormalCall) -> str | None:
-    return _triton.why_not(call.device)
+    return _triton.why_not(call.device, call.capability)
 
 
 def _triton_run(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stattn.ops import _validate
-from stattn.ops._dispatch import Implementation, Operation
+from stattn.ops._dispatch import Implementation, Operation, device_of
 from stattn.ops.modulate import check_norm, dtypes_of, fake_gradient, fake_moments, is_per_token, triton_why_not
 from stattn.reference.gate import gate_residual as reference_residual
 from stattn.reference.gate import gate_residual_modulate as reference_residual_modulate
@@ -22,13 +22,14 @@ class GateCall(NamedTuple):
     """
 
     device: str
+    capability: tuple[int, int]
     dtypes: tuple[torch.dtype, ...]
     channels: int
     norm: str | None
 
 
 def _why_not(call: GateCall) -> str | None:
-    return triton_why_not(call.device, call.dtypes, call.channels)
+    return triton_why_not(call.device, call.capability, call.dtypes, call.channels)
 
 
 def _triton_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
@@ -71,7 +72,7 @@ def gate_residual(
     """
     x, y = _check_residual(x, y)
     _validate.per_token(x, frames, gate=gate)
-    call = GateCall(x.device.type, dtypes_of(x, y, gate), x.shape[-1], None)
+    call = GateCall(*device_of(x), dtypes_of(x, y, gate), x.shape[-1], None)
     return GATE_RESIDUAL.choose(impl, call).run(x, y, gate)
 
 
@@ -102,7 +103,7 @@ def gate_residual_modulate(
     x, y = _check_residual(x, y)
     _validate.per_token(x, frames, gate=gate, scale=scale, shift=shift)
     eps = check_norm(x, norm, weight, bias, eps)
-    call = GateCall(x.device.type, dtypes_of(x, y, gate, scale, shift, weight, bias), x.shape[-1], norm)
+    call = GateCall(*device_of(x), dtypes_of(x, y, gate, scale, shift, weight, bias), x.shape[-1], norm)
     return GATE_RESIDUAL_MODULATE.choose(impl, call).run(x, y, gate, scale, shift, norm, weight, bias, eps)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stattn.ops import _triton, _validate
-from stattn.ops._dispatch import Implementation, Operation
+from stattn.ops._dispatch import Implementation, Operation, device_of
 from stattn.reference.modulate import modulate as reference
 
 NORMS = ("layer", "rms")
@@ -21,16 +21,23 @@ class ModulateCall(NamedTuple):
     """What the choice of an implementation depends on. dtypes: of x, then of the other tensors."""
 
     device: str
+    capability: tuple[int, int]
     dtypes: tuple[torch.dtype, ...]
     channels: int
     norm: str
 
 
-def triton_why_not(device: str, dtypes: tuple[torch.dtype, ...], channels: int) -> str | None:
+def triton_why_not(
+    device: str, capability: tuple[int, int], dtypes: tuple[torch.dtype, ...], channels: int
+) -> str | None:
     """Say why the Triton kernels of ``modulate`` and ``gate`` do not serve such tensors, or None."""
     if channels > MAX_CHANNELS:
         return f"serves at most {MAX_CHANNELS} channels, the call has {channels}"
-    return _triton.why_not(device, *dtypes)
+    return _triton.why_not(device, capability, *dtypes)
+
+
+def _why_not(call: ModulateCall) -> str | None:
+    return triton_why_not(call.device, call.capability, call.dtypes, call.channels)
 
 
 def _triton_run(
@@ -48,7 +55,7 @@ def _triton_run(
 MODULATE = Operation(
     "modulate",
     (
-        Implementation("triton", lambda call: triton_why_not(call.device, call.dtypes, call.channels), _triton_run),
+        Implementation("triton", _why_not, _triton_run),
         Implementation("reference", lambda call: None, reference),
     ),
 )
@@ -85,7 +92,7 @@ def modulate(
     x = _validate.tensor("x", x, "[B, N, C]")
     _validate.per_token(x, frames, scale=scale, shift=shift)
     eps = check_norm(x, norm, weight, bias, eps)
-    call = ModulateCall(x.device.type, dtypes_of(x, scale, shift, weight, bias), x.shape[-1], norm)
+    call = ModulateCall(*device_of(x), dtypes_of(x, scale, shift, weight, bias), x.shape[-1], norm)
     return MODULATE.choose(impl, call).run(x, scale, shift, norm, weight, bias, eps)
 
 

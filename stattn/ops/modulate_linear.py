@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stattn.ops import _triton, _validate
-from stattn.ops._dispatch import Implementation, Operation
+from stattn.ops._dispatch import Implementation, Operation, device_of
 from stattn.ops.modulate import check_norm, dtypes_of, is_per_token, modulate
 from stattn.reference.modulate_linear import modulate_linear as reference
 
@@ -20,6 +20,7 @@ class ModulateLinearCall(NamedTuple):
     """What the choice of an implementation depends on. dtypes: of x and the matrix, then of the other tensors."""
 
     device: str
+    capability: tuple[int, int]
     dtypes: tuple[torch.dtype, ...]
     features: int
     per_token: bool
@@ -49,7 +50,7 @@ def _triton_run(
 MODULATE_LINEAR = Operation(
     "modulate_linear",
     (
-        Implementation("triton", lambda call: _triton.why_not(call.device, *call.dtypes), _triton_run),
+        Implementation("triton", lambda call: _triton.why_not(call.device, call.capability, *call.dtypes), _triton_run),
         Implementation("reference", lambda call: None, reference),
     ),
 )
@@ -94,7 +95,7 @@ def modulate_linear(
     given = (x, matrix, matrix_bias, scale, shift, weight, bias)
     tracked = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given)
     per_token = is_per_token(scale, x) or is_per_token(shift, x)
-    call = ModulateLinearCall(x.device.type, dtypes_of(*given), features, per_token, tracked)
+    call = ModulateLinearCall(*device_of(x), dtypes_of(*given), features, per_token, tracked)
     chosen = MODULATE_LINEAR.choose(impl, call)
     if chosen.name == "triton" and not call.fused:
         rest: dict[str, Any] = {"norm": norm, "weight": weight, "bias": bias, "eps": eps, "frames": frames}

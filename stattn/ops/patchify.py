@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stattn.grid import Grid, as_grid, is_int
 from stattn.ops import _triton, _validate
-from stattn.ops._dispatch import Implementation, Operation
+from stattn.ops._dispatch import Implementation, Operation, device_of
 from stattn.reference.patchify import patchify3d as reference_patchify
 from stattn.reference.patchify import unpatchify3d as reference_unpatchify
 
@@ -19,6 +19,7 @@ class PatchifyCall(NamedTuple):
     """What the choice of an implementation depends on. others: the dtypes of bias and pos, where there are any."""
 
     device: str
+    capability: tuple[int, int]
     dtype: torch.dtype
     channels: int
     patch: tuple[int, int, int]
@@ -26,13 +27,13 @@ class PatchifyCall(NamedTuple):
 
 
 def _patchify_why_not(call: PatchifyCall) -> str | None:
-    return _triton.why_not(call.device, call.dtype, *call.others)
+    return _triton.why_not(call.device, call.capability, call.dtype, *call.others)
 
 
 def _unpatchify_why_not(call: PatchifyCall) -> str | None:
     if call.dtype.itemsize > 8:
         return f"moves values of at most 8 bytes, the tokens are {call.dtype}"
-    return _triton.why_not(call.device)  # values are moved as integers
+    return _triton.why_not(call.device, call.capability)  # values are moved as integers
 
 
 def _triton_patchify(x: Tensor, weight: Tensor, bias: Tensor | None, pos: Tensor | None) -> Tensor:
@@ -109,7 +110,7 @@ def patchify3d(
         _validate.shaped("pos", pos, "[N, E]", (tokens, features))
     _validate.one_device("x", x, weight=weight, bias=bias, pos=pos)
     others = tuple(each.dtype for each in (bias, pos) if each is not None)
-    call = PatchifyCall(x.device.type, x.dtype, channels, patch, others)
+    call = PatchifyCall(*device_of(x), x.dtype, channels, patch, others)
     return PATCHIFY.choose(impl, call).run(x, weight, bias, pos)
 
 
@@ -149,7 +150,7 @@ def unpatchify3d(
     size = full if size is None else _validate.triple("size", size)
     if any(not most - p < each <= most for each, most, p in zip(size, full, patch, strict=True)):
         raise ValueError(f"size={size} must end in the last patch: the grid {grid.shape} of patches {patch} has {full}")
-    call = PatchifyCall(tokens.device.type, tokens.dtype, channels, patch)
+    call = PatchifyCall(*device_of(tokens), tokens.dtype, channels, patch)
     return UNPATCHIFY.choose(impl, call).run(tokens, grid.shape, grid.before, patch, channels, size)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stattn.grid import is_int
 from stattn.ops import _triton, _validate
-from stattn.ops._dispatch import Implementation, Operation
+from stattn.ops._dispatch import Implementation, Operation, device_of
 from stattn.reference.qk_norm_rope import qk_norm_rope as reference
 from stattn.reference.qk_norm_rope import qk_norm_rope_ as reference_in_place
 from stattn.rope import RopeTables
@@ -20,6 +20,7 @@ class QKNormRopeCall(NamedTuple):
     """What the choice of an implementation depends on. weights: the dtypes of the weights that are given."""
 
     device: str
+    capability: tuple[int, int]
     dtype: torch.dtype
     heads: int
     head_dim: int
@@ -192,13 +193,13 @@ def _call(
 ) -> QKNormRopeCall:
     weights = tuple(each.dtype for each in (q_weight, k_weight) if each is not None)
     heads = max(q.shape[2], k.shape[2])
-    return QKNormRopeCall(q.device.type, q.dtype, heads, q.shape[3], across_heads, interleaved, weights)
+    return QKNormRopeCall(*device_of(q), q.dtype, heads, q.shape[3], across_heads, interleaved, weights)
 
 
 def triton_why_not(call: QKNormRopeCall) -> str | None:
     if call.heads * call.head_dim > MOST_FEATURES:
         return f"holds a token's {call.heads} heads of {call.head_dim} in registers, at most {MOST_FEATURES} features"
-    return _triton.why_not(call.device, call.dtype, *call.weights)
+    return _triton.why_not(call.device, call.capability, call.dtype, *call.weights)
 
 
 def _reference_why_not(call: QKNormRopeCall) -> str | None:

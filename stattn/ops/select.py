@@ -11,7 +11,7 @@ import torch
 from stattn.blocks import BlockList, block_list, tile_count
 from stattn.grid import Grid, Triple, as_grid, check_triple, is_int
 from stattn.ops import _triton, _validate
-from stattn.ops._dispatch import Implementation, Operation
+from stattn.ops._dispatch import Implementation, Operation, device_of
 from stattn.reference import select as reference
 
 
@@ -19,6 +19,7 @@ class SelectCall(NamedTuple):
     """The metadata by which implementations say whether they serve a call."""
 
     device: str
+    capability: tuple[int, int]
     dtype: torch.dtype
     head_dim: int
     k_tiles: int = 1
@@ -54,7 +55,7 @@ def _reference(
 
 
 def _triton_why_not(call: SelectCall) -> str | None:
-    reason = _triton.why_not(call.device, call.dtype)
+    reason = _triton.why_not(call.device, call.capability, call.dtype)
     if reason is None and call.k_tiles > MOST_TILES:
         reason = f"selects from at most {MOST_TILES} key tiles, not {call.k_tiles}"
     return reason
@@ -163,7 +164,7 @@ def _select(
 
 
 def _call(q: torch.Tensor, shape: Triple, k_tile: Triple) -> SelectCall:
-    return SelectCall(q.device.type, q.dtype, q.shape[3], tile_count(shape, k_tile))
+    return SelectCall(*device_of(q), q.dtype, q.shape[3], tile_count(shape, k_tile))
 
 
 def _check(
