@@ -245,9 +245,7 @@ def test_backward(
         for name in calls:
             assert_close(backward(name, 0), want)
         del want
-        contenders = {
-            f"ops/{name}/bwd/{shape_name}": (lambda copy, name=name: backward(name, copy)) for name in calls
-        }
+        contenders = {f"ops/{name}/bwd/{shape_name}": (lambda copy, name=name: backward(name, copy)) for name in calls}
         time_and_record(report, contenders, f"{operation}/bwd/{shape_name}", size, copies, device)
         touch(benchmark, lambda: backward(operation, 0), device)
 

@@ -57,9 +57,7 @@ def draw(shape: Shape, device: str, copies: int, grad: bool = False) -> tuple[li
     weights = [1 + torch.randn(shape.heads * shape.dim, device=device, dtype=dtype) / 10 for _ in range(2)]
     given = []
     for _ in range(copies):
-        q, k = (
-            torch.randn(1, shape.grid.tokens, shape.heads, shape.dim, device=device, dtype=dtype) for _ in range(2)
-        )
+        q, k = (torch.randn(1, shape.grid.tokens, shape.heads, shape.dim, device=device, dtype=dtype) for _ in range(2))
         given.append([x.detach().requires_grad_(grad) for x in (q, k, *weights)])
     return given, rope_tables(shape.grid, shape.dim, device=device)
 

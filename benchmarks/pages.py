@@ -1,4 +1,4 @@
-"""Write the measured numbers of README.md and docs/results.md from the committed results files.
+"""Write the measured numbers of README.md, docs/results.md and docs/video.md from the committed results files.
 
     python -m benchmarks.pages         # after a results file changed; tests/test_results_pages.py fails until then
 
@@ -8,76 +8,20 @@ it. Only the words are written here: every number comes from a file, and a row t
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-from stattn import results
+from benchmarks import video_pages
+from benchmarks.result_tables import ROOT, Run, shown, table
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/video.md")
 BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
-
-
-def shown(value: float, unit: str) -> str:
-    """Format a measured value with three digits and its unit; what takes less than a millisecond in microseconds."""
-    if unit == "ms" and value < 1:
-        value, unit = value * 1e3, "us"
-    digits = max(0, 2 - math.floor(math.log10(value)))
-    return f"{value:.{digits}f} {unit}"
-
-
-class Run:
-    """Hold the results of one file, by name."""
-
-    def __init__(self, stem: str):
-        self.path = f"benchmarks/results/{stem}.json"
-        self.report = results.read(ROOT / self.path)
-        self.rows = {row.name: row for row in self.report.results}
-
-    def row(self, name: str) -> results.Result:
-        if name not in self.rows:
-            raise KeyError(f"{self.path} has no result {name!r}")
-        return self.rows[name]
-
-    def __call__(self, name: str) -> str:
-        """A result as it is shown."""
-        row = self.row(name)
-        return shown(row.value, row.unit)
-
-    def base(self, name: str) -> str:
-        """What a result was timed beside."""
-        row = self.row(name)
-        if row.baseline is None:
-            raise KeyError(f"{self.path}: {name!r} has no baseline")
-        return shown(row.baseline.value, row.unit)
-
-    def ratio(self, name: str, other: str | None = None) -> float:
-        """A result's value as a multiple of its baseline, or of another result of the file."""
-        row = self.row(name)
-        if other is None:
-            assert row.baseline is not None
-            return row.value / row.baseline.value
-        return row.value / self.row(other).value
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]], *runs: Run) -> str:
-    """Lay out a table, and below it the files that its numbers are from with their commands."""
-    head = list(head)
-    lines = [head, ["---"] * len(head), *(list(row) for row in rows)]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    for run in runs:
-        name, machine = run.path.split("/results/")[1], run.report.gpu.removeprefix("none ").strip("()")
-        text += f"\n[{name}](../{run.path}), {machine}: `{run.report.command}`\n"
-    return text
 
 
 def headline() -> str:
     peers, backward, step = Run("h200/attention"), Run("h200/attention_cuda_bwd"), Run("h200/step")
-    hosts, sampler, denoise, cpu = Run("h200/diffusers"), Run("h100/sampler"), Run("h200/denoise"), Run("cpu/attention")
+    hosts, sampler = Run("h200/diffusers"), Run("h200/sampler_beside_diffusers")
+    denoise, cpu = Run("h200/denoise"), Run("cpu/attention")
     dense, wan = "dense_bwd/wan-1.3b-480p", "step/wan2.1-1.3b-480p"
     sample = "sampler/wan2.1-1.3b-480p"
     host, blocks = "diffusers/wan2.1-1.3b-480p", "diffusers/hunyuanvideo-1.5-720p-121-frames-2-blocks"
@@ -120,7 +64,7 @@ def headline() -> str:
             f"as it comes {hosts(f'{blocks}/original')}, {hosts(f'{blocks}/original/memory')}",
         ],
         [
-            "50 steps of Wan-1.3B as one CUDA graph, H100: dense; sliding tile, 10 %",
+            "50 steps of Wan-1.3B as one CUDA graph: dense; sliding tile, 10 %",
             f"{sampler(f'{sample}/stattn-dense')}; {sampler(f'{sample}/stattn-sliding_tile')}",
             f"diffusers, compiled, cuDNN {sampler(f'{sample}/diffusers')}",
         ],
@@ -135,7 +79,7 @@ def headline() -> str:
             f"PyTorch, dense {shown(cpu.row('attention/sdpa/dense_fwd/wan-1.3b-480p-2-heads').value / 1e3, 's')}",
         ],
     ]
-    return table(["H200 but where said, bf16, medians; random weights", "stattn", "in the same run"], rows)
+    return table(["H200, bf16, medians; random weights", "stattn", "in the same run"], rows)
 
 
 def dense(card: str = "h200") -> str:
@@ -244,7 +188,7 @@ def steps() -> str:
 
 
 def densities() -> str:
-    run = Run("h200/step_4_layers")
+    run = Run("h200/step")
     shape = "step/wan2.1-1.3b-480p-4-layers"
     windows = ("3, 9, 19", "5, 13, 25", "11, 19, 33", "15, 23, 41", "19, 27, 47")
     kinds = {
@@ -267,7 +211,7 @@ def densities() -> str:
 
 
 def samples() -> str:
-    run = Run("h100/sampler")
+    run = Run("h200/sampler_beside_diffusers")
     shape = "sampler/wan2.1-1.3b-480p"
     rows = []
     for kind, words in (
@@ -378,54 +322,8 @@ def cpu() -> str:
     return table(["21 x 30 x 52, two heads of 128, fp32", "`reference`, beside PyTorch's dense attention"], rows, run)
 
 
-def shipped() -> str:
-    captions = _record("benchmarks/results/h100/tiny_evaluation.json")["evaluation"]
-    camera = _record("stattn/weights/camera.json")["evaluation"]
-    memory = _record("benchmarks/results/h200/memory_evaluation.json")["evaluation"]
-    attention = _record("benchmarks/results/h200/video_consistency.json")["kinds"]
-    run, sample = Run("h200/video_sampler"), "video_sampler/8/captions/stattn"
-    drawn, seen = captions["masks"]["full()"], ("colour", "shape", "direction")
-
-    def percent(found: dict[str, float], *names: str) -> str:
-        return ", ".join(f"{found[name]:.0%}".replace("%", " %") for name in names)
-
-    def moves(found: dict[str, float]) -> str:
-        return f"{found['pan_r2']:.2f}, {found['zoom_r2']:.2f}"
-
-    flickers = [f"{attention[kind]['flicker_ratio']['mean']:.1f}" for kind in ("full", "per frame")]
-    rows = [
-        [
-            f"{captions['clips']} captions: colour, shape and direction of the main object",
-            percent(drawn, *seen),
-            f"{percent(captions['real'], *seen)}; {percent(captions['shuffled'], *seen)}",
-        ],
-        ["flicker, beside that of real clips", f"{drawn['flicker_ratio']:.2f}", "1"],
-        [
-            "camera: R² of recovered and requested pan, zoom",
-            moves(camera["generated"]),
-            f"{moves(camera['real'])}; {moves(camera['shuffled'])}",
-        ],
-        [
-            f"memory, {memory['clips']} clips: an object that comes back has its colour; without memory tokens",
-            f"{percent(memory['with'], 'colour')}; {percent(memory['without'], 'colour')}",
-            f"{percent(memory['real'], 'colour')}; {percent(memory['shuffled'], 'colour')}",
-        ],
-        [
-            "30 steps in a CUDA graph, 8 clips, beside PyTorch's fastest attention",
-            f"{run(sample)}, {run.base(sample)}",
-            "",
-        ],
-        ["flicker of full and of frame-by-frame attention, small models", ", ".join(flickers), "1"],
-    ]
-    return table(["checks of the video system, fixed seeds, Hopper", "result", "real clips; unrelated ones"], rows)
-
-
-def _record(path: str) -> dict[str, Any]:
-    return json.loads((ROOT / path).read_text(encoding="utf-8"))
-
-
 TABLES: dict[str, Callable[[], str]] = {
-    "shipped": shipped,
+    **video_pages.TABLES,
     "headline": headline,
     "dense": dense,
     "masked": masked,

@@ -58,7 +58,7 @@ class Backward(NamedTuple):
     warps: int
 
 
-# H100, Wan-14B and Wan-1.3B, us: 751 and 100.5; 762 and 101.9; 767 and 102.3; 758 and 100.6. A copy: 770 and 102.3.
+# H200, Wan-14B and Wan-1.3B, us: 528 and 71.4; 626 and 83.6; not measured; 634 and 83.3. A copy: 542 and 72.9.
 CONFIGS = (Forward(8, 1024, 1), Forward(4, 512, 1), Forward(8, 1024, 4), Forward(4, 1024, 1))
 BACKWARD_CONFIGS = (
     Backward(8, 1024, 3, 132 * 32),

@@ -27,8 +27,7 @@ PLANS = "tests/test_plan.py::test_tables_show_what_the_mask_allows_in_parts_of_t
 ATTENTION = "tests/test_attention_kernels.py::test_results_and_gradients_are_within_rule_1"
 AWKWARD = "tests/test_probes.py::test_every_constructor_is_seen_as_it_is_on_awkward_grids"
 HOSTS = (
-    "tests/test_integrations.py::"
-    "test_every_family_equals_a_dense_masked_run_on_two_grids_and_undo_restores_it_bitwise"
+    "tests/test_integrations.py::test_every_family_equals_a_dense_masked_run_on_two_grids_and_undo_restores_it_bitwise"
 )
 
 
@@ -211,7 +210,9 @@ BUGS = (
         "kernels/patchify_bwd.py",
         "            if (e0 + BLOCK_E) % SPAN == 0:\n",
         "            if e0 + BLOCK_E >= E:\n",
-        ("tests/test_patchify_kernels.py::test_long_float32_sums_do_not_lose_small_terms_beside_a_huge_one[features-results1-cpu]",),
+        (
+            "tests/test_patchify_kernels.py::test_long_float32_sums_do_not_lose_small_terms_beside_a_huge_one[features-results1-cpu]",
+        ),
     ),
     Bug(
         "modulate-kernel-forgets-one-plus-scale",
@@ -232,7 +233,9 @@ BUGS = (
         "kernels/gate.py",
         "group_address(gate, group, groups, gate_b, gate_r) + cols\n        shared",
         "group_address(gate, group // groups * groups, groups, gate_b, gate_r) + cols\n        shared",
-        ("tests/test_modulate_kernels.py::test_the_sum_is_that_of_eager_pytorch_bit_by_bit_in_both_kernels[cpu-dtype1]",),
+        (
+            "tests/test_modulate_kernels.py::test_the_sum_is_that_of_eager_pytorch_bit_by_bit_in_both_kernels[cpu-dtype1]",
+        ),
     ),
     Bug(
         "rope-kernel-swaps-h-and-w",
@@ -270,7 +273,9 @@ BUGS = (
         "kernels/denoise.py",
         "    p = tl.where(to_output == 0, 0.0, to_output * o)\n",
         "    p = tl.where(to_output == 0, 0.0, -to_output * o)\n",
-        ("tests/test_denoise_kernels.py::test_every_step_is_as_close_to_float64_as_eager_code[cpu-state0-output0-euler]",),
+        (
+            "tests/test_denoise_kernels.py::test_every_step_is_as_close_to_float64_as_eager_code[cpu-state0-output0-euler]",
+        ),
     ),
     Bug(
         "higher-tile-wins-a-tie",
@@ -452,7 +457,9 @@ BUGS = (
         "stattn/ops/_cuda_plan.py",
         "(rule.lo[row] <= first).all() and (rule.hi[row] >= end).all()",
         "rule.lo[row][0] <= first and rule.hi[row][0] >= end",
-        ("tests/test_attention_cuda_plan.py::test_queries_that_see_every_key_of_a_region_are_planned_and_run_as_dense",),
+        (
+            "tests/test_attention_cuda_plan.py::test_queries_that_see_every_key_of_a_region_are_planned_and_run_as_dense",
+        ),
     ),
     Bug(
         "cuda-boxes-partly-seen-go-without-masks",

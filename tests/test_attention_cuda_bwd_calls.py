@@ -1,6 +1,6 @@
 """The CUDA kernels of the attention backward on a Hopper GPU: memory and layouts, order, streams, graphs, compile.
 
-    python -m pytest -m gpu tests/test_attention_cuda_bwd_calls.py --record FILE
+python -m pytest -m gpu tests/test_attention_cuda_bwd_calls.py --record FILE
 """
 
 from __future__ import annotations
@@ -185,9 +185,7 @@ def test_offsets_beyond_two_to_the_31_are_right() -> Covered:
 @pytest.mark.parametrize(
     "batch, heads, shape", [(16_384, 4, (1, 1, 7)), (36_000, 4, (3, 1, 2)), (65_536, 1, (1, 1, 1))]
 )
-def test_as_many_heads_and_samples_as_there_are_places_have_gradients(
-    batch: int, heads: int, shape: Triple
-) -> Covered:
+def test_as_many_heads_and_samples_as_there_are_places_have_gradients(batch: int, heads: int, shape: Triple) -> Covered:
     for mask, way in itertools.product((masks.full(), masks.temporal()), WAYS):
         case = Case(Grid(*shape), mask, heads=heads, options={"deterministic": way})
         tensors = draw(batch, case.grid.video, heads, 64, dtype=torch.bfloat16, device=DEVICE)
@@ -417,9 +415,7 @@ def test_a_graph_replays_with_new_inputs(kind: str, way: bool) -> Covered:
     dout = torch.randn_like(tensors[0]).detach()
 
     def call() -> list[torch.Tensor]:
-        out, lse = stattn.attention(
-            *tensors, grid, mask, valid=valid, return_lse=True, impl="cuda", deterministic=way
-        )
+        out, lse = stattn.attention(*tensors, grid, mask, valid=valid, return_lse=True, impl="cuda", deterministic=way)
         return [out, lse, *torch.autograd.grad(out, tensors, dout)]
 
     stream = torch.cuda.Stream()

@@ -198,9 +198,7 @@ def test_results_and_gradients_are_within_rule_1(way: bool, dim: int, dtype: str
         case.options["deterministic"] = way
         if name in UNSERVED or name.startswith("dim") or refusal(case, torch.bfloat16, dim) is not None:
             continue
-        check_numbers(
-            case, **(given | {"dim": dim, "dtype": getattr(torch, dtype), "device": DEVICE, "impl": "cuda"})
-        )
+        check_numbers(case, **(given | {"dim": dim, "dtype": getattr(torch, dtype), "device": DEVICE, "impl": "cuda"}))
         covered.update(calls=1)
     for case, given in (
         (Case(Grid(5, 9, 11), masks.full()), {"batch": 2}),

@@ -1,6 +1,6 @@
 """The proof of the Triton attention, on a GPU, continued: memory, layout, order, streams, graphs, random calls.
 
-    python -m pytest -m gpu tests/test_attention_proof_calls.py --record build/attention_proof_calls.json
+python -m pytest -m gpu tests/test_attention_proof_calls.py --record build/attention_proof_calls.json
 """
 
 from __future__ import annotations

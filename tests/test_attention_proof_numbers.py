@@ -1,6 +1,6 @@
 """The proof of the Triton attention, on a GPU, continued: numbers against float64, and calls of production length.
 
-    python -m pytest -m gpu tests/test_attention_proof_numbers.py --record build/attention_proof_numbers.json
+python -m pytest -m gpu tests/test_attention_proof_numbers.py --record build/attention_proof_numbers.json
 """
 
 from __future__ import annotations

@@ -397,7 +397,5 @@ def test_gpus_with_little_shared_memory_get_configs_that_fit_it(
     shape = (2, 16, 16)
     problem = Problem(Grid(*shape), (masks.window(1, 5, 5),), whole(shape), whole(shape), True, "all", 1.0)
     for configs, by_key in ((forward.CONFIGS, False), (backward.DQ_CONFIGS, False), (backward.DKDV_CONFIGS, True)):
-        made = forward.make_plan.__wrapped__(
-            problem, 1, dim, size, False, by_key, configs, torch.device("cpu")
-        )
+        made = forward.make_plan.__wrapped__(problem, 1, dim, size, False, by_key, configs, torch.device("cpu"))
         assert dim <= made.config.little

@@ -122,9 +122,7 @@ def assert_close(got: Tensor, eager: Tensor, exact: Tensor, what: str) -> None:
     # A sum of c terms one after the other is off by 0.2 sqrt(c) roundings of itself (each partial sum of i terms rounds
     # by 0.29 eps sqrt(i)): 4 for the 400 terms that a program sums at the sizes below.
     slack = (4 if "weight" in what else 1) * torch.finfo(torch.float32).eps * size
-    assert rms <= 1.1 * eager_rms + slack, (
-        f"{what}: RMS error {rms:.3e}, eager {eager_rms:.3e}"
-    )
+    assert rms <= 1.1 * eager_rms + slack, f"{what}: RMS error {rms:.3e}, eager {eager_rms:.3e}"
 
 
 NAMES = ("q'", "k'", "dq", "dk", "dq_weight", "dk_weight")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import pages
+from benchmarks import pages, result_tables
 
 pytestmark = pytest.mark.smoke
 
@@ -33,7 +33,7 @@ def test_a_number_that_was_changed_by_hand_is_set_right():
 
 def test_a_row_that_no_file_has_is_named():
     with pytest.raises(KeyError, match=r"h200/step\.json has no result 'step/nothing'"):
-        pages.Run("h200/step")("step/nothing")
+        result_tables.Run("h200/step")("step/nothing")
 
 
 @pytest.mark.parametrize(
@@ -41,4 +41,4 @@ def test_a_row_that_no_file_has_is_named():
     [(0.0216, "ms", "21.6 us"), (9.1099, "ms", "9.11 ms"), (44.96, "ms", "45.0 ms"), (1526.6, "ms", "1527 ms")],
 )
 def test_values_are_shown_with_three_digits(value, unit, text):
-    assert pages.shown(value, unit) == text
+    assert result_tables.shown(value, unit) == text
