@@ -351,11 +351,14 @@ def attention_backward(
     """Compute what ``attention_bwd.attention_backward`` does, by runs where they serve."""
     by_query = by_key = None
     if dout is not None and k.numel():
-        tensors = (q, k, v, dout)
-        by_query = choose(tensors, problem, extras, False, DQ_CONFIGS, general_bwd.DQ_CONFIGS)
-        by_key = choose(tensors, problem, extras, True, DKDV_CONFIGS, general_bwd.DKDV_CONFIGS)
+        by_query = choose((q, k, v), problem, extras, False, DQ_CONFIGS, general_bwd.DQ_CONFIGS)
+        by_key = choose((q, k, v), problem, extras, True, DKDV_CONFIGS, general_bwd.DKDV_CONFIGS)
     if by_query is None or by_key is None or dout is None:
         return general_bwd.attention_backward(dout, dlse, q, k, v, out, lse, problem, extras)
+    if not _aligned(dout):
+        # Such as the expanded number that is the gradient of a sum. The copy is one more of the tensors of this size
+        # that a backward reads or writes, nine at least, and general kernels would take longer than that.
+        dout = dout.clone(memory_format=torch.contiguous_format)
     batch, tokens, heads, dim = q.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     shared = shared_arguments(q, k, problem, extras)

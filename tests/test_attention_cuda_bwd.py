@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from test_attention_cuda import SHAPES, planned_masks, problem
 from test_probes import UNIONS
 
@@ -224,6 +225,25 @@ def test_boxes_of_queries_lie_apart_where_that_costs_little() -> None:
 def test_a_step_that_no_copy_of_statistics_takes_is_named() -> None:
     given = problem((2, 3, 40), masks.window(1, 1, 3, dilation=(1, 1, 9)))
     assert "is dilated by 9 on its last axis" in (_cuda_bwd_plan.why_not(given) or "")
+
+
+def test_a_gradient_is_copied_only_where_tensor_copies_do_not_read_it() -> None:
+    dout = torch.randn(2, 24, 2, 64, dtype=torch.float16)
+    heads_first = dout.transpose(1, 2).contiguous().transpose(1, 2)
+    for given in (dout, heads_first, dout[:1].expand(2, -1, -1, -1), dout[..., :32]):
+        assert _cuda_bwd.readable(given) is given
+    odd, shifted = torch.zeros(2, 24, 2, 67, dtype=dout.dtype)[..., :64], torch.zeros(dout.numel() + 1).half()[1:]
+    for given in (
+        torch.ones((), dtype=dout.dtype).expand_as(dout),  # the gradient of a sum
+        dout[:, :1].expand(-1, 24, -1, -1),
+        odd.copy_(dout),
+        shifted.view_as(dout).copy_(dout),  # contiguous, but no copy reads from such an address
+    ):
+        found = _cuda_bwd.readable(given)
+        assert found.data_ptr() != given.data_ptr()
+        assert found.data_ptr() % 16 == 0
+        assert found.is_contiguous()
+        assert torch.equal(found, given)
 
 
 def test_statistics_are_padded_as_the_kernels_expect() -> None:

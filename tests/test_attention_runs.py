@@ -140,6 +140,21 @@ def test_a_sample_depends_on_nothing_but_itself_bitwise() -> None:
         assert same(alone, [x[one] for x in together])
 
 
+def test_a_gradient_that_tensor_copies_do_not_read_is_copied_for_them(taken: list[str]) -> None:
+    """That of a sum is one number; others lie at odd strides, or begin at an odd address."""
+    tensors = draw(1, 24, 2, 16, dtype=HALF)
+    dout = torch.randn(1, 24, 2, 16, dtype=HALF)
+    odd, shifted = torch.zeros(1, 24, 2, 19, dtype=HALF)[..., :16], torch.zeros(24 * 32 + 1, dtype=HALF)[1:]
+    number = torch.full((), 0.5, dtype=HALF).expand(1, 24, 2, 16)
+    heads = dout[:, :, :1].expand(-1, -1, 2, -1)
+    for given in (number, heads, dout, odd.copy_(dout), shifted.view(1, 24, 2, 16).copy_(dout)):
+        found = gradients(tensors, given, None, (2, 3, 4))
+        assert taken == ALL
+        taken.clear()
+        assert same(found, gradients(tensors, given.clone(memory_format=torch.contiguous_format), None, (2, 3, 4)))
+        taken.clear()
+
+
 def test_a_gradient_of_the_lse_alone_is_left_to_other_kernels(taken: list[str]) -> None:
     tensors = draw(1, 24, 1, 16, dtype=HALF)
     found = gradients(tensors, None, torch.randn(1, 1, 24), (2, 3, 4))

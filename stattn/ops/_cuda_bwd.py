@@ -60,8 +60,7 @@ def run(
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     dout = torch.zeros_like(out) if dout is None else dout
-    if not _is_readable(dout):
-        dout = dout.contiguous()  # an expanded gradient, such as that of a sum, has strides that no copy takes
+    dout = readable(dout)
     dlse = dlse if dlse is None else dlse.float().contiguous()
     valid = extras.valid if problem.grid.globals else None
     call = Call(q, k, v, dout, dlse, out, lse, dq, dk, dv, valid if valid is None else valid.contiguous())
@@ -153,10 +152,16 @@ def _sums(q: torch.Tensor, boxes: list[int]) -> int:
     return q.shape[0] * q.shape[2] * count * SUMS
 
 
-def _is_readable(x: torch.Tensor) -> bool:
-    """Say whether the kernels can copy from a tensor as it lies."""
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """Give a tensor as the kernels can copy from it: itself, or a copy.
+
+    An expanded gradient, such as that of a sum, has strides that no tensor copy takes; one that is contiguous may begin
+    at an odd address.
+    """
     aligned = all(stride * x.element_size() % _cuda.ALIGNMENT == 0 for stride in x.stride()[:3])
-    return x.stride(3) == 1 and aligned and x.stride(1) > 0 and x.data_ptr() % _cuda.ALIGNMENT == 0
+    if x.stride(3) == 1 and aligned and x.stride(1) > 0 and x.data_ptr() % _cuda.ALIGNMENT == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def stats_rows(layout: list[int]) -> int:
