@@ -356,8 +356,8 @@ def advance(
         return following, target
     batch, channels, frames, height, width = size
     places = frames * height * width
-    if seeds is not None and noise_weight == 0 and known_weights[1] == 0:
-        seeds = None
+    if seeds is not None:
+        seeds = None if noise_weight == 0 and known_weights[1] == 0 else seeds.contiguous()
     if seeds is not None and places % 4:
         # Counters make four numbers each: a tile draws whole fours only where channels begin with one.
         noise, seeds = philox_normal(seeds, offset, size), None

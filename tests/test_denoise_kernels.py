@@ -228,6 +228,16 @@ def test_a_step_draws_what_philox_normal_draws(device: str) -> None:
             assert_same(call(options, "triton"), call(given, "triton"))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_seeds_may_have_any_stride(device: str) -> None:
+    options = problem("seed", SMALL[0], torch.float32, torch.float32, device, None)
+    assert SMALL[0][0] == 2
+    for seeds in (torch.tensor([3, 8, 5], device=device)[::2], torch.tensor([7], device=device).expand(2)):
+        for impl in ("triton", "reference"):
+            given = options | {"seed": seeds}
+            assert_same(call(given, impl), call(given | {"seed": seeds.contiguous()}, impl))
+
+
 # Layout.
 
 

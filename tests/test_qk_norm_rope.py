@@ -131,6 +131,8 @@ def test_keys_of_a_cache_are_turned_by_angles_of_their_own():
         qk_norm_rope(q, cache, None, None, rope)
     with pytest.raises(ValueError, match="k_rope needs rope"):
         qk_norm_rope(q, cache, None, None, None, k_rope=k_rope)
+    with pytest.raises(ValueError, match=r"k_rope turns \(8, 2, 2\) features .*, rope \(4, 4, 4\): they must be equal"):
+        qk_norm_rope(q, cache, None, None, rope, k_rope=rope_tables((3, 2, 3), 12, split=(8, 2, 2)))
 
 
 @pytest.mark.parametrize("across_heads", [False, True])

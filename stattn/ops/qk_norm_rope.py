@@ -58,7 +58,8 @@ def qk_norm_rope(
     Returns (q', k') of the inputs' shapes and dtype. Norm and rotation are computed in float32 (float64 when an input
     is) from float32 angles, and rounded once at the end: not between the two, as eager code in 16 bits does.
     Differentiable in q, k and weights, once by Triton; its gradients are bitwise reproducible.
-    Raises ValueError or TypeError for wrong shapes, dtypes, devices, an odd D, or tables of another grid.
+    Raises ValueError or TypeError for wrong shapes, dtypes, devices, an odd D, tables of another grid, or angles of q
+    and k that split the features in two ways.
     RMSNorm: arXiv:1910.07467; rotary embedding: arXiv:2104.09864.
     """
     k_rope, eps, call = check(q, k, q_weight, k_weight, rope, k_rope, across_heads, eps, interleaved)
@@ -89,6 +90,10 @@ def check(
     _check_pair(q, k, q_weight, k_weight, across_heads, interleaved)
     _check_rope("rope", rope, "q", q)
     _check_rope("k_rope", k_rope, "k", k)
+    if rope is not None and k_rope is not None:
+        splits = [tuple(2 * each.shape[2] for each in (tables.t, tables.h, tables.w)) for tables in (rope, k_rope)]
+        if splits[0] != splits[1]:
+            raise ValueError(f"k_rope turns {splits[1]} features with t, h and w, rope {splits[0]}: they must be equal")
     return k_rope, _validate.epsilon(eps), _call(q, k, q_weight, k_weight, across_heads, interleaved)
 
 
