@@ -13,39 +13,42 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 HEAD = """# Public names
 
-Each with the first sentence of its docstring; `help(stattn.attention)` shows the rest: shapes, dtypes, units, what is
-raised, and the source of the formula. Written by `python docs/api.py`. What is not listed here may change without
-notice.
+Every public function and class, with the first sentence of its docstring. `help(stattn.attention)` shows the rest:
+shapes, dtypes, units, errors, and the source of each formula. Names that are not listed here may change without notice.
+This page is written by `python docs/api.py`.
 """
-# module: (what the section says, the names; all functions and classes that are listed in __all__ when there are none)
+# module: (a sentence about it, its public names; when none are given, all functions and classes of its __all__)
 SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "stattn": ("The operations, and what they are told of the tokens.", ()),
+    "stattn": ("The operations, and the types that describe tokens to them.", ()),
     "stattn.masks": (
-        "Named masks; `&` and `|` combine them. Every mask has `allowed`, `density`, `tiles`, `draw` and `pack`.",
+        "Named masks, combined by `&` and `|`. Every mask has `allowed`, `density`, `tiles`, `draw` and `pack`.",
         ("full", "spatial", "temporal", "window", "sliding_tile", "frame_causal", "radial", "tables", "parse", "Mask"),
     ),
-    "stattn.modules": ("Drop-in modules, with the parameters of what they replace.", ()),
-    "stattn.dit": ("The reference model.", ("DiT", "DiTConfig", "load", "save")),
-    "stattn.sampler": ("Sampling.", ("sample", "FlowMatching", "Diffusion")),
-    "stattn.graph": ("", ("SampleGraph",)),
-    "stattn.rollout": ("", ("rollout",)),
-    "stattn.cache": ("", ("RollingKVCache",)),
-    "stattn.convert": ("Wan's weights.", ("from_diffusers", "from_diffusers_state_dict", "to_diffusers_state_dict")),
-    "stattn.integrations.diffusers_backend": ("One of diffusers' attention backends.", ("use", "register")),
-    "stattn.flops": ("PyTorch's counter of flops.", ("formulas", "register")),
-    "stattn.ranges": ("Ranges for profilers.", ("enable", "disable", "span")),
+    "stattn.modules": ("Drop-in modules; each keeps the parameters of what it replaces.", ()),
+    "stattn.dit": ("The reference video DiT.", ("DiT", "DiTConfig", "load", "save")),
+    "stattn.sampler": ("Sampling, and the schedules for it.", ("sample", "FlowMatching", "Diffusion")),
+    "stattn.graph": ("A sample as one CUDA graph.", ("SampleGraph",)),
+    "stattn.rollout": ("Autoregressive video.", ("rollout",)),
+    "stattn.cache": ("The key-value cache of autoregressive video.", ("RollingKVCache",)),
+    "stattn.convert": (
+        "Conversion of Wan's weights.",
+        ("from_diffusers", "from_diffusers_state_dict", "to_diffusers_state_dict"),
+    ),
+    "stattn.integrations.diffusers_backend": ("stattn as one of diffusers' attention backends.", ("use", "register")),
+    "stattn.flops": ("Formulas for PyTorch's counter of floating-point operations.", ("formulas", "register")),
+    "stattn.ranges": ("Named ranges for profilers.", ("enable", "disable", "span")),
     "stattn.results": (
-        "Measurements: how something is timed, and the file in which it is kept.",
+        "Timing, and the files that hold results.",
         ("time_contenders", "time_in_graph", "new_report", "Result", "Report", "write", "read", "ceilings"),
     ),
-    "stattn.metrics": ("Metrics of generated video.", ()),
+    "stattn.metrics": ("Metrics of generated video, and the networks that they use.", ()),
     "stattn.video.edit": (
         "Edits of video ([guide](video.md)).",
         ("inpaint", "outpaint", "recolour", "restyle", "motion_brush"),
     ),
-    "stattn.video.long": ("Long video.", ("tell", "extend", "interpolate", "smooth")),
+    "stattn.video.long": ("Long video, made window by window.", ("tell", "extend", "interpolate", "smooth")),
     "stattn.video.camera": ("Camera control.", ("Move", "ray_maps", "maps_of_clip", "CameraAdapter")),
-    "stattn.world": ("The synthetic world.", ("render", "sample", "tokenize")),
+    "stattn.world": ("The synthetic world that the shipped model was trained on.", ("render", "sample", "tokenize")),
 }
 
 

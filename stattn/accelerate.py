@@ -126,23 +126,24 @@ def accelerate(
 ) -> Acceleration | HostAcceleration:
     """Set the mask and the implementations of a model's space-time attention. No parameter is touched or copied.
 
-    model: built from stattn's modules, or a video transformer of diffusers (0.42 and later; its families:
-    ``stattn.integrations.diffusers.FAMILIES``), whose self-attention is then stattn's. Grid, side and length of the
-    text follow from its calls; norm and rotation are fused where that is the same.
-    mask: a Mask or one per head. None keeps each layer's own, and is dense attention on a model of diffusers. Text and
-    other tokens beside the video are seen by every query and see everything.
-    impl: an implementation for all operations, or a mapping from stem to name, which changes the stems that it lists
-    ("*": all others); None keeps.
-    layers: numbers of the attention layers to change, in the order of ``model.modules()``, all by default; impl then
-    means their attention and qk_norm_rope. dense_layers: those of them whose attention is dense all the same.
+    model: one built from stattn's modules, or a video transformer of diffusers (0.42 and later; the supported ones are
+    ``stattn.integrations.diffusers.FAMILIES``), whose self-attention is replaced by stattn's. The grid, and where text
+    tokens stand and how many there are, follow from its calls; norm and rotation are fused where the result is the
+    same.
+    mask: a Mask, or one per head. None keeps each layer's own; for a model of diffusers it means dense attention. Text
+    and other tokens beside the video are seen by every query and see everything.
+    impl: one implementation for all operations, or a mapping from stem to implementation, which changes the stems that
+    it lists ("*": all others). None changes nothing.
+    layers: numbers of the attention layers to change, in the order of ``model.modules()``; all by default. impl then
+    applies to their attention and qk_norm_rope. dense_layers: those of them whose attention stays dense.
 
-    For a model of diffusers alone: dense_steps: so many first steps of each video are dense (a step is a change of the
-    timestep, which is read on the host: not inside a compiled transformer). verify: compare dense attention with
-    PyTorch's in the first call on each grid, RuntimeError where they differ.
+    For models of diffusers only: dense_steps: the number of first steps of each video that are dense (a step is a
+    change of the timestep, which is read on the host: not inside a compiled transformer). verify: compare dense
+    attention with PyTorch's in the first call on each grid; raises RuntimeError where they differ.
 
-    Returns a handle: ``undo()`` restores, ``report()`` lists the layers (those of stattn's own models by
+    Returns a handle: ``undo()`` restores the model, ``report()`` lists the layers (for stattn's own models
     ``report(grid)``, with densities), and ``with accelerate(...):`` undoes at the end. Raises TypeError for a model
-    that is not served and for arguments of the wrong type, ValueError for unknown layers, stems and implementations,
+    that is not supported and for arguments of the wrong type; ValueError for unknown layers, stems and implementations,
     for a sequence of masks that does not match a layer's heads, and for layers that are accelerated already.
     """
     given: object = model

@@ -60,7 +60,7 @@ def _qk_norm(qk_norm: str | None, heads: int, head_dim: int, eps: float) -> nn.R
 
 
 class QKNormRope(nn.Module):
-    """Normalise queries and keys by RMSNorm and rotate them by their place in the video.
+    """Normalise queries and keys by RMSNorm and rotate them by their position in the video.
 
     Replaces two nn.RMSNorm (``norm_q``, ``norm_k``) and the rotary embedding after them. qk_norm: "across_heads" (one
     norm over heads * head_dim, as Wan), "per_head", or None. interleaved: rotate pairs (2i, 2i+1), else (i, i + D/2).
@@ -119,7 +119,7 @@ def norm_and_rotate(
 
 
 class SpaceTimeAttention(nn.Module):
-    """Self-attention of video tokens, and of the global tokens around them, under a mask.
+    """Self-attention under a mask, over video tokens and the global tokens before and after them.
 
     Parameters are named as in diffusers' video transformers: to_q, to_k, to_v, to_out.0, norm_q, norm_k. dim: the width
     of the residual stream. mask: which keys a video query sees, a mask or one per head; assign it freely between calls.
@@ -176,7 +176,7 @@ class SpaceTimeAttention(nn.Module):
         mask: Masks | BlockList | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """Attend. x [B, grid.tokens, dim]: video tokens with grid.before and grid.after global tokens around them.
+        """Attend from and to x, [B, grid.tokens, dim]: global tokens, video tokens in (t, h, w) order, global tokens.
 
         rope: tables of ``stattn.rope_tables`` for this grid, or None for no rotation. valid: which global tokens are
         real, [B] counts or [B, before + after] booleans. mask: used in place of ``self.mask`` for this call. cache: x
@@ -236,9 +236,10 @@ class SpaceTimeAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of video tokens to text: dense, without rotation. Parameters as SpaceTimeAttention.
+    """Attention from video tokens to text: dense, without rotary embedding.
 
-    The keys are few and on no grid, so this is PyTorch's own scaled_dot_product_attention.
+    Parameters are named as in SpaceTimeAttention. Computed by PyTorch's scaled_dot_product_attention, since the keys
+    are few and lie on no grid.
     """
 
     def __init__(
@@ -265,15 +266,15 @@ class CrossAttention(nn.Module):
         self.norm_k = _qk_norm(qk_norm, heads, self.head_dim, eps)
 
     def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values [B, L, heads, D] of text [B, L, dim]: they depend on nothing else."""
+        """Return keys and values [B, L, heads, D] of text [B, L, dim]; they can be kept for every step."""
         _check_width("text", text, self.dim)
         return self._normalised(self.to_k(text), self.norm_k), self.to_v(text).unflatten(-1, (self.heads, -1))
 
     def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], valid: Tensor | None = None) -> Tensor:
-        """Attend from x [B, N, dim] to text [B, L, dim], or to what ``keys_and_values`` made of it.
+        """Attend from x [B, N, dim] to text: [B, L, dim], or what ``keys_and_values`` returned for it.
 
-        valid: [B] counts or [B, L] booleans of real text tokens. A sample without text attends to nothing: its
-        attention is 0, and the output the bias of the last projection.
+        valid: [B] counts or [B, L] booleans of real text tokens. Returns [B, N, dim]. A sample without text attends to
+        nothing: its attention is 0, and its output the bias of the last projection.
         """
         _check_width("x", x, self.dim)
         k, v = self.keys_and_values(text) if isinstance(text, Tensor) else text

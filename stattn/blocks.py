@@ -16,15 +16,16 @@ AT_ONCE = 2**22  # pairs of tiles that are listed at a time in plain PyTorch, ea
 
 @dataclass(frozen=True, eq=False)
 class BlockList:
-    """The key tiles that each query tile of a video visits.
+    """For each query tile, per sample and head, the list of key tiles that it sees.
 
-    shape: the grid's (t, h, w). q_tile, k_tile: tile extents (t, h, w); tiles lie in row-major order from the origin,
-    and the last on an axis may be short. count: int32 [B, heads, q tiles], the entries in use. index: int32 [B, heads,
-    q tiles, most], the key tiles; an entry appears once in its row. B and heads may be 1 and then stand for all.
-    partial: booleans like index, the entries of which only what ``mask`` allows is seen; None when all are whole.
+    shape: the grid's (t, h, w). q_tile, k_tile: tile extents (t, h, w) in tokens; tiles are numbered in row-major order
+    from the origin, and the last one on an axis may be short. count: int32 [B, heads, q tiles], how many entries of
+    each row of ``index`` are in use. index: int32 [B, heads, q tiles, most], the numbers of the key tiles, none twice
+    in a row. B and heads may be 1, which then stands for all. partial: booleans like index, True where a tile is seen
+    only as far as ``mask`` allows; None when all listed tiles are seen whole.
 
-    Raises TypeError or ValueError when shapes, dtypes or devices do not fit. Entries are not read: that would wait for
-    the device.
+    Raises TypeError or ValueError when shapes, dtypes or devices do not fit. The entries themselves are not checked,
+    since reading them would wait for the device.
     """
 
     shape: Triple

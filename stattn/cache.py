@@ -60,12 +60,13 @@ def check_size(size: object) -> tuple[int, int]:
 class RollingKVCache:
     """Hold the keys and values of the frames that the next chunk may see, in every layer.
 
-    layers, batch, heads, head_dim: of the model; heads are those of the keys. size: tokens of a frame, (h, w). chunk,
-    window, sinks: as in ``masks.frame_causal(chunk, window, sink_frames=sinks)``, which is what every frame sees; the
-    ring has window + sinks slots. after: global tokens behind the video (text), held with the chunk that is open.
-    rebase: count positions, for the rotary embedding, from the first sink on without the gap that the frames between
-    the sinks and the window leave; so they stay below window + sinks however long the video is.
-    device, dtype: of keys and values. Raises TypeError or ValueError naming the argument that does not fit.
+    A ring cache: window + sinks slots of one frame each, in which new frames overwrite the oldest; the first ``sinks``
+    frames stay. layers, batch, heads, head_dim: of the model; heads are those of the keys. size: tokens of a frame,
+    (h, w). chunk, window, sinks: as in ``masks.frame_causal(chunk, window, sink_frames=sinks)``, which every frame
+    attends under. after: global tokens behind the video (text), held with the open chunk. rebase: count the positions
+    of the rotary embedding without the gap between the sinks and the window, so that they stay below window + sinks
+    however long the video is. device, dtype: of keys and values. Raises TypeError or ValueError naming the argument
+    that does not fit.
     """
 
     def __init__(
@@ -122,10 +123,10 @@ class RollingKVCache:
         return Grid(self.last, *self.size, after=self.after)
 
     def open(self, frames: int | None = None) -> Region:
-        """Begin the next chunk, by default of ``chunk`` frames, in the slots of the oldest frames; returns its box.
+        """Begin the next chunk in the slots of the oldest frames, and return its box of the grid.
 
-        What the chunk before wrote last is what this one sees of it. Raises ValueError for more frames than a chunk, or
-        behind a chunk that was shorter.
+        frames: by default ``chunk``. The new chunk sees of the one before what was written last. Raises ValueError for
+        more frames than a chunk has, or after a chunk that was shorter.
         """
         frames = self.chunk if frames is None else frames
         if not is_int(frames) or not 1 <= frames <= self.chunk:

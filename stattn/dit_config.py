@@ -16,9 +16,9 @@ class DiTConfig:
     kind: "cross" or "joint". in_channels: channels of the noisy video x. masked_input: the model also reads a known
     video and its mask, [x | known | mask], 2 * in_channels + 1 channels. text_dim: width of the text features, 0 for a
     model without text. text_len: text tokens of a caption. vocab: when positive, text comes as token ids below it, and
-    the model embeds the ids and their up to text_len places. qk_norm: "across_heads", "per_head" or None. rope_split:
-    features of a head rotated by t, h and w; by default h and w take 2 * (head_dim // 6) each and t the rest, as Wan.
-    Raises TypeError or ValueError naming the field that does not fit.
+    the model embeds the ids and their positions, up to text_len. qk_norm: "across_heads", "per_head" or None.
+    rope_split: features of a head rotated by t, h and w; by default h and w take 2 * (head_dim // 6) each and t the
+    rest, as Wan. Raises TypeError or ValueError naming the field that does not fit.
     """
 
     kind: str

@@ -33,7 +33,7 @@ def formulas() -> dict[Any, Callable[..., int]]:
 
 
 def register() -> None:
-    """Add the formulas to PyTorch's registry, for every counter that is made from then on."""
+    """Add the formulas to PyTorch's registry, for every counter that is created from then on."""
     from torch.utils.flop_counter import flop_registry
 
     flop_registry.update(formulas())

@@ -18,18 +18,18 @@ RANDOM = ("noise", "seed", "generator")
 class SampleGraph:
     """Capture the loop of `stattn.sampler.sample` once, and replay it for many samples of one shape.
 
-    Arguments are those of ``sample`` but ``callback``. Nothing of a sample is left to the host but to copy its tensors
-    in: timesteps, coefficients, masks and the choice of kernels are fixed in the graph, and so is the number of steps.
-    The weights are read where they are: changed in place, they take effect; the model must not be moved. ``video`` is
-    what the last replay wrote.
+    Arguments are those of ``sample`` without ``callback``. During a replay the host only copies the sample's tensors
+    in: timesteps, coefficients, masks, the choice of kernels and the number of steps are fixed in the graph. Weights
+    are read in place: changing them in place takes effect, and the model must not be moved. ``video`` is what the last
+    replay wrote.
 
-    cuBLAS clears a workspace before its large products, in a node of its own that leaves the GPU idle for 5 to 12 us.
-    With CUBLASLT_WORKSPACE_SIZE=0 in the environment before a process first multiplies, they take kernels that need
-    none and are as fast: `stattn bench sampler` measures samples so.
+    cuBLAS clears a workspace before its large products, in a graph node of its own that leaves the GPU idle for 5 to
+    12 us. If CUBLASLT_WORKSPACE_SIZE=0 is in the environment before the process's first matrix product, cuBLAS takes
+    kernels that need no workspace and are as fast: `stattn bench sampler` measures samples that way.
 
-    Capturing runs a few steps first, so that kernels are compiled and plans are made. Raises ValueError on another
-    device than CUDA: call ``sample`` there; RuntimeError for a model that cannot be captured, as one that waits for the
-    device; and what ``sample`` raises.
+    Capturing runs a few steps first, so that kernels are compiled and plans are made. Raises ValueError on any device
+    but CUDA (call ``sample`` there), RuntimeError for a model that cannot be captured, such as one that waits for the
+    device, and what ``sample`` raises.
 
     >>> graph = SampleGraph(model, (1, 16, 21, 60, 104), text=text, steps=FlowMatching(50, shift=5.0), prediction="v")
     >>> video = graph(seed=7, text=another)

@@ -20,7 +20,7 @@ Triple = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Grid:
-    """The tokens of one video: T x H x W, with global tokens before and after.
+    """The tokens of one video: a grid of T x H x W, with optional global tokens (text, memory) before and after it.
 
     t, h, w: extents in tokens, at least 1. before, after: global tokens around the video, at least 0.
     Raises TypeError or ValueError naming the field that does not fit.
@@ -66,7 +66,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Region:
-    """A box of a grid: ``origin`` is its first (t, h, w), ``extent`` its size. Raises ValueError for what is no box."""
+    """A box of a grid, for example some of its frames.
+
+    origin: its first (t, h, w). extent: its size (t, h, w), in tokens. Raises ValueError naming what does not fit.
+    """
 
     origin: Triple
     extent: Triple

@@ -196,9 +196,10 @@ class GatedResidual(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Linear, GELU (tanh), Linear: an nn.Sequential with its parameters, 0 and 2.
+    """The feed-forward of a block: Linear, GELU (tanh), Linear.
 
-    GELU rides on the first product where ``stattn.linear_gelu`` lets it.
+    An nn.Sequential, with the linear layers at 0 and 2. GELU is fused with the first product where
+    ``stattn.linear_gelu`` can do that.
     """
 
     def __init__(self, dim: int, ffn_dim: int):
@@ -218,9 +219,9 @@ class FeedForward(nn.Sequential):
 
 
 class DenoiseStep(nn.Module):
-    """One step of a sampler from the model's prediction to the next latent; see ``stattn.denoise_step``.
+    """One step of a sampler, from the model's prediction to the next latent; see ``stattn.denoise_step``.
 
-    Keywords given here are the defaults of every call.
+    Keywords given to the constructor are the defaults of every call. Raises TypeError for unknown ones.
     """
 
     def __init__(self, *, impl: Impl = "auto", **defaults: Any):

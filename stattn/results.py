@@ -254,7 +254,8 @@ def cell(text: str) -> str:
 def new_report(command: str | None = None, device: str | torch.device | None = None, *, limits: bool = True) -> Report:
     """Start a report for this machine.
 
-    command: None takes this process's. limits: on a GPU, measure first what it reaches (`ceilings`).
+    command: how the results were made; None takes this process's command line. limits: on a GPU, first measure what it
+    reaches at a matrix product and at a copy (`ceilings`).
     """
     where = _device(device)
     top = ceilings(where) if limits and where.type == "cuda" else None

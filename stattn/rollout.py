@@ -34,16 +34,18 @@ def rollout(
 ) -> Tensor:
     """Sample a video chunk by chunk, each attending to the frames before it that `stattn.cache.RollingKVCache` holds.
 
-    shape: (B, C, T, H, W). chunk, window, sinks: frames of tokens, T / pt of them: every frame sees its chunk, those
-    of the latest ``window`` frames and the first ``sinks``, as ``masks.frame_causal(chunk, window, sink_frames=sinks)``
-    says; window is a multiple of chunk, all frames by default. A chunk is sampled from noise with the earlier ones in
-    the cache, then passed through the model once more, clean, at the last level's timestep: that is what later chunks
-    see. The result is what recomputing every chunk with all earlier frames would give. Text sees text only.
+    shape: (B, C, T, H, W). chunk, window, sinks: numbers of token frames, of which the video has T / pt. Every frame
+    sees its own chunk, the latest ``window`` frames and the first ``sinks``, as defined by
+    ``masks.frame_causal(chunk, window, sink_frames=sinks)``; window is a multiple of chunk, all frames by default. A
+    chunk is sampled from noise with the earlier ones in the cache, then passed through the model once more, clean, at
+    the last level's timestep: later chunks see the keys and values of that pass. The result is what recomputing every
+    chunk with all earlier frames would give. Text sees text only.
 
-    context: [B, C, frames, H, W], the first chunks, given. rebase: rotary positions without the gap that forgotten
-    frames leave, for videos longer than the model was trained on. noise, seed, generator: of the whole video, as in
-    ``sample``. options: keywords of ``sample`` for each chunk (text, steps, guidance, mask, ...); guidance predicts
-    both in one call. callback: called with the frames that are done and the chunk, after each.
+    context: [B, C, frames, H, W], the first chunks, given. rebase: count rotary positions without the gap left by
+    frames that were dropped from the cache, for videos longer than the model was trained on. noise, seed, generator: of
+    the whole video, as in ``sample``. options: keywords of ``sample`` for each chunk (text, steps, guidance, mask,
+    ...); guidance makes both predictions in one call. callback: called after each chunk with the number of frames done
+    and the chunk.
 
     Returns [B, C, T, H, W] in float32 (float64 for a float64 model). Follows Self-Forcing (arXiv:2506.08009).
     Raises TypeError for another model than a DiT and for keywords that a rollout has no use for, ValueError for

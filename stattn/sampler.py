@@ -181,33 +181,37 @@ def sample(
     impl: str | Mapping[str, str] = "auto",
     callback: Callable[[int, int, Tensor], object] | None = None,
 ) -> Tensor:
-    """Sample videos from noise. shape: (B, C, T, H, W); returns such a tensor, float32 (float64 when dtype is).
+    """Sample videos from noise.
+
+    shape: (B, C, T, H, W). Returns a tensor of that shape, float32 (float64 when dtype is).
 
     model: called as model(x, timestep[, text], **keywords) with x in dtype, timestep float32 [B]; keywords are those of
     text_valid, mask, known and known_mask that are given. It returns a tensor like x or, with patch=(pt, ph, pw),
     tokens [B, N, pt*ph*pw*C], as a DiT is asked to. device, dtype: the model's where it has parameters, else the CPU
     and float32.
 
-    Text: text [B, L, ...] with text_valid (counts [B], or booleans [B, L]). guidance other than 1 also predicts from
-    negative, by default the same text with none of it valid, and extrapolates; rescale and zero_star as in
-    `stattn.denoise_step`. batched: both predictions in one call of twice the batch, or in two calls.
+    Text: text [B, L, ...] with text_valid (counts [B], or booleans [B, L]). With guidance other than 1 the model also
+    predicts from negative, by default the same text with none of it valid, and the two are extrapolated; rescale and
+    zero_star as in `stattn.denoise_step`. batched: make both predictions in one call of twice the batch, not in two.
 
-    Schedule: steps is a count (FlowMatching of so many) or a schedule; prediction is what the model returns, "x" (the
-    clean video), "v" (the schedule's velocity) or "noise"; order 2 takes DPM-Solver++ (2M) steps, or with corrector
+    Schedule: steps is a schedule, or a number of FlowMatching steps; prediction is what the model returns: "x" (the
+    clean video), "v" (the schedule's velocity) or "noise"; order 2 takes DPM-Solver++ (2M) steps, with corrector
     UniPC's.
 
-    Sparsity: mask is passed to the model; a function is called with the step's number. dense_steps: so many first steps
-    use `masks.full`. dense_layers: passed on, where it is not 0, to a model whose so many first layers then do.
+    Sparsity: mask is passed to the model; a function is called with the step's number and returns it. dense_steps: the
+    number of first steps that use `masks.full`. dense_layers: passed to the model where it is not 0: the number of its
+    first layers that attend fully.
 
-    Known regions: known like the result, generated (bool or 0..1) broadcasting against [B, 1, T, H, W], 1 where the
-    video is generated. Each step sets the rest to known at that step's noise level, and the result equals known there
-    bitwise. masked_input: the model also reads known and known_mask = 1 - generated; None asks model.config.
+    Known regions: known is shaped like the result; generated (bool or 0..1) broadcasts against [B, 1, T, H, W] and is 1
+    where the video is generated. Each step sets the rest to known at that step's noise level, and there the result
+    equals known bit by bit. masked_input: the model also reads known and known_mask = 1 - generated; None follows
+    model.config.
 
-    Randomness: noise like the result; or a seed, of which sample b takes seed + b; or one seed or generator per sample;
-    or one generator (or by default torch's), from which the samples draw in order. So no sample depends on the batch
-    that it is in.
+    Randomness: noise shaped like the result; or a seed, of which sample b takes seed + b; or one seed or generator per
+    sample; or one generator (by default torch's), from which the samples draw in order. So no sample depends on the
+    batch that it is in.
 
-    callback: called after each step with the steps done, their number, and the predicted clean video.
+    callback: called after each step with the number of steps done, their total, and the predicted clean video.
     Raises ValueError or TypeError for arguments that do not fit, each named; what the model raises is passed on.
     """
     check_callback(callback)

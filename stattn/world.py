@@ -116,7 +116,7 @@ def sample(
     cameras: Sequence[str] = CAMERAS,
     textures: Tensor | None = None,
 ) -> Scene:
-    """Draw the scenes of ``batch`` clips at random.
+    """Draw the scenes of ``batch`` clips at random, without rendering them.
 
     All random numbers come from one generator. With ``seed`` it is a CPU generator: the same seed gives the same scenes
     on every device, at every resolution, and a prefix of the frames' motion does not depend on the device. With
@@ -207,8 +207,9 @@ def render(
     cameras: Sequence[str] = CAMERAS,
     textures: Tensor | None = None,
 ) -> Clips:
-    """Draw clips of random scenes. Arguments and errors are those of ``sample``; the video is [batch, 3, frames,
-    height, width] fp32 in [-1, 1].
+    """Draw clips of random scenes, with the video.
+
+    Arguments and errors are those of ``sample``; the video is [batch, 3, frames, height, width] fp32 in [-1, 1].
     """
     scene = sample(
         batch,

@@ -3,7 +3,7 @@
 The rule of one axis is a pair of tables and a residue: a query at x sees the keys k with ``lo[x] <= k <= hi[x]`` and
 ``(k - x) % step == 0``. A *product* is one rule per axis; a mask is a union of at most eight products, each excluding
 what earlier ones allow, so that no key counts twice. Every named mask is a way to fill the tables; ``a & b`` intersects
-them, and ``a | b`` appends. A mask knows no grid: it is described once and packed for any grid.
+them, and ``a | b`` appends. A mask is not tied to a grid: it is described once, and packed for each grid it meets.
 
 Global tokens are outside the mask: every video query sees them, and they see everything (or each other only, with
 ``globals_see="globals"``).
@@ -48,9 +48,10 @@ AXES = "thw"
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """What each video query may see, on any grid. Combine with ``&`` and ``|``; equal masks have equal ``key``.
+    """What each video query may see, on any grid.
 
-    key: the canonical expression that builds the mask, e.g. ``window(7, 17, 17)``; ``parse(key)`` gives the mask back.
+    Masks combine with ``&`` and ``|``, and are equal when their ``key`` is. key: the canonical expression that builds
+    the mask, e.g. ``window(7, 17, 17)``; ``parse(key)`` gives the mask back.
     """
 
     key: str
@@ -85,9 +86,10 @@ class Mask:
         return NotImplemented
 
     def pack(self, grid: Grid | Triple) -> Packed:
-        """Give the tables on a grid: a few kilobytes, cached.
+        """Give the mask's tables on a grid: a few kilobytes, cached.
 
-        Raises ValueError when the mask does not fit the grid (a window over its axis), or has more than eight products.
+        Raises ValueError when the mask does not fit the grid (a window wider than its axis), or has more than eight
+        products.
         """
         return _pack(self, as_grid(grid).shape)
 
@@ -104,7 +106,7 @@ class Mask:
         globals_see: str = "all",
         valid: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Say for each query token and key token whether it is seen: the truth that all else is tested against.
+        """Say for each query and key token whether it is seen: what every implementation is tested against.
 
         q, k: token indices within grid.tokens, all of them when None. valid: booleans [before + after], the global
         tokens that are real. Returns booleans [len(q), len(k)]. Raises ValueError for tokens outside the grid.
@@ -150,7 +152,10 @@ class Mask:
         return (pairs + dense) / grid.tokens**2
 
     def draw(self, grid: Grid | Triple, query: Triple | None = None) -> str:
-        """Draw what one query sees, a panel per frame, as an SVG picture. query: (t, h, w), the middle when None."""
+        """Draw what one query sees, a panel per frame, and return the SVG text.
+
+        query: (t, h, w), the middle of the grid when None.
+        """
         from stattn.pictures import draw_mask
 
         return draw_mask(self, as_grid(grid), query)
@@ -224,11 +229,11 @@ def window(
 ) -> Mask:
     """See a window of t x h x w tokens around the query: NATTEN's generalised neighbourhood attention.
 
-    t, h, w: the window's size on each axis, None for the whole axis. The centre is clamped so that windows stay inside
-    the grid and all have the same size; an even window reaches one further back than ahead. stride: queries of a group
-    of that many share the window of the group's leader (the middle one; the last when causal), at most the window.
-    dilation: keys (and windows) lie within the query's residue class modulo it. causal: no later key on that axis is
-    seen.
+    t, h, w: the window's size on each axis, None for the whole axis. Near a border the window is shifted so that it
+    stays inside the grid at full size; an even window reaches one further back than ahead. stride, dilation and causal
+    hold for all axes, or are given as three. stride: this many neighbouring queries share one window, that of the
+    middle one (of the last, when causal); at most the window's size. dilation: only every dilation-th key is seen,
+    counted from the query. causal: no later key on that axis is seen.
 
     Raises ValueError when an axis is shorter than size * dilation. Follows Hassani et al., arXiv:2504.16922.
     """
@@ -420,7 +425,10 @@ def tables(t: AxisTable | None = None, h: AxisTable | None = None, w: AxisTable 
 
 @lru_cache(maxsize=1024)
 def parse(key: str) -> Mask:
-    """Build a mask from its key, an expression of named masks with & and |. Raises ValueError when it is none."""
+    """Build a mask from its key: an expression of named masks with & and |, as a string.
+
+    Raises ValueError for anything else.
+    """
 
     def evaluate(node: ast.expr) -> Mask:
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)):

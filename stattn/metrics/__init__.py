@@ -1,6 +1,6 @@
 """Metrics of generated video: formulas on features and pixels, and the networks that make features.
 
-``stattn evaluate A B`` applies them to folders of video files. A result that a network has a part in is named after it.
+``stattn evaluate A B`` applies them to folders of video files. A result that depends on a network carries its name.
 """
 
 from stattn.metrics.distances import clipsim, cos_consistency, frechet_distance, frechet_from_moments, mmd_poly

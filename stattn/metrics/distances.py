@@ -1,7 +1,7 @@
-"""Distances between sets of features, and similarities within one clip: formulas alone, in float64.
+"""Distances between sets of features, and similarities within one clip, computed in float64.
 
-Features are arrays or tensors [N, D], one row a clip (distances) or a frame (similarities). Which network made them is
-the caller's business, and belongs in the name of what is reported: "FVD(i3d)", never "FVD".
+Features are arrays or tensors [N, D] with one row per clip (distances) or per frame (similarities). The caller chooses
+the network that made them and names it in what is reported: "FVD(i3d)", never "FVD".
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from torch import Tensor
 
 
 def frechet_distance(a: Any, b: Any) -> float:
-    """Measure the Frechet distance of two feature sets as if each were normally distributed (Heusel et al. 2017):
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), with the unbiased covariances.
+    """Measure the Frechet distance between two sets of features.
 
-    a: [N1, D], b: [N2, D]. The estimate is biased upwards, by about D^2 / N clips' worth: compare at equal N only, and
-    report N. Raises ValueError for fewer than two rows, unequal widths, or values that are not finite.
+    a: [N1, D], b: [N2, D]. Each set is taken as normally distributed (Heusel et al. 2017): the distance is
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), with means m and unbiased covariances S. The estimate is biased
+    upwards, more so the larger D and the smaller N: compare at equal N only, and report N. Raises ValueError for fewer
+    than two rows, unequal widths, or values that are not finite.
     """
     a, b = _rows("a", a, 2), _rows("b", b, 2)
     if a.shape[1] != b.shape[1]:
@@ -34,8 +35,8 @@ def frechet_distance(a: Any, b: Any) -> float:
 def frechet_from_moments(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:
     """Measure the Frechet distance from means [D] and covariances [D, D].
 
-    The trace of (S1 S2)^(1/2) is the sum of the square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is
-    symmetric: no complex root arises, and none has to be dropped.
+    The trace of (S1 S2)^(1/2) is computed as the sum of the square roots of the eigenvalues of S1^(1/2) S2 S1^(1/2).
+    That matrix is symmetric, so no complex roots arise.
     """
     mean1, cov1, mean2, cov2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mean1, cov1, mean2, cov2))
     values, vectors = torch.linalg.eigh(cov1)
@@ -45,11 +46,12 @@ def frechet_from_moments(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:
 
 
 def mmd_poly(a: Any, b: Any, *, degree: int = 3, gamma: float | None = None, constant: float = 1.0) -> float:
-    """Estimate the squared maximum mean discrepancy without bias, kernel (gamma x.y + constant)^degree (Binkowski et
-    al., arXiv:1801.01401; for video Luo et al., arXiv:2410.05203).
+    """Estimate the squared maximum mean discrepancy (MMD) between two sets of features, under a polynomial kernel.
 
-    a: [N1, D], b: [N2, D]. gamma: 1/D by default. Unbiased, so it may be negative, and needs fewer clips than the
-    Frechet distance. Raises ValueError for fewer than two rows, unequal widths, or values that are not finite.
+    a: [N1, D], b: [N2, D]. The kernel is (gamma x.y + constant)^degree; gamma: 1/D by default. The estimate is
+    unbiased, so it may be negative, and needs fewer clips than the Frechet distance. Follows Binkowski et al.,
+    arXiv:1801.01401, and for video Luo et al., arXiv:2410.05203. Raises ValueError for fewer than two rows, unequal
+    widths, or values that are not finite.
     """
     a, b = _rows("a", a, 2), _rows("b", b, 2)
     if a.shape[1] != b.shape[1]:
@@ -69,10 +71,10 @@ def mmd_poly(a: Any, b: Any, *, degree: int = 3, gamma: float | None = None, con
 
 
 def cos_consistency(features: Any) -> float:
-    """Measure how alike the frames of one clip are, as VBench's subject and background consistency (arXiv:2311.17982):
-    the mean over frames t > 0 of (max(0, cos(f_t, f_(t-1))) + max(0, cos(f_t, f_0))) / 2.
+    """Measure how alike the frames of one clip are, as VBench's subject and background consistency do.
 
-    features: [T, D] of one clip. Raises ValueError for fewer than two frames or values that are not finite.
+    features: [T, D] of one clip. The result is the mean over frames t > 0 of (max(0, cos(f_t, f_(t-1))) + max(0,
+    cos(f_t, f_0))) / 2 (arXiv:2311.17982). Raises ValueError for fewer than two frames or values that are not finite.
     """
     unit = torch.nn.functional.normalize(_rows("features", features, 2), dim=1)
     previous = (unit[1:] * unit[:-1]).sum(1).clamp(min=0)

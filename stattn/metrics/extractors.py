@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """Turn video into features.
+    """The interface of a network that turns video into features.
 
-    name, version: of the network. dim: features. resolution: pixels a side of the square pictures it reads. frames: of
-    a clip that it reads at once; 1 for a network of single pictures, which gives one row a frame. sha256: of its
-    weights' file.
+    name, version: of the network. dim: the number of features. resolution: the side, in pixels, of the square pictures
+    that it reads. frames: how many it reads at once; 1 for a network of single pictures, which gives one row per
+    frame. sha256: of the file with its weights.
     """
 
     name: str
@@ -38,18 +38,19 @@ class FeatureExtractor(Protocol):
     sha256: str
 
     def __call__(self, video: Tensor) -> Tensor:
-        """Give features of video [B, 3, T, resolution, resolution] in -1..1: [B, dim] of clips of T = frames frames,
-        or, when frames is 1, [B, T, dim].
+        """Compute the features of video [B, 3, T, resolution, resolution] in -1..1.
+
+        Returns [B, dim] for clips of T = frames frames, or, when frames is 1, [B, T, dim].
         """
         ...
 
 
 @runtime_checkable
 class TextExtractor(FeatureExtractor, Protocol):
-    """An extractor that also turns captions into features of the same space."""
+    """The interface of an extractor that also turns captions into features of the same space."""
 
     def text(self, captions: Sequence[str]) -> Tensor:
-        """Give features of captions: [B, dim]."""
+        """Compute the features of captions: [B, dim]."""
         ...
 
 
@@ -127,24 +128,28 @@ _REGISTRY: dict[str, Callable[..., FeatureExtractor]] = {}
 
 
 def register(name: str, make: Callable[..., FeatureExtractor]) -> None:
-    """Make an extractor known by name. make: called with device=; raises ValueError for a name that is taken."""
+    """Register an extractor under a name, for ``load``.
+
+    make: called as make(device=...) when the name is loaded. Raises ValueError for a name that is taken.
+    """
     if name in _REGISTRY:
         raise ValueError(f"name={name!r} is registered already")
     _REGISTRY[name] = make
 
 
 def registered() -> tuple[str, ...]:
-    """List the names that ``load`` knows by themselves."""
+    """List the names that ``load`` takes without a path."""
     from stattn.metrics import synth
 
     return tuple(sorted({*_REGISTRY, *synth.SHIPPED}))
 
 
 def load(name: str, *, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """Load an extractor: a registered name, or "NAME=PATH" for a file that the user has.
+    """Load an extractor by a registered name, or from a file of yours by "NAME=PATH".
 
-    PATH is TorchScript, whose NAME is one of SPECS or described by a .json of Spec's fields beside the file; or the
-    .safetensors of ``stattn.metrics.synth``. Raises ValueError for unknown names, FileNotFoundError without the file.
+    PATH is a TorchScript file, whose NAME is one of SPECS or is described by a .json file with Spec's fields beside it;
+    or a .safetensors file written by ``stattn.metrics.synth``. Raises ValueError for unknown names, FileNotFoundError
+    without the file.
     """
     kind, equals, path = name.partition("=")
     if equals:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 def phase_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Estimate by how much pictures b are shifted from a: [B, 2] (x, y) in pixels, within half the size.
+    """Estimate by how many pixels pictures b are shifted from pictures a.
 
-    a, b: [B, C, H, W]. The peak of the whitened cross-correlation (Kuglin and Hines 1975) under a Hann window, refined
-    to fractions of a pixel by the peak's neighbours.
+    a, b: [B, C, H, W]. Returns [B, 2], (x, y), each within half the picture's size. Finds the peak of the whitened
+    cross-correlation (Kuglin and Hines 1975) under a Hann window, refined to fractions of a pixel by its neighbours.
     """
     _pair(a, b)
     a, b = a.double().mean(1), b.double().mean(1)
@@ -44,11 +44,12 @@ def phase_correlation(a: Tensor, b: Tensor) -> Tensor:
 def affine_motion(
     a: Tensor, b: Tensor, *, weight: Tensor | None = None, levels: int = 3, iterations: int = 8
 ) -> Tensor:
-    """Fit the affine map that takes what pictures a show to where b shows it: [B, 2, 3], p' = M [p, 1].
+    """Fit the affine motion from pictures a to pictures b.
 
-    a, b: [B, C, H, W]; p = (x, y) in pixels from the picture's centre. weight: [B, 1, H, W] in 0..1, how much each
-    pixel of a counts. Least squares by Gauss-Newton from coarse to fine, started from the phase correlation; a pixel
-    counts less the worse it fits (Geman-McClure), so that objects that move on their own do not pull the scenery's fit.
+    a, b: [B, C, H, W]. weight: [B, 1, H, W] in 0..1, how much each pixel of a counts. Returns M, [B, 2, 3]: what a
+    shows at p, b shows at p' = M [p, 1], with p = (x, y) in pixels from the picture's centre. Least squares by
+    Gauss-Newton from coarse to fine, starting at the phase correlation. Pixels that fit badly count less
+    (Geman-McClure), so that objects with a motion of their own do not disturb the fit to the scenery.
     """
     _pair(a, b)
     a, b = a.double(), b.double()
@@ -72,10 +73,10 @@ def affine_motion(
 
 
 def camera_track(video: Tensor, *, weight: Tensor | None = None) -> Tensor:
-    """Recover how the scenery moves: the affine maps from frame 0 to every frame, [B, T, 2, 3].
+    """Recover the camera's motion as affine maps of the scenery from frame 0 to every frame.
 
-    video: [B, 3, T, H, W]; weight: [B, 1, T, H, W] in 0..1, 0 on what is not scenery. Fits neighbouring frames and
-    chains the maps.
+    video: [B, 3, T, H, W]; weight: [B, 1, T, H, W] in 0..1, 0 on what is not scenery. Returns [B, T, 2, 3]. Fits
+    neighbouring frames (``affine_motion``) and chains the maps.
     """
     if not isinstance(video, Tensor):
         raise TypeError(f"video of type {type(video).__name__} must be a tensor [B, 3, T, H, W]")
@@ -93,10 +94,10 @@ def camera_track(video: Tensor, *, weight: Tensor | None = None) -> Tensor:
 
 
 def optical_flow(a: Tensor, b: Tensor, *, radius: int = 3, levels: int = 4, iterations: int = 4) -> Tensor:
-    """Estimate dense flow from pictures a to b: [B, 2, H, W], (x, y) in pixels.
+    """Estimate dense optical flow from pictures a to b: [B, 2, H, W], (x, y) in pixels.
 
-    a, b: [B, C, H, W]. Lucas and Kanade's least squares over windows of 2 * radius + 1 pixels in all channels, coarse
-    to fine, each level smoothed by a median of 3 x 3.
+    a, b: [B, C, H, W]. Lucas-Kanade least squares over windows of 2 * radius + 1 pixels and all channels, from coarse
+    to fine, each level smoothed by a 3 x 3 median.
     """
     _pair(a, b)
     a, b = a.float(), b.float()
@@ -115,7 +116,10 @@ def optical_flow(a: Tensor, b: Tensor, *, radius: int = 3, levels: int = 4, iter
 
 
 def warp(picture: Tensor, flow: Tensor) -> Tensor:
-    """Look pictures up where flow points: out(p) = picture(p + flow(p)), bilinear. [B, C, H, W], [B, 2, H, W]"""
+    """Sample pictures where a flow points, bilinearly: out(p) = picture(p + flow(p)).
+
+    picture: [B, C, H, W]. flow: [B, 2, H, W], (x, y) in pixels. Returns [B, C, H, W].
+    """
     height, width = picture.shape[-2:]
     y = torch.arange(height, device=picture.device)[:, None] + flow[:, 1]
     x = torch.arange(width, device=picture.device) + flow[:, 0]
@@ -124,11 +128,11 @@ def warp(picture: Tensor, flow: Tensor) -> Tensor:
 
 
 def occlusion(forward: Tensor, backward: Tensor) -> Tensor:
-    """Say where flow cannot be trusted: [B, 1, H, W] booleans, True where what frame t shows is hidden in frame t + 1.
+    """Find the pixels of frame t that are hidden in frame t + 1.
 
-    forward: flow from t to t + 1; backward: from t + 1 to t; [B, 2, H, W]. A pixel is hidden where the two do not
-    cancel, |f + b|^2 > 0.01 (|f|^2 + |b|^2) + 0.5, where it leaves the picture, and at motion boundaries, |grad f|^2 >
-    0.01 |f|^2 + 0.002 (Ruder et al., arXiv:1604.08610).
+    forward: [B, 2, H, W], flow from t to t + 1; backward: the same from t + 1 to t. Returns [B, 1, H, W] booleans. A
+    pixel is taken as hidden where the two flows do not cancel, |f + b|^2 > 0.01 (|f|^2 + |b|^2) + 0.5, where it leaves
+    the picture, and at motion boundaries, |grad f|^2 > 0.01 |f|^2 + 0.002 (Ruder et al., arXiv:1604.08610).
     """
     height, width = forward.shape[-2:]
     back = warp(backward, forward)

@@ -1,4 +1,4 @@
-"""Metrics of one clip that need its pixels alone, or its flow.
+"""Metrics of one clip that need only its pixels, or its optical flow.
 
 A clip is [3, T, H, W], uint8 in 0..255 or floating point in -1..1.
 """
@@ -29,26 +29,27 @@ def levels(video: Tensor) -> Tensor:
 def flicker(video: Tensor) -> float:
     """Measure temporal flickering as VBench does: 1 minus the mean of |f_(t+1) - f_t|, in 0..1, higher is steadier.
 
-    VBench takes it of clips whose camera and subject are still; motion lowers it too. ``stattn.checks.jumps``
-    measures jumps beside steady motion.
+    video: [3, T, H, W]. VBench applies it to clips with a still camera and subject, because motion lowers it too;
+    ``stattn.checks.jumps`` separates jumps from steady motion. Raises ValueError for fewer than two frames.
     """
     x = _at_least(video, 2)
     return 1 - float((x[:, 1:] - x[:, :-1]).abs().mean())
 
 
 def warp_error(video: Tensor, flow: Tensor | None = None, hidden: Tensor | None = None) -> float:
-    """Measure how badly each frame is predicted by the next one, moved back along the flow: the mean over pixels that
-    stay in sight and over channels of |f_t - warp(f_(t+1))|^2 in 0..1, then over pairs (Lai et al., arXiv:1808.00449).
+    """Measure the warping error: how badly the next frame, warped back along the flow, predicts each frame.
 
-    flow: [T - 1, 2, H, W] from frame t to t + 1; None estimates it (``optical_flow``). hidden: [T - 1, 1, H, W]
-    booleans, pixels not to count; None finds them by the forward-backward check, which estimates the flow back. A pair
-    of which nothing stays in sight does not count; NaN when none does.
+    video: [3, T, H, W]. flow: [T - 1, 2, H, W] in pixels from frame t to t + 1; None estimates it (``optical_flow``).
+    hidden: [T - 1, 1, H, W] booleans, the occluded pixels, which are not counted; None finds them by a
+    forward-backward check (``occlusion``), which also estimates the flow back. The result is the mean of
+    |f_t - warp(f_(t+1))|^2 with colours in 0..1, over visible pixels and channels and then over pairs of frames; pairs
+    without a visible pixel are left out, and NaN is returned when all are. Follows Lai et al., arXiv:1808.00449.
     """
     return _mean(pair_errors(video, flow, hidden))
 
 
 def pair_errors(video: Tensor, flow: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
-    """Give the warping error of every pair of neighbouring frames: [T - 1], NaN where nothing stays in sight."""
+    """Measure the warping error of every pair of neighbouring frames: [T - 1], NaN where no pixel stays visible."""
     x = _at_least(video, 2).transpose(0, 1)
     pairs = (len(x) - 1, 2, *x.shape[2:])
     flow = optical_flow(x[:-1], x[1:]) if flow is None else flow
@@ -64,11 +65,12 @@ def pair_errors(video: Tensor, flow: Tensor | None = None, hidden: Tensor | None
 
 
 def motion_smoothness(video: Tensor, interpolate: Callable[[Tensor, Tensor], Tensor] | None = None) -> float:
-    """Measure motion smoothness as VBench does: drop every second frame, interpolate it from its neighbours, and take 1
-    minus the mean absolute difference, in 0..1.
+    """Measure motion smoothness as VBench does: how well dropped frames are interpolated from their neighbours.
 
-    interpolate: from two batches of frames [B, 3, H, W] in 0..1 to those half-way; VBench uses AMT-S, the default here
-    is ``midway``, which has no weights: name it with the result.
+    video: [3, T, H, W]. Every second frame is dropped and interpolated; the result is 1 minus the mean absolute
+    difference, in 0..1, higher is smoother. interpolate: takes two batches of frames [B, 3, H, W] in 0..1 and returns
+    the frames half-way. VBench uses the network AMT-S; the default here is ``midway``, which has no weights, so say
+    with the result which one was used.
     """
     x = _at_least(video, 3).transpose(0, 1)
     before, dropped, after = x[:-2:2], x[1:-1:2], x[2::2]
@@ -77,7 +79,7 @@ def motion_smoothness(video: Tensor, interpolate: Callable[[Tensor, Tensor], Ten
 
 
 def midway(a: Tensor, b: Tensor) -> Tensor:
-    """Interpolate the frames half-way between a and b, [B, 3, H, W], along classical flow from both sides."""
+    """Interpolate the frames half-way between a and b, [B, 3, H, W], along optical flow from both sides."""
     forward, backward = optical_flow(a, b), optical_flow(b, a)
     # The flow half-way is looked up where it starts, and then once more from where that says it came.
     from_a, from_b = warp(forward, -forward / 2), warp(backward, -backward / 2)
@@ -85,7 +87,11 @@ def midway(a: Tensor, b: Tensor) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor, where: Tensor | None = None) -> float:
-    """Measure the peak signal-to-noise ratio of two clips in dB, infinite when equal. where: [1, T, H, W] booleans."""
+    """Measure the peak signal-to-noise ratio of two clips in dB; infinite when they are equal.
+
+    a, b: [3, T, H, W]. where: [1, T, H, W] booleans, the pixels to compare; all when None. Raises ValueError for
+    unequal shapes and for a ``where`` that does not fit or leaves no pixel.
+    """
     x, y = levels(a), levels(b)
     if x.shape != y.shape:
         raise ValueError(f"a and b of shapes {tuple(x.shape)} and {tuple(y.shape)} must be equal")

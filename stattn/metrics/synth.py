@@ -199,11 +199,11 @@ def train(
     command: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train an extractor until ``minutes`` or ``steps`` are over, whichever comes first, and write NAME.safetensors
-    (fp16) and NAME.json, its recipe and log, to ``out``; returns the record.
+    """Train an extractor for ``minutes`` or ``steps``, whichever end first, and write it to the folder ``out``.
 
-    "held_out" in the record is measured on clips that training never draws. Raises ValueError without minutes and
-    steps, FloatingPointError when the loss is not finite.
+    Writes NAME.safetensors (fp16) and NAME.json (recipe and log), and returns the record in the latter. Its "held_out"
+    is measured on clips that training never draws. Raises ValueError when neither minutes nor steps is given,
+    FloatingPointError when the loss is not finite.
     """
     if minutes is None and steps is None:
         raise ValueError(f"minutes={minutes} and steps={steps}: give at least one of them")
@@ -285,8 +285,9 @@ def _seen_in_a_frame(caption: str) -> str:
 
 
 def load(name: str | Path, *, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """Load a trained extractor: a shipped name, or the path of its .safetensors with its .json beside it. Raises
-    ValueError when there are no such weights.
+    """Load a trained extractor: a shipped name, or the path of its .safetensors file, with its .json beside it.
+
+    Raises ValueError when there are no such weights.
     """
     path = Path(name) if str(name).endswith(".safetensors") else WEIGHTS / f"{name}.safetensors"
     if not path.is_file():

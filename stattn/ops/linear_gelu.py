@@ -10,7 +10,7 @@ from stattn.reference.linear_gelu import linear_gelu as reference
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Project tokens and apply GELU (its tanh form): gelu(x W^T + b).
+    """Project tokens and apply GELU (in its tanh form): gelu(x W^T + b).
 
     x: [..., C]. weight: [E, C]. bias: [E]. All of one dtype, or as autocast makes them.
 

@@ -76,7 +76,7 @@ def patchify3d(
     pad: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Project each patch of a video to a token: patch . weight + bias + pos.
+    """Project each patch of a video to a token: a non-overlapping 3-D convolution, bias and position embedding.
 
     x: [B, C, T, H, W]. weight: [E, C, pt, ph, pw], the weight of an ``nn.Conv3d`` whose stride is its kernel,
     unchanged; bias: [E]; x and weight of one floating-point dtype. pos: [N, E], added to every sample. pad: let the
@@ -123,7 +123,7 @@ def unpatchify3d(
     size: tuple[int, int, int] | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Lay the patches that tokens hold out as a video: the inverse of patchify3d's gather.
+    """Put the patches that tokens hold back together as a video: the inverse of patchify3d's gather.
 
     tokens: [B, N, pt*ph*pw*C] of any dtype, features ordered (pt, ph, pw, C) as the final layer of DiT, Wan and
     HunyuanVideo writes them; any strides, never copied. grid: (t, h, w), N = t*h*w, or a Grid, whose global tokens are

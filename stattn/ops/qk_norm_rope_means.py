@@ -56,9 +56,9 @@ def qk_norm_rope_means(
     interleaved: bool = True,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise and rotate queries and keys as ``qk_norm_rope``, and average the keys of each tile on the way.
+    """Normalise and rotate queries and keys as ``qk_norm_rope`` does, and average the keys of each tile in that pass.
 
-    rope: not None, its grid is what tiles cut. k_tile: extents (t, h, w) of a tile in tokens, as ``top_k`` takes them.
+    rope: not None; the tiles divide its grid. k_tile: extents (t, h, w) of a tile in tokens, as ``top_k`` takes them.
     All other arguments are those of ``qk_norm_rope``.
 
     Returns (q', k', k_means): k_means [B, kv_heads, tiles, D] are the means of k', as it is rounded, over its video

@@ -96,15 +96,15 @@ def top_k(
     k_means: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> BlockList:
-    """Choose for each query tile the ``keep`` key tiles with the greatest product of mean vectors.
+    """Choose for each query tile the ``keep`` key tiles that score highest: dot products of mean queries and keys.
 
     q: [B, N, heads, D]. k: [B, N, key heads, D]; N counts the video tokens, with the grid's global tokens or without.
     q_tile, k_tile: tile extents (t, h, w) in tokens. keep: key tiles per query tile, at most their number. k_means:
-    [B, key heads, key tiles, D], the means of k's tiles where they are made already (``qk_norm_rope_means``); k is then
-    not read.
+    [B, key heads, key tiles, D], the means of k's tiles if you have them (``qk_norm_rope_means``); k is then not read.
 
-    Means and scores are fp32 (fp64 for fp64); the lower tile wins a tie. Lists are made on q's device, without a word
-    to the host, and in ascending order. Not differentiable: selection has no gradient. Raises TypeError or ValueError.
+    Returns a BlockList for ``attention``, made on q's device without waiting for it, its tiles in ascending order.
+    Means and scores are fp32 (fp64 for fp64); the lower tile wins a tie. Not differentiable: selection has no gradient.
+    Raises TypeError or ValueError naming the argument that does not fit.
     """
     grid, q, k = _check(q, k, grid, q_tile, k_tile)
     tiles = tile_count(grid.shape, k_tile)
@@ -126,10 +126,10 @@ def top_p(
     k_means: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> BlockList:
-    """Choose for each query tile the fewest key tiles that hold ``mass`` of the softmax over tiles.
+    """Choose for each query tile the fewest key tiles that hold a share ``mass`` of the softmax over tiles.
 
-    Scores are those of ``top_k`` with scale 1/sqrt(D). mass: in (0, 1]. At least one tile is kept. Otherwise as
-    ``top_k``. Follows the selection of NABLA (Mikhailov et al., arXiv:2507.13546).
+    mass: in (0, 1]. Scores are those of ``top_k`` times 1/sqrt(D). At least one tile is kept. Otherwise as ``top_k``.
+    Follows the selection of NABLA (Mikhailov et al., arXiv:2507.13546).
     """
     grid, q, k = _check(q, k, grid, q_tile, k_tile)
     share = _validate.number("mass", mass)

@@ -128,9 +128,10 @@ def moves_seen(video: Tensor) -> Tensor:
 
 
 class CameraAdapter(nn.Module):
-    """Hints for a frozen DiT from a ray map.
+    """An adapter that makes a frozen DiT follow a camera move, given as a ray map.
 
-    base: whose first ``layers`` blocks are copied, weights and all. The projections out of the copies start at 0.
+    base: the DiT. Its first ``layers`` blocks are copied with their weights; the copies' outputs are added to the
+    base's tokens through projections that start at 0, so that an untrained adapter changes nothing.
     """
 
     def __init__(self, base: DiT, layers: int):

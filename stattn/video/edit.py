@@ -29,9 +29,10 @@ class Edit(NamedTuple):
 
 
 def inpaint(model: DiT, video: Tensor, mask: Tensor, caption: str = "", sampling: Sampling | None = None) -> Edit:
-    """Generate anew what a mask covers. mask: [1, T, H, W] booleans, of any shape and moving as it likes.
+    """Generate anew what a mask covers.
 
-    Raises ValueError for a mask that does not match the video, or that covers nothing.
+    video: [3, T, H, W]. mask: [1, T, H, W] booleans, any region in each frame. Raises ValueError for a mask that does
+    not match the video, or that covers nothing.
     """
     check_clip(video, mask)
     _some("mask", mask)
@@ -45,8 +46,10 @@ def outpaint(
     caption: str = "",
     sampling: Sampling | None = None,
 ) -> Edit:
-    """Extend the picture: margins are pixels at the left, right, top and bottom. The video comes back larger, with the
-    given one in it. Raises ValueError for negative margins, or none.
+    """Extend the picture beyond its borders.
+
+    margins: pixels at the left, right, top and bottom. The video comes back larger, with the given one inside,
+    unchanged. Raises ValueError for negative margins, or when all are 0.
     """
     check_clip(video)
     if len(margins) != 4 or min(margins) < 0 or max(margins) == 0:
@@ -70,10 +73,10 @@ def recolour(
 ) -> Edit:
     """Give one object another colour in all frames; it keeps its place, its shape and its motion.
 
-    source, target: colours of ``world.COLOURS``. The object is what has the source's hue (``objects.object_mask``), or
-    what mask [1, T, H, W] covers. Its hue is turned by the distance of the two colours, and the model repaints it from
-    there. strength: how much is left to the model. Raises ValueError for unknown colours, and when no such object is
-    seen.
+    source, target: colours of ``world.COLOURS``. The object is found by the source's hue (``objects.object_mask``), or
+    given by mask, [1, T, H, W] booleans. Its hue is rotated from source to target, and the model repaints the result.
+    strength: how far the model may depart from it, 0 to 1. Raises ValueError for unknown colours, and when no such
+    object is found.
     """
     check_clip(video, mask)
     turn = objects.hue_of(target) - objects.hue_of(source)
@@ -120,12 +123,12 @@ def motion_brush(
 ) -> Edit:
     """Move the brushed object along a path, and leave everything else where it is.
 
-    brush: [1, T, H, W] booleans, the object in every frame. path: [T, 2] offsets (x, y) in pixels, one a frame, or two
-    of them, the first and the last, joined by a line. The object is cut out and laid down along the path, a crude
-    animation; the model repaints it at ``strength``, and the place it left at ``objects.LEFT`` from what other frames
-    or its surroundings show there (as in Time-to-Move, Singer et al., arXiv:2511.08633). What it hid of other vivid
-    objects is completed from the frames that show it. grow: pixels by which both
-    regions are widened. Raises ValueError for a brush or path that does not fit.
+    brush: [1, T, H, W] booleans, the object in every frame. path: [T, 2] offsets (x, y) in pixels, one per frame, or
+    just the first and the last, joined by a line. The object is cut out and pasted along the path, and the model
+    repaints it at ``strength`` (as in Time-to-Move, Singer et al., arXiv:2511.08633). The place that it left is filled
+    from other frames or from its surroundings and repainted at ``objects.LEFT``; parts of other vivid objects that it
+    hid are completed from frames that show them. grow: pixels by which both regions are widened. Raises ValueError for
+    a brush or path that does not fit.
     """
     check_clip(video, brush)
     _some("brush", brush)

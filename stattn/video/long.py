@@ -27,8 +27,10 @@ PAST_FRAMES = 8
 
 
 class Story(NamedTuple):
-    """A long video [3, T, H, W] in -1..1, its keyframes' numbers, where they were scripted to show the object (x, y),
-    and the numbers of the frames where windows join.
+    """A long video, and how it was made.
+
+    video: [3, T, H, W] in -1..1. Beside it: the numbers of its keyframes, where the script puts the object in them
+    (x, y), and the numbers of the frames at which windows join.
     """
 
     video: Tensor
@@ -129,10 +131,11 @@ def interpolate(
 ) -> tuple[Tensor, list[int]]:
     """Fill in the frames between neighbours: [3, (K - 1) * gap + 1, H, W] from [3, K, H, W] in -1..1.
 
-    gap: frames from one to the next. A window of sampling.size[0] frames holds as many known ones as fit, begins and
-    ends at one, and shares that one with the next window. caption: of all windows, or a function of a window's first
-    and last frame. rough, strength: a video of the result's size to begin from, and how far from it the result may go,
-    one number or [1, T, H, W]. Given frames come back exactly. Returns the video and the numbers of the shared frames.
+    gap: the distance, in frames, from one given frame to the next. A window of sampling.size[0] frames holds as many
+    given ones as fit, begins and ends at one, and shares that one with the next window. caption: one for all windows,
+    or a function of a window's first and last frame. rough, strength: a video of the result's size to start from, and
+    how far the result may depart from it, one number or [1, T, H, W]. Given frames come back exactly. Returns the video
+    and the numbers of the shared frames.
     Raises ValueError for a gap that a window does not hold, or fewer than two frames.
     """
     sampling = sampling or Sampling()
@@ -181,15 +184,15 @@ def tell(
     follow: float = 0.8,
     batch: int = 8,
 ) -> Story:
-    """Make a long video of an object that moves by a plot.
+    """Make a long video of an object that moves according to a plot.
 
-    caption: what is seen, "a red disc moves left, camera static"; its colour names the object. minutes: how long, at
-    KEYFRAMES_A_MINUTE. stride: 1 fills the frames between keyframes in one level of windows; more makes every stride-th
-    frame first and fills the rest in a second level: so many times the frames. reach: pixels a direction covers, by
-    default what fits the picture. picture: [3, H, W] of the beginning, by default the first of a clip sampled from the
-    caption. follow: strength at which the frames between keyframes are painted over the object laid along the
-    script; 1 leaves the way from keyframe to keyframe to the model. Raises ValueError for a plot that leaves the
-    picture.
+    caption: what is seen, "a red disc moves left, camera static"; its colour names the object. plot: directions, in the
+    order in which the object moves. minutes: the length, at KEYFRAMES_A_MINUTE. stride: 1 fills in the frames between
+    keyframes in one level of windows; a larger one makes a video of stride times as many frames, every stride-th in the
+    first level and the rest in a second. reach: pixels covered by one direction, by default what fits the picture.
+    picture: [3, H, W], the first frame, by default that of a clip sampled from the caption. follow: the strength at
+    which the model repaints the object, pasted along the script, in the frames between keyframes; at 1 the model alone
+    decides how it moves between them. Raises ValueError for a plot that leaves the picture.
     """
     sampling = sampling or Sampling()
     length, height, width = sampling.size
@@ -262,11 +265,10 @@ def smooth(
     batch: int = 8,
     work: Work | None = None,
 ) -> Tensor:
-    """Repaint the frames around joints of windows, each in a window with the joint in its middle: [3, T, H, W].
+    """Repaint the frames around the joints between windows, each in a window centred on the joint: [3, T, H, W].
 
-    strength: at the joint, falling to nothing over ``reach`` frames on either side; the frames beyond come back
-    exactly. Joints closer
-    than a window are taken one after the other, so that each sees what the one before it made.
+    strength: at the joint, falling to 0 over ``reach`` frames on either side; frames beyond come back exactly. Joints
+    closer together than a window are repainted one after the other, so that each sees the result of the one before.
     """
     sampling = sampling or Sampling()
     length, total = sampling.size[0], video.shape[1]
@@ -314,11 +316,11 @@ def extend(
     remember: bool = True,
     work: Work | None = None,
 ) -> Tensor:
-    """Continue a video by so many frames: [3, T + frames, H, W] from [3, T, H, W] in -1..1.
+    """Continue a video by ``frames`` frames: [3, T + frames, H, W] from [3, T, H, W] in -1..1.
 
-    Each window begins with the last ``sampling.overlap`` frames. remember: give a model with memory tokens frames of
-    all the past before the window, PAST_FRAMES of them, evenly spaced. Raises ValueError for a video shorter than the
-    overlap.
+    Works window by window; each begins with the last ``sampling.overlap`` frames of the one before. remember: also show
+    a model with memory tokens PAST_FRAMES frames, evenly spaced over everything before the window. Raises ValueError
+    for a video shorter than the overlap.
     """
     sampling = sampling or Sampling()
     length, overlap = sampling.size[0], sampling.overlap
