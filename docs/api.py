@@ -34,7 +34,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "Conversion of Wan's weights.",
         ("from_diffusers", "from_diffusers_state_dict", "to_diffusers_state_dict"),
     ),
-    "stattn.integrations.diffusers_backend": ("stattn as one of diffusers' attention backends.", ("use", "register")),
+    "stattn.integrations.diffusers_backend": ("Dense attention as a backend of diffusers.", ("use", "register")),
     "stattn.flops": ("Formulas for PyTorch's counter of floating-point operations.", ("formulas", "register")),
     "stattn.ranges": ("Named ranges for profilers.", ("enable", "disable", "span")),
     "stattn.results": (
