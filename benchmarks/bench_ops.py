@@ -24,7 +24,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stattn import bench_runs, results
+from stattn import results
+from stattn.bench import runs
 from stattn.ops.gate import gate_residual, gate_residual_modulate
 from stattn.ops.modulate import modulate
 from stattn.reference import gate as gate_reference
@@ -180,7 +181,7 @@ def time_and_record(
     for each, timing in timings.items():
         baseline = None if each == copy else (copy, timings[copy])
         report.results.append(results.Result.of(each, timing, baseline=baseline, checked=True))
-        bench_runs.add_rate(report, f"{each}/bandwidth", "GB/s", size * 1e-6, timing)
+        runs.add_rate(report, f"{each}/bandwidth", "GB/s", size * 1e-6, timing)
 
 
 def bytes_moved(case: Operation, backward: bool, shape: Shape, device: str) -> int:

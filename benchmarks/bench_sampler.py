@@ -3,7 +3,7 @@
     CUBLASLT_WORKSPACE_SIZE=0 python -m pytest benchmarks/bench_sampler.py --results benchmarks/results/h200
     stattn bench sampler --shape wan2.1-1.3b-480p        # the same from the command line
 
-Rows are those of `stattn.bench_runs.measure_sampler`. Without the variable (see `stattn.graph.SampleGraph`) gaps of a
+Rows are those of `stattn.bench.runs.measure_sampler`. Without the variable (see `stattn.graph.SampleGraph`) gaps of a
 graph are longer.
 """
 
@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from stattn import bench_models, bench_runs, results
+from stattn import results
+from stattn.bench import models, runs
 
 # name, layers (None: all), steps, contenders (None: all of the device)
 CASES = [
@@ -39,10 +40,10 @@ def test_sampler(
 ) -> None:
     if device != there:
         pytest.skip(f"measures the {there.upper()}, this machine measures the {device.upper()}")
-    shape = bench_models.SHAPES[name].of_layers(layers)
+    shape = models.SHAPES[name].of_layers(layers)
 
     def run() -> None:
-        bench_runs.measure_sampler(report, shape, wanted or bench_models.names(shape, device), device, steps=steps)
+        runs.measure_sampler(report, shape, wanted or models.names(shape, device), device, steps=steps)
 
     # A sample takes too long to be repeated for pytest-benchmark, whose table holds the whole measurement.
     benchmark.pedantic(run, rounds=1, iterations=1)

@@ -3,7 +3,7 @@
     python -m pytest benchmarks/bench_step.py --results benchmarks/results/h200
     stattn bench step --shape wan2.1-1.3b-480p           # the same from the command line
 
-Contenders are those of `stattn.bench_models`, rows those of `stattn.bench_runs.measure_step`. What is compiled is
+Contenders are those of `stattn.bench.models`, rows those of `stattn.bench.runs.measure_step`. What is compiled is
 compiled by blocks, so that it takes seconds and not minutes; benchmarks/notes/operations.md says what that costs
 diffusers.
 """
@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from stattn import bench_models, bench_runs, results
+from stattn import results
+from stattn.bench import models, runs
 
 # Windows of 2 to 74 % of the pairs: what a mask costs, and what it changes.
 WINDOWS = [f"stattn-window{each}" for each in ((3, 9, 19), (5, 13, 25), (11, 19, 33), (15, 23, 41), (19, 27, 47))]
@@ -28,7 +29,7 @@ GPU = [
 ]
 CPU = [("wan-small", None, None)]
 CASES = [
-    pytest.param(*case, device, id=bench_models.SHAPES[case[0]].of_layers(case[1]).name, marks=marks)
+    pytest.param(*case, device, id=models.SHAPES[case[0]].of_layers(case[1]).name, marks=marks)
     for device, cases, marks in (("cpu", CPU, ()), ("cuda", GPU, (pytest.mark.gpu,)))
     for case in cases
 ]
@@ -46,8 +47,8 @@ def test_step(
 ) -> None:
     if device != there:
         pytest.skip(f"measures the {there.upper()}, this machine measures the {device.upper()}")
-    shape = bench_models.SHAPES[name].of_layers(layers)
-    calls = bench_runs.measure_step(report, shape, wanted or bench_models.names(shape, device), device, rounds=3)
+    shape = models.SHAPES[name].of_layers(layers)
+    calls = runs.measure_step(report, shape, wanted or models.names(shape, device), device, rounds=3)
 
     def run() -> None:
         calls["stattn-dense"]()

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stattn import bench_runs, dit, masks, results, world
-from stattn.bench_models import relative_error
+from stattn import dit, masks, results, world
+from stattn.bench import runs
+from stattn.bench.models import relative_error
 from stattn.dit import DiT
 from stattn.graph import SampleGraph
 from stattn.modules import SpaceTimeAttention
@@ -105,19 +106,19 @@ def measure(report: results.Report, device: str, clips: int, text: str, steps: i
     best = min((name for name in graphs if name != "stattn"), key=lambda name: timings[name].median)
     # Rounding is amplified by the steps alike, whoever computes attention.
     if not errors["stattn"] <= 1.5 * errors[best] + 1e-3:
-        raise bench_runs.WrongResult(
+        raise runs.WrongResult(
             f"stattn's video is {errors['stattn']:.2e} from that of fp32, {best}'s {errors[best]:.2e}"
         )
     row = f"video_sampler/{clips}/{text}"
     report.results.append(
         results.Result.of(f"{row}/stattn", timings["stattn"], baseline=(best, timings[best]), checked=True)
     )
-    bench_runs.add(
+    runs.add(
         report,
         f"{row}/stattn/snr",
         "dB",
-        bench_runs.decibels(errors["stattn"]),
-        (best, bench_runs.decibels(errors[best])),
+        runs.decibels(errors["stattn"]),
+        (best, runs.decibels(errors[best])),
     )
     told = ", ".join(f"{name} {timings[name].median:.2f} ms ({errors[name]:.1e})" for name in graphs)
     print(f"{clips} clips, {text}: {told}", file=sys.stderr, flush=True)

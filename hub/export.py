@@ -18,9 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # What the operations, the modules and accelerate consist of; commands, models and training stay behind.
 PARTS = (
-    "__init__", "accelerate", "attention_modules", "blocks", "cache", "constants", "extension", "flops", "grid",
-    "integrations", "kernels", "masks", "modules", "ops", "pictures", "plan", "problem", "ranges", "reference", "rope",
-    "settings", "tables",
+    "__init__", "accelerate", "blocks", "cache", "extension", "flops", "grid", "integrations", "kernels", "masks",
+    "model/__init__", "model/attention", "model/settings", "modules", "ops", "plan", "problem", "ranges", "reference",
+    "rope", "tables",
 )  # fmt: skip
 
 IMPORT = re.compile(r"^(\s*)from stattn(\.[\w.]+)? import ", re.MULTILINE)

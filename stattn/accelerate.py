@@ -11,6 +11,7 @@ from torch import nn
 
 from stattn import masks
 from stattn.grid import Grid, Triple
+from stattn.model.settings import Impl, Masks, check_impl, check_mask, density, describe_mask
 from stattn.modules import (
     CrossAttention,
     DenoiseStep,
@@ -20,7 +21,6 @@ from stattn.modules import (
     QKNormRope,
     SpaceTimeAttention,
 )
-from stattn.settings import Impl, Masks, check_impl, check_mask, density, describe_mask
 
 if TYPE_CHECKING:
     from stattn.integrations._layers import HostAcceleration

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from stattn.grid import Grid, Region, check_positive, is_int
 from stattn.masks import Mask, frame_causal
+from stattn.model.settings import Masks
 from stattn.rope import RopeTables
-from stattn.settings import Masks
 
 
 @dataclass(frozen=True)

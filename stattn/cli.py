@@ -15,25 +15,28 @@ from importlib import import_module
 
 # name: (module, what it does)
 COMMANDS = {
-    "demo": ("stattn.demo", "sample the shipped model under several masks and write a page of clips and timings"),
-    "sample": ("stattn.sample_command", "sample one clip from a caption into a file"),
+    "demo": (
+        "stattn.commands.demo",
+        "sample the shipped model under several masks and write a page of clips and timings",
+    ),
+    "sample": ("stattn.commands.sample", "sample one clip from a caption into a file"),
     "train": ("stattn.train", "train a video model on the synthetic world"),
-    "bench": ("stattn.bench_command", "measure operations, attention, a denoising step or a sample of a named model"),
+    "bench": ("stattn.commands.bench", "measure operations, attention, a denoising step or a sample of a named model"),
     "explain": (
-        "stattn.explain_command",
+        "stattn.commands.explain",
         "say which implementation serves an attention call, and why the others do not",
     ),
-    "doctor": ("stattn.doctor", "describe this machine, and what stattn runs on it"),
-    "report": ("stattn.report_command", "write results files as a table, a page with plots, and JSON for CI"),
-    "storyboard": ("stattn.video.storyboard_command", "make a long video of an object that moves by a plot"),
-    "edit": ("stattn.video.edit_command", "edit a video file: inpaint, outpaint, recolour, restyle, motion-brush"),
-    "study": ("stattn.video.study_command", "run an experiment about video: edits, story, length, consistency"),
-    "gallery": ("stattn.video.gallery", "make a page of clips that shows what the video system does"),
-    "extend": ("stattn.video.extend_command", "continue a video file"),
-    "camera": ("stattn.video.camera_command", "sample a clip filmed by a given camera move"),
+    "doctor": ("stattn.commands.doctor", "describe this machine, and what stattn runs on it"),
+    "report": ("stattn.commands.report", "write results files as a table, a page with plots, and JSON for CI"),
+    "storyboard": ("stattn.commands.storyboard", "make a long video of an object that moves by a plot"),
+    "edit": ("stattn.commands.edit", "edit a video file: inpaint, outpaint, recolour, restyle, motion-brush"),
+    "study": ("stattn.commands.study", "run an experiment about video: edits, story, length, consistency"),
+    "gallery": ("stattn.commands.gallery", "make a page of clips that shows what the video system does"),
+    "extend": ("stattn.commands.extend", "continue a video file"),
+    "camera": ("stattn.commands.camera", "sample a clip filmed by a given camera move"),
     "evaluate": ("stattn.metrics.evaluate", "measure folders of video files, each and one against the other"),
-    "compare": ("stattn.compare_command", "compare two runs, and fail where the new one is worse"),
-    "profile": ("stattn.profile_command", "run a program under a profiler, with ranges around what stattn does"),
+    "compare": ("stattn.commands.compare", "compare two runs, and fail where the new one is worse"),
+    "profile": ("stattn.commands.profile", "run a program under a profiler, with ranges around what stattn does"),
 }
 REFUSALS = (ValueError, TypeError, ImportError, OSError)
 

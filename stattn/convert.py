@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stattn.dit import DiT, DiTConfig
-from stattn.settings import Impl, Masks
+from stattn.model.settings import Impl, Masks
 
 # Beginnings of keys outside the blocks, ours and theirs; what is not listed has one name.
 _MODEL_KEYS = (

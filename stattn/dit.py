@@ -1,7 +1,7 @@
 """The reference video diffusion transformer: the published ones in one page, to read, train and measure.
 
 A video becomes tokens (``Patchify3D``), the noise level becomes scales, shifts and gates (adaLN), the text becomes
-keys, and two kinds of block (`stattn.dit_blocks`) mix them:
+keys, and two kinds of block (`stattn.model.blocks`) mix them:
 
 - ``cross``, Wan's: self-attention of the video, cross-attention to the text, feed-forward. `stattn.convert` loads Wan's
   weights.
@@ -10,7 +10,7 @@ keys, and two kinds of block (`stattn.dit_blocks`) mix them:
 
 Around the blocks both are the same: the noise level is embedded and projected once, and each block adds its own learned
 ``scale_shift_table`` (adaLN-single, as in PixArt and Wan). The model says nothing about what it predicts (sample,
-velocity or noise) and nothing about kernels: it runs wherever PyTorch does. `stattn.dit_config` names its shapes.
+velocity or noise) and nothing about kernels: it runs wherever PyTorch does. `stattn.model.config` names its shapes.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from torch import Tensor, nn
 from stattn import ranges
 from stattn.blocks import BlockList
 from stattn.cache import RollingKVCache, check_size
-from stattn.dit_blocks import CrossBlock, JointBlock, Layout, modulation
-from stattn.dit_config import CONFIGS, DiTConfig, resolve
 from stattn.grid import Grid, Triple, as_grid, check_positive
 from stattn.masks import full
+from stattn.model.blocks import CrossBlock, JointBlock, Layout, modulation
+from stattn.model.config import CONFIGS, DiTConfig, resolve
+from stattn.model.settings import Impl, Masks, check_mask, density
 from stattn.modules import ModulatedNorm, Patchify3D, SpaceTimeAttention
 from stattn.ops import _validate
 from stattn.ops._dispatch import impl_for
 from stattn.ops.patchify import unpatchify3d
 from stattn.rope import RopeTables, rope_tables
-from stattn.settings import Impl, Masks, check_mask, density
 
 __all__ = [
     "CONFIGS",

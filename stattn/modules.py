@@ -14,8 +14,8 @@ DenoiseStep         guidance, prediction, solver update and known region        
 ==================  ==========================================================  =================================
 
 Each but CrossAttention and FeedForward, whose operations are PyTorch's, carries ``impl``: one implementation name for
-all its operations, or a mapping from stem (``stattn.settings.STEMS``) to name in which ``"*"`` stands for the rest.
-`stattn.accelerate` sets it, and the mask of every SpaceTimeAttention, on a whole model.
+all its operations, or a mapping from stem (``stattn.model.settings.STEMS``) to name in which ``"*"`` stands for the
+rest. `stattn.accelerate` sets it, and the mask of every SpaceTimeAttention, on a whole model.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stattn.attention_modules import CrossAttention, QKNormRope, SpaceTimeAttention
 from stattn.grid import Grid, Triple, check_positive
+from stattn.model.attention import CrossAttention, QKNormRope, SpaceTimeAttention
+from stattn.model.settings import Impl, check_impl, describe_impl
 from stattn.ops import _validate
 from stattn.ops._dispatch import impl_for
 from stattn.ops.denoise import denoise_step
@@ -37,7 +38,6 @@ from stattn.ops.linear_gelu import linear_gelu
 from stattn.ops.modulate import modulate
 from stattn.ops.modulate_linear import modulate_linear
 from stattn.ops.patchify import patchify3d
-from stattn.settings import Impl, check_impl, describe_impl
 
 __all__ = [
     "CrossAttention",

@@ -14,9 +14,9 @@ class Recipe:
     """What is trained, on what, and how.
 
     level_mean, level_std: of the logit of s. masks: (key, weight) pairs, one drawn a step. tasks: a weight for each of
-    ``tasks.TASKS``. data: a folder of video files (``stattn.folder``), or "" for the synthetic world. clause_dropout:
-    how often a caption leaves out what moves, what else is there, or the camera. globals_see: "globals" keeps the text
-    from carrying what one frame shows to the next. warmup: steps.
+    ``training.tasks.TASKS``. data: a folder of video files (``training.folder``), or "" for the synthetic world.
+    clause_dropout: how often a caption leaves out what moves, what else is there, or the camera. globals_see: "globals"
+    keeps the text from carrying what one frame shows to the next. warmup: steps.
     """
 
     model: DiTConfig

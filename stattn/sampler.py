@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from stattn import masks, ranges
 from stattn.dit import DiT
 from stattn.grid import check_positive, is_int
+from stattn.model.settings import Masks, check_impl
 from stattn.ops import _validate
 from stattn.ops._dispatch import impl_for
 from stattn.ops.denoise import denoise_step
 from stattn.schedules import Diffusion, FlowMatching, Level, Schedule, step_weights
-from stattn.settings import Masks, check_impl
 
 __all__ = ["Diffusion", "FlowMatching", "Level", "Schedule", "draw_noise", "sample", "step_weights"]
 

@@ -21,15 +21,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stattn import checks, dit, masks, results, world
+from stattn import dit, masks, results, world
 from stattn.accelerate import accelerate
 from stattn.dit import DiT
 from stattn.masks import Mask
-from stattn.metrics import synth
+from stattn.metrics import checks, synth
 from stattn.recipes import PRESETS, AdapterRecipe, Recipe
-from stattn.run import Kind, Run, group, loop
 from stattn.sampler import FlowMatching, sample
 from stattn.trainer import PARALLEL, Trainer, materialize_attention
+from stattn.training.run import Kind, Run, group, loop
 
 EVALUATION_SEED, PICTURE_SEED = 1_000_000, 2_000_000
 # Guidance of 2 makes motion jump (flicker 1.3 to 1.5 times that of real clips), 1 blurs it (0.8).
@@ -198,9 +198,9 @@ def train(
 def kinds(recipe: Recipe) -> Kind:
     """Choose the kind of run for a recipe."""
     if isinstance(recipe, AdapterRecipe):
-        from stattn.video import train_adapters
+        from stattn.training import adapters
 
-        return train_adapters.kind(recipe)
+        return adapters.kind(recipe)
     return VIDEO
 
 

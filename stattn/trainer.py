@@ -37,15 +37,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stattn import dit, masks, tasks, world
+from stattn import dit, masks, world
 from stattn.dit import CrossBlock, DiT, JointBlock
-from stattn.folder import FolderClips
 from stattn.grid import Grid
 from stattn.masks import Mask
 from stattn.modules import SpaceTimeAttention
 from stattn.ops._dispatch import impl_for
 from stattn.ops.qk_norm_rope import qk_norm_rope
 from stattn.recipes import Recipe
+from stattn.training import tasks
+from stattn.training.folder import FolderClips
 
 Model = TypeVar("Model", bound=nn.Module)
 # A score whose exponential is 0 beside any score of normalised queries and keys, and finite: kernels need no special

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from stattn import run, train
+from stattn import train
 from stattn.recipes import PRESETS
 from stattn.trainer import Trainer, learning_rate
+from stattn.training import run
 
 SMOKE = PRESETS["smoke"]
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from stattn import cli, dit, media, train, world
+from stattn import cli, dit, train, world
 from stattn.dit import DiT
 from stattn.metrics import warp
 from stattn.recipes import PRESETS, AdapterRecipe
-from stattn.video import adapted, camera, files, paint, train_adapters
+from stattn.training import adapters
+from stattn.video import adapted, camera, files, media, paint
 from stattn.video.adapted import Adapted, AdapterConfig
 from stattn.video.camera import Move, ray_maps
 from stattn.video.paint import Sampling
@@ -175,14 +176,14 @@ def test_memory_tokens_stand_beside_the_text(base: Path) -> None:
 
 def test_an_object_that_returns_was_seen_and_is_away_in_between() -> None:
     recipe = PRESETS["memory"]
-    scene = train_adapters.returns(12, recipe, torch.Generator().manual_seed(1), "cpu")
+    scene = adapters.returns(12, recipe, torch.Generator().manual_seed(1), "cpu")
     cover = scene.coverage(0).sum((2, 3))
-    past, window = cover[:, : train_adapters.PAST_FRAMES], cover[:, train_adapters.PAST_FRAMES :]
+    past, window = cover[:, : adapters.PAST_FRAMES], cover[:, adapters.PAST_FRAMES :]
     whole = past.amin(1)
     assert (whole > 100).all()
-    assert (window[:, : train_adapters.ABSENT] == 0).all()
+    assert (window[:, : adapters.ABSENT] == 0).all()
     assert (window[:, -1] > 0.98 * whole).all()
-    assert scene.frames == train_adapters.PAST_FRAMES + recipe.frames
+    assert scene.frames == adapters.PAST_FRAMES + recipe.frames
 
 
 @pytest.mark.parametrize("adapts", ["camera", "memory"])
@@ -200,7 +201,7 @@ def test_adapters_train_beside_a_base_that_stays(base: Path, tmp_path: Path, ada
     for name, value in dit.load(base).state_dict().items():
         assert torch.equal(whole.base.state_dict()[name], value), name
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    fresh = train_adapters.kind(recipe).trainer(recipe, torch.device("cpu"))
+    fresh = adapters.kind(recipe).trainer(recipe, torch.device("cpu"))
     moved = [name for name, value in fresh.state()["model"].items() if not torch.equal(value, state["model"][name])]
     assert moved
     assert not any(name.startswith("base.") for name in moved)
@@ -240,19 +241,19 @@ def test_adapters_that_do_not_fit_are_refused(base: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="adapts='sound'"):
         train.train(recipe, tmp_path, steps=1)
     with pytest.raises(ValueError, match="another config"):
-        train_adapters.CameraTrainer(dataclasses.replace(recipe, model=PRESETS["small"].model), torch.device("cpu"))
+        adapters.CameraTrainer(dataclasses.replace(recipe, model=PRESETS["small"].model), torch.device("cpu"))
 
 
 def test_recovered_moves_are_the_requested_ones_on_real_clips() -> None:
     recipe = dataclasses.replace(PRESETS["camera"], frames=4)
-    scene = train_adapters.free_cameras(10, recipe, torch.Generator().manual_seed(2), "cpu")
+    scene = adapters.free_cameras(10, recipe, torch.Generator().manual_seed(2), "cpu")
     only = scene.camera.clone()
     only[..., 3], only[..., 5] = 0, 0
     scene = world.with_camera(scene, only)
-    found, asked = camera.moves_seen(scene.draw()), train_adapters._asked(scene)
-    scores = train_adapters.agreement(found, asked)
+    found, asked = camera.moves_seen(scene.draw()), adapters._asked(scene)
+    scores = adapters.agreement(found, asked)
     assert min(scores["pan_r2"], scores["zoom_r2"], scores["roll_r2"]) > 0.99
-    assert train_adapters.agreement(found.roll(1, 0), asked)["pan_r2"] < 0.6
+    assert adapters.agreement(found.roll(1, 0), asked)["pan_r2"] < 0.6
 
 
 def test_a_command_films_by_numbers_and_by_a_reference(

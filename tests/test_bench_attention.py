@@ -16,7 +16,7 @@ import stattn
 from stattn import masks, results
 from stattn.blocks import BlockList, block_list
 from stattn.grid import Grid
-from stattn.report import SHAPES
+from stattn.reports.report import SHAPES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stattn import bench_models, bench_runs, cli, masks, results
-from stattn.bench_models import SHAPES, contender, random_inputs, random_model, relative_error, truth
+from stattn import cli, masks, results
+from stattn.bench import models, runs
+from stattn.bench.models import SHAPES, contender, random_inputs, random_model, relative_error, truth
 from stattn.dit import DiTConfig
-from stattn.report import load, series
+from stattn.reports.report import load, series
 
-TINY = bench_models.ModelShape(
+TINY = models.ModelShape(
     "test",
     DiTConfig(
         kind="cross", layers=2, heads=2, head_dim=16, ffn_dim=32, in_channels=4, out_channels=4, patch=(1, 2, 2),
@@ -47,7 +48,7 @@ def test_contenders_share_their_parameters_and_compute_the_same():
         assert made.call.proj_out.weight.data_ptr() == model.proj_out.weight.data_ptr()
         error = relative_error(made.call(*given), dense)
         assert (error < 1e-5) == (made.mask == masks.full())
-    wan = bench_models.diffusers_wan(model)
+    wan = models.diffusers_wan(model)
     assert relative_error(wan(*given, return_dict=False)[0], dense) < 1e-5
     assert wan.proj_out.weight.data_ptr() == model.proj_out.weight.data_ptr()
 
@@ -95,7 +96,7 @@ def test_a_step_is_split_and_compared(tmp_path):
 
 
 def test_a_contender_that_is_wrong_is_not_written(tmp_path, monkeypatch, capsys):
-    made = bench_models.contender
+    made = models.contender
 
     def broken(name, model, shape):
         found = made(name, model, shape)
@@ -103,7 +104,7 @@ def test_a_contender_that_is_wrong_is_not_written(tmp_path, monkeypatch, capsys)
             found.call = made("stattn-sliding_tile", model, shape).call
         return found
 
-    monkeypatch.setattr(bench_runs, "contender", broken)
+    monkeypatch.setattr(runs, "contender", broken)
     out = tmp_path / "found.json"
     assert cli.main(["bench", "step", "--shape", "test", "--device", "cpu", "--out", str(out), "--rounds", "1"]) == 1
     assert "stattn-window: relative error" in capsys.readouterr().err
@@ -120,8 +121,8 @@ def test_a_contender_that_is_wrong_is_not_written(tmp_path, monkeypatch, capsys)
     ],
 )
 def test_long_contenders_are_wrong_when_their_attention_is(tmp_path, monkeypatch, capsys, name, other, field, message):
-    made = bench_models.contender
-    monkeypatch.setattr(bench_runs, "LONG", 8)
+    made = models.contender
+    monkeypatch.setattr(runs, "LONG", 8)
 
     def broken(each, model, shape):
         found = made(each, model, shape)
@@ -129,7 +130,7 @@ def test_long_contenders_are_wrong_when_their_attention_is(tmp_path, monkeypatch
             setattr(found, field, getattr(made(other, model, shape), field))
         return found
 
-    monkeypatch.setattr(bench_runs, "contender", broken)
+    monkeypatch.setattr(runs, "contender", broken)
     out = str(tmp_path / "found.json")
     status = cli.main(["bench", "step", "--shape", "test", "--device", "cpu", "--rounds", "1", "--out", out])
     assert status == (0 if message is None else 1)
@@ -137,14 +138,14 @@ def test_long_contenders_are_wrong_when_their_attention_is(tmp_path, monkeypatch
 
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
-    made = bench_models.contender
+    made = models.contender
 
     def missing(name, model, shape):
         if name == "stattn-window":
             raise ImportError(name)
         return made(name, model, shape)
 
-    monkeypatch.setattr(bench_runs, "contender", missing)
+    monkeypatch.setattr(runs, "contender", missing)
     out = tmp_path / "found.json"
     assert cli.main(["bench", "step", "--shape", "test", "--device", "cpu", "--out", str(out), "--rounds", "1"]) == 0
     report = results.read(out)
@@ -167,7 +168,7 @@ def test_attention_is_timed_alone_and_at_several_lengths(tmp_path):
 
 
 def _row(source, result):
-    from stattn.report import Row
+    from stattn.reports.report import Row
 
     return Row(source, result)
 
@@ -206,7 +207,7 @@ def test_the_longest_gap_is_named_by_what_runs_around_it(monkeypatch):
     profiler = SimpleNamespace(events=lambda: spans)
     monkeypatch.setattr(torch.profiler, "profile", lambda **options: nullcontext(profiler))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    found = bench_runs.replay_times(lambda: None)
+    found = runs.replay_times(lambda: None)
     assert found == (52e-6, 5, "at 3 of 5, between b and d")
 
 
@@ -251,7 +252,7 @@ def test_a_sample_on_a_gpu_is_measured_without_workspaces_unless_they_are_asked_
     monkeypatch.delenv("CUBLASLT_WORKSPACE_SIZE", raising=False)
     if before is not None:
         monkeypatch.setenv("CUBLASLT_WORKSPACE_SIZE", before)
-    monkeypatch.setattr(bench_runs, f"measure_{what}", lambda report, *_, **__: bench_runs.add(report, "a", "ms", 1.0))
+    monkeypatch.setattr(runs, f"measure_{what}", lambda report, *_, **__: runs.add(report, "a", "ms", 1.0))
     monkeypatch.setattr(results, "new_report", lambda command, _: results.Report(
         command, "a GPU", results.versions(), "2026-01-31T12:00:00+00:00", None, None, []
     ))  # fmt: skip

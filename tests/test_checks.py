@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stattn import checks, world
-from stattn import scene as scene_module
+from stattn import world
+from stattn.metrics import checks
+from stattn.world import scene as scene_module
 
 
 @pytest.mark.parametrize("objects", [(1, 1), (1, 3)])

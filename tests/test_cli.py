@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import stattn
-from stattn import cli, doctor
+from stattn import cli
+from stattn.commands import doctor
 from stattn.ops._dispatch import Operation
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stattn import cli, demo, demo_page, demo_timings, dit, masks, media, results, world
+from stattn import cli, dit, masks, results, world
+from stattn.commands import demo, demo_timings
+from stattn.reports import demo_page
+from stattn.video import media
 
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stattn import checks, cli, dit, masks, media, metrics, world
+from stattn import cli, dit, masks, metrics, world
 from stattn.dit import DiT
+from stattn.metrics import checks
 from stattn.recipes import PRESETS
-from stattn.video import edit, files, objects, paint
+from stattn.video import edit, files, media, objects, paint
 from stattn.video.cache import TokenCache
 from stattn.video.paint import Sampling, Work
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stattn import cli, media, metrics, world
+from stattn import cli, metrics, world
 from stattn.metrics import evaluate, extractors, synth
+from stattn.video import media
 
 
 class _Pool(nn.Module):

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stattn import folder, train, world
+from stattn import train, world
 from stattn.recipes import PRESETS
 from stattn.trainer import Trainer
+from stattn.training import folder
 from stattn.video import files
 
 SMOKE = PRESETS["smoke"]

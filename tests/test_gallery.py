@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from stattn import cli, dit
+from stattn.commands import gallery
 from stattn.dit import DiT
 from stattn.recipes import PRESETS
-from stattn.video import gallery, long, storyboard_command
+from stattn.studies.story import judge
+from stattn.video import long
 from stattn.video.paint import Work
 
 
@@ -33,7 +35,7 @@ def test_the_page_shows_files_that_exist(
     numbers = json.loads((tmp_path / "page" / "numbers.json").read_text(encoding="utf-8"))
     assert numbers["story"]["frames"] == 7
     assert numbers["command"].startswith("stattn gallery")
-    assert set(storyboard_command.judge(told, "a red disc")) <= set(numbers["story"])
+    assert set(judge(told, "a red disc")) <= set(numbers["story"])
     assert "Edits: 7 clips" in capsys.readouterr().out
 
 

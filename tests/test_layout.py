@@ -11,8 +11,8 @@ pytestmark = pytest.mark.smoke
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a part must not import, at the top of a file or within a function.
-MODELS = ("dit", "dit_blocks", "sampler", "rollout", "accelerate", "integrations", "video")
-ABOVE = ("modules", "attention_modules", *MODELS)
+MODELS = ("dit", "sampler", "rollout", "accelerate", "integrations", "video")
+ABOVE = ("modules", "model", *MODELS)
 FORBIDDEN = {
     "grid": ("masks", "reference", "kernels", "ops", *ABOVE),
     "tables": ("masks", "reference", "kernels", "ops", *ABOVE),
@@ -21,6 +21,7 @@ FORBIDDEN = {
     "kernels": ("reference", "ops", *ABOVE),
     "ops": ABOVE,
     "modules": ("kernels", "reference", "dit", "sampler", "integrations", "video"),
+    "model": ("kernels", "reference", "dit", "sampler", "integrations", "video"),
     "dit": ("kernels", "reference", "sampler", "integrations", "video"),
     "sampler": ("kernels", "reference", "integrations", "video"),
 }
@@ -55,6 +56,12 @@ def test_an_import_of_any_form_is_seen(tmp_path):
     late = "def late():\n    from stattn import masks\n    from stattn.video.edit import recolour\n"
     path.write_text(f"import stattn.ops\n{late}")
     assert imported(path) == {"ops", "masks", "video"}
+
+
+def test_nothing_imports_a_command_but_commands():
+    others = [path for path in (ROOT / "stattn").rglob("*.py") if path.parent.name != "commands"]
+    assert others
+    assert [path.name for path in others if "commands" in imported(path)] == []
 
 
 @pytest.mark.parametrize("stem", STEMS)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stattn import cli, dit, media, world
+from stattn import cli, dit, world
 from stattn.dit import DiT
 from stattn.recipes import PRESETS
-from stattn.video import files, long, objects, storyboard_command
+from stattn.studies.story import judge
+from stattn.video import files, long, media, objects
 from stattn.video.adapted import Adapted, AdapterConfig
 from stattn.video.paint import Sampling, Work
 
@@ -129,7 +130,7 @@ def test_the_shipped_model_follows_a_short_script() -> None:
     story = long.tell(dit.load("tiny"), caption, ["left", "right"], sampling, minutes=0.2, picture=picture)
     assert story.video.shape == (3, 31, 64, 64)
     assert story.joints == [15]
-    found = storyboard_command.judge(story, caption)
+    found = judge(story, caption)
     assert found["identity_kept"] >= 0.95
     assert found["path_error_max"] < 3
     assert found["path_error_mean"] < 1.5

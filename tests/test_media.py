@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from stattn import media
+from stattn.video import media
 
 pytest.importorskip("av")
 Image = pytest.importorskip("PIL.Image")
@@ -133,7 +133,7 @@ def test_what_cannot_be_written_or_read_is_refused_by_name(tmp_path, call, error
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(blocked, call, tmp_path):
     code = (
         f"import sys; sys.modules[{blocked!r}] = None\n"
-        f"import torch; from stattn import media\n"
+        f"import torch; from stattn.video import media\n"
         f"try: media.{call}({str(tmp_path / 'x')!r}, torch.zeros(3, 1, 4, 4))\n"
         f"except ImportError as e: print(e)"
     )

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from mask_definitions import COMBINED, RAGGED, every_example
 
-from stattn import masks, pictures
+from stattn import masks
 from stattn.grid import Grid
-from stattn.masks import CONSTRUCTORS, Mask
+from stattn.masks import CONSTRUCTORS, Mask, pictures
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -119,7 +119,7 @@ def test_a_new_constructor_joins_the_page(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_page_in_the_documentation_is_the_one_that_is_drawn() -> None:
     page = Path(__file__).parents[1] / "docs" / "masks.svg"
-    assert page.read_text(encoding="utf-8") == pictures.draw_page(), "run: python -m stattn.pictures"
+    assert page.read_text(encoding="utf-8") == pictures.draw_page(), "run: python -m stattn.masks"
 
 
 def test_the_page_is_drawn_by_the_module_of_the_masks(tmp_path: Path) -> None:

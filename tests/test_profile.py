@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import stattn
-from stattn import cli, dit, profile_command, ranges, sampler
+from stattn import cli, dit, ranges, sampler
+from stattn.commands import profile
 from stattn.ops.modulate import MODULATE, ModulateCall
 from stattn.with_ranges import run_program
 
@@ -236,4 +237,4 @@ def test_what_a_tool_cannot_do_is_refused(capsys, arguments, message):
     ],
 )
 def test_programs_of_python_are_recognised(command, program):
-    assert profile_command.python_program(command.split()) == program
+    assert profile.python_program(command.split()) == program

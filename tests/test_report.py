@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from stattn import cli, masks, report, report_plots, results
+from stattn import cli, masks, results
 from stattn.grid import Grid
+from stattn.reports import plots, report
 from stattn.results import Baseline, Report, Result
 
 GPU = "NVIDIA H200"
@@ -251,7 +252,7 @@ def test_points_lie_where_arithmetic_and_bytes_put_them():
     assert second.tflops / second.intensity == pytest.approx(4.0)  # TB/s: on the slope of a copy of 4
     assert (first.contender, first.problem) == ("cuda", "dense_fwd wan-1.3b-480p")
     assert (second.contender, second.problem) == ("stattn", "modulate fwd wan")
-    drawn = report_plots.roofline([first, second]).axes[0]
+    drawn = plots.roofline([first, second]).axes[0]
     assert {text.get_text() for text in drawn.texts} == {"dense_fwd wan-1.3b-480p", "modulate fwd wan"}
     assert {text.get_text() for text in drawn.get_legend().get_texts()} == {"cuda", "stattn"}
     unknown = dataclasses.replace(source, report=_report(*rows, copy=None))
@@ -268,11 +269,11 @@ def test_steps_are_broken_down_and_errors_set_against_densities(tmp_path, capsys
     found = [report.Row(source, each) for each in rows]
     assert report.breakdowns(found) == [report.Breakdown("step/wan/a", 100.0, 60.0)]
     assert report.errors(found) == {"step/wan/a": (0.1, pytest.approx(0.1))}
-    drawn = report_plots.errors({"step/wan/a": (0.1, 0.1), "step/wan/b": (0.4, 0.05), "step/hy/a": (0.1, 0.2)}).axes[0]
+    drawn = plots.errors({"step/wan/a": (0.1, 0.1), "step/wan/b": (0.4, 0.05), "step/hy/a": (0.1, 0.2)}).axes[0]
     assert [list(line.get_xdata()) for line in drawn.lines] == [[10.0, 40.0], [10.0]]
     assert sorted(text.get_text() for text in drawn.texts) == ["a", "a", "b"]
     near = {"step/wan/a": (0.1, 0.1), "step/wan/b": (0.105, 0.11), "step/hy/a": (0.1, 0.1), "step/hy/c": (0.1, 0.2)}
-    assert sorted(text.get_text() for text in report_plots.errors(near).axes[0].texts) == ["a\nb", "c"]
+    assert sorted(text.get_text() for text in plots.errors(near).axes[0].texts) == ["a\nb", "c"]
     results.write(tmp_path / "a.json", source.report)
     status, _, _ = _run(capsys, "report", tmp_path / "a.json", "--out", tmp_path / "out")
     assert status == 0
@@ -293,7 +294,7 @@ def test_whole_samples_are_set_beside_what_else_one_would_run():
         ("sampler/wan/compiled", 5.0, None, ""),
         ("sampler/small/own", 0.5, None, ""),
     ]
-    drawn = report_plots.totals(found, {id(source): 1}).axes[0]
+    drawn = plots.totals(found, {id(source): 1}).axes[0]
     assert [text.get_text() for text in drawn.texts][:2] == ["2 s, 2.5× compiled", "9 s, 0.556× compiled"]
 
 

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 
 import stattn
-from stattn import attention_modules, dit, masks
+from stattn import dit, masks
 from stattn.accelerate import accelerate
-from stattn.attention_modules import valid_tokens
-from stattn.bench_models import ModelShape, psnr, random_model
+from stattn.bench.models import ModelShape, psnr, random_model
 from stattn.dit import CONFIGS, WEIGHTS, DiT
 from stattn.graph import SampleGraph
 from stattn.grid import Grid, as_grid
+from stattn.model import attention as attention_modules
+from stattn.model.attention import valid_tokens
 from stattn.sampler import FlowMatching, sample
 
 SEEDS = 5

@@ -14,14 +14,14 @@ from stattn.dit import DiT
 from stattn.grid import Grid
 from stattn.masks import parse
 from stattn.recipes import PRESETS
+from stattn.studies import consistency, edits, length, story
 from stattn.trainer import Trainer, allowed_pairs
-from stattn.video import study_consistency, study_edits, study_length, study_story
 from stattn.video.paint import Sampling
 
 
 def test_the_checks_of_edits_know_real_edits_from_none() -> None:
     model = DiT(PRESETS["smoke"].model).eval()  # predicts 0: what it paints is grey
-    found, shown = study_edits.study(model, 3, Sampling(steps=1, size=(4, 64, 64), overlap=1), refreshes=(1,))
+    found, shown = edits.study(model, 3, Sampling(steps=1, size=(4, 64, 64), overlap=1), refreshes=(1,))
     assert found["recolour_hue_real"] > 0.99
     assert found["recolour_hue_unedited"] < 0.01
     assert found["brush_end_within_3px_real"] == 1
@@ -39,7 +39,7 @@ def test_the_checks_of_edits_know_real_edits_from_none() -> None:
 
 
 def test_a_stale_cache_costs_less_and_errs_more() -> None:
-    rows = study_edits.refresh_curve(dit.load("tiny"), Sampling(steps=4, guidance=1.0), (2, 4))
+    rows = edits.refresh_curve(dit.load("tiny"), Sampling(steps=4, guidance=1.0), (2, 4))
     assert [row["refresh"] for row in rows] == [1, 2, 4]
     assert rows[0]["rms_error"] == 0
     assert rows[0]["tokens"] == 1
@@ -49,21 +49,21 @@ def test_a_stale_cache_costs_less_and_errs_more() -> None:
 
 def test_the_checks_of_stories_know_real_ones_from_others() -> None:
     model = dit.load("tiny")
-    found, videos = study_story.study(model, 4, 2, Sampling(steps=1), minutes=0.2)
+    found, videos = story.study(model, 4, 2, Sampling(steps=1), minutes=0.2)
     assert found["interpolation"]["real"] == 1
     assert found["interpolation"]["shuffled"] < 0.5
     real, others = found["stories_real"], found["stories_of_other_requests"]
     assert real["identity_kept"] == 1
     assert real["path_error_max"] < 0.5 < 5 < others["path_error_mean"]
     assert others["identity_kept"] == 0
-    assert real[study_story.JOINTS] < 1.2 < 5 < found["stories_cut_together"][study_story.JOINTS]
+    assert real[story.JOINTS] < 1.2 < 5 < found["stories_cut_together"][story.JOINTS]
     assert [tuple(video.shape) for video in videos] == [(3, 31, 64, 64)] * 2
     with pytest.raises(ValueError, match="stories=1"):
-        study_story.study(model, 4, 1, Sampling())
+        story.study(model, 4, 1, Sampling())
 
 
 def test_one_piece_costs_more_than_windows(tmp_path: Path) -> None:
-    found = study_length.study(DiT(PRESETS["smoke"].model).eval(), (1, 2, 4), (4, 32, 32), rounds=1)
+    found = length.study(DiT(PRESETS["smoke"].model).eval(), (1, 2, 4), (4, 32, 32), rounds=1)
     rows = found["rows"]
     assert [row["frames"] for row in rows] == [4, 8, 16]
     assert rows[2]["flops_windows"] == 4 * rows[0]["flops_windows"]
@@ -73,16 +73,16 @@ def test_one_piece_costs_more_than_windows(tmp_path: Path) -> None:
             {"frames": n, "seconds_windows": 0.1 * n, "seconds_one_piece": 0.01 * n * n} for n in (16, 32, 64, 128)
         ]
     }
-    assert study_length.exponents(made) == {"windows": 1.0, "one_piece": 2.0}
-    study_length.plot(made, tmp_path / "length.png")
+    assert length.exponents(made) == {"windows": 1.0, "one_piece": 2.0}
+    length.plot(made, tmp_path / "length.png")
     assert (tmp_path / "length.png").stat().st_size > 1000
-    assert study_length.minute(16) == 10
+    assert length.minute(16) == 10
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("kind, reaches", [("full", 16), ("windowed", 5), ("previous frame", 2), ("per frame", 1)])
 def test_kinds_of_attention_see_the_frames_that_they_say(kind: str, reaches: int) -> None:
-    recipe = study_consistency.recipe_of(kind, 0)
+    recipe = consistency.recipe_of(kind, 0)
     assert recipe.grid == (16, 4, 4)
     grid = Grid(*recipe.grid, after=3)
     allowed = allowed_pairs(parse(recipe.masks[0][0]), grid, torch.device("cpu"), "globals")
@@ -96,9 +96,9 @@ def test_kinds_of_attention_see_the_frames_that_they_say(kind: str, reaches: int
 def test_nothing_crosses_frames_without_attention_between_them() -> None:
     """Per frame, with text that sees only text, a frame's prediction does not depend on another frame."""
     small = dataclasses.replace(PRESETS["smoke"].model, patch=(1, 8, 8))
-    recipe = dataclasses.replace(study_consistency.RECIPE, model=small, frames=4, batch=2)
+    recipe = dataclasses.replace(consistency.RECIPE, model=small, frames=4, batch=2)
     for kind, crosses in (("per frame", False), ("full", True)):
-        trainer = Trainer(study_consistency.recipe_of(kind, 0, recipe), torch.device("cpu"))
+        trainer = Trainer(consistency.recipe_of(kind, 0, recipe), torch.device("cpu"))
         torch.nn.init.normal_(trainer.model.proj_out.weight)
         with torch.no_grad():
             for parameter in trainer.model.parameters():
@@ -113,29 +113,29 @@ def test_nothing_crosses_frames_without_attention_between_them() -> None:
 def test_consistency_is_studied_by_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["study", "consistency", "--smoke", "--device", "cpu", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "consistency.json").read_text(encoding="utf-8"))
-    assert set(found["kinds"]) == set(study_consistency.KINDS)
+    assert set(found["kinds"]) == set(consistency.KINDS)
     for of in found["kinds"].values():
         assert len(of["flicker_ratio"]["all"]) == 2
         assert of["flicker_ratio"]["spread"] > 0
         assert "FVD(synth-r3d)" in of
     assert (tmp_path / "consistency.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="kind='sideways'"):
-        study_consistency.recipe_of("sideways", 0)
+        consistency.recipe_of("sideways", 0)
 
 
 def test_consistency_is_studied_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def trained(kind: str, seed: int, ruler: study_consistency.Ruler, *rest: object) -> object:
+    def trained(kind: str, seed: int, ruler: consistency.Ruler, *rest: object) -> object:
         calls.append((kind, seed))
         return {"flicker_ratio": 1.0 + seed}, torch.zeros(4, 3, 16, 32, 32)
 
-    monkeypatch.setattr(study_consistency, "_train", trained)
+    monkeypatch.setattr(consistency, "_train", trained)
     command = ["study", "consistency", "--smoke", "--device", "cpu", "--out", str(tmp_path)]
     for part in ("1/2", "2/2"):
         assert cli.main([*command, "--part", part]) == 0
         assert (tmp_path / "consistency.json").is_file() == (part == "2/2")
-    assert sorted(calls) == sorted((kind, seed) for kind in study_consistency.KINDS for seed in range(2))
+    assert sorted(calls) == sorted((kind, seed) for kind in consistency.KINDS for seed in range(2))
     assert cli.main(command) == 0
     assert len(calls) == 8
     found = json.loads((tmp_path / "consistency.json").read_text(encoding="utf-8"))

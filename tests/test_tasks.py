@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stattn import tasks
-from stattn.tasks import TASKS
+from stattn.training import tasks
+from stattn.training.tasks import TASKS
 
 
 def _regions(name: str, batch: int = 64, frames: int = 16, height: int = 40, width: int = 32) -> torch.Tensor:

@@ -18,9 +18,10 @@ import torch
 from test_attention_cuda import HOPPER
 
 import stattn
-from stattn import attention_modules, dit, extension, masks
+from stattn import dit, extension, masks
 from stattn.grid import Grid
 from stattn.masks import Mask
+from stattn.model import attention as attention_modules
 from stattn.modules import SpaceTimeAttention
 from stattn.recipes import PRESETS
 from stattn.trainer import Trainer

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stattn import scene as scene_module
 from stattn import world
+from stattn.world import scene as scene_module
 
 
 def _warp(frames: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,10 @@ from stattn import masks
 from stattn.accelerate import Report
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import Mask
+from stattn.model.settings import Impl, Masks, density, describe_mask
 from stattn.ops._dispatch import impl_for
 from stattn.ops.attention import attention, explain
 from stattn.rope import RopeTables
-from stattn.settings import Impl, Masks, density, describe_mask
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from stattn.grid import Grid, Region, Triple, is_int
 from stattn.integrations import _processors as processors
 from stattn.integrations._layers import Host, HostAcceleration, Layer
 from stattn.masks import Mask
+from stattn.model.settings import Impl, Masks, check_impl, check_mask
 from stattn.ops._attention_choice import OPERATION as ATTENTION
 from stattn.ops._dispatch import impl_for
 from stattn.ops.qk_norm_rope import QK_NORM_ROPE
-from stattn.settings import Impl, Masks, check_impl, check_mask
 
 Call = Mapping[str, Any]
 

@@ -156,7 +156,7 @@ class Mask:
 
         query: (t, h, w), the middle of the grid when None.
         """
-        from stattn.pictures import draw_mask
+        from stattn.masks.pictures import draw_mask
 
         return draw_mask(self, as_grid(grid), query)
 

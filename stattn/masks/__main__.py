@@ -1,5 +1,5 @@
 """Draw a page of all named masks: ``python -m stattn.masks``."""
 
-from stattn.pictures import main
+from stattn.masks.pictures import main
 
 main()

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stattn import checks, media
-from stattn.folder import caption_of, video_files
-from stattn.metrics import distances, extractors, pixels
+from stattn.metrics import checks, distances, extractors, pixels
+from stattn.training.folder import caption_of, video_files
+from stattn.video import media
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the clips of folder a, and of folder b and between them when it is given.
 
-    Each clip: flicker (VBench's temporal flickering), jumps (``stattn.checks.jumps``), warping error along classical
+    Each clip: flicker (VBench's temporal flickering), jumps (``metrics.checks.jumps``), warping error along classical
     flow, motion smoothness by classical interpolation, subject consistency; CLIPSIM where each clip NAME.mp4 has its
     caption in NAME.txt. Between folders: Frechet distance and unbiased polynomial MMD of clip features. Whatever a
     network has a part in carries its name. max_clips: of each folder, the first by name. on_clip: called after each

@@ -30,7 +30,7 @@ def flicker(video: Tensor) -> float:
     """Measure temporal flickering as VBench does: 1 minus the mean of |f_(t+1) - f_t|, in 0..1, higher is steadier.
 
     video: [3, T, H, W]. VBench applies it to clips with a still camera and subject, because motion lowers it too;
-    ``stattn.checks.jumps`` separates jumps from steady motion. Raises ValueError for fewer than two frames.
+    ``stattn.metrics.checks.jumps`` separates jumps from steady motion. Raises ValueError for fewer than two frames.
     """
     x = _at_least(video, 2)
     return 1 - float((x[:, 1:] - x[:, :-1]).abs().mean())

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from stattn import dit
-from stattn.attention_modules import valid_tokens
 from stattn.dit import DiT, Embedded
 from stattn.grid import Grid
+from stattn.model.attention import valid_tokens
 from stattn.ops._dispatch import impl_for
 from stattn.ops.patchify import unpatchify3d
 from stattn.rope import RopeTables

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stattn import masks
-from stattn.attention_modules import SpaceTimeAttention, norm_and_rotate
 from stattn.dit import DiT, EncodedText
 from stattn.grid import Grid, Region
+from stattn.model.attention import SpaceTimeAttention, norm_and_rotate
 from stattn.ops._dispatch import impl_for
 from stattn.ops.attention import attention
 from stattn.ops.patchify import unpatchify3d

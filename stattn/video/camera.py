@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from stattn.dit import DiT, Embedded
 from stattn.metrics.motion import camera_track
 from stattn.modules import Patchify3D
-from stattn.scene import CAMERA_FIELDS, DEPTHS
+from stattn.world.scene import CAMERA_FIELDS, DEPTHS
 
 MAP_CHANNELS = 2 * len(DEPTHS)
 

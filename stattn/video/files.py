@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stattn import media
+from stattn.video import media
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 LOSSLESS = ("ffv1", "png")

@@ -16,7 +16,7 @@ from stattn.world import COLOURS
 
 # The strength at which the place that an object left is painted: from nothing a model fills it with another like it.
 LEFT = 0.75
-VIVID = 0.3  # least chroma of an object's pixel, of a range of 2: that of ``stattn.checks``
+VIVID = 0.3  # least chroma of an object's pixel, of a range of 2: that of ``stattn.metrics.checks``
 
 
 def hue_of(colour: str) -> float:

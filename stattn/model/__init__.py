@@ -1,0 +1,1 @@
+"""What ``stattn.modules`` and ``stattn.dit`` consist of: attention, blocks, shapes, settings."""

@@ -1,0 +1,1 @@
+"""Experiments about video; `stattn study` runs them."""

@@ -1,0 +1,1 @@
+"""What ``stattn.train`` and ``stattn.trainer`` consist of: the run, tasks, folders of videos, adapters."""
