@@ -1,5 +1,6 @@
 """The layout for the Hub of kernels: a package that runs under any name, with operations in a namespace of its own."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -123,6 +124,20 @@ def test_the_package_runs_under_another_name_without_stattn(package, tmp_path):
         [sys.executable, "-c", RUN, str(package)], cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""}
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_module_that_the_package_names_is_in_it(package):
+    # Triton's are imported by their first launch only, which needs a GPU or its interpreter.
+    named = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+                modules = [folder] if node.module else [folder / each.name for each in node.names]
+                named += [(path.name, each) for each in modules]
+    assert any(each.name == "plan" for _, each in named)
+    here = [each for each in named if each[1].is_dir() or each[1].with_suffix(".py").is_file()]
+    assert [each for each in named if each not in here] == []
 
 
 def test_kernelize_takes_its_layers(package, tmp_path):
