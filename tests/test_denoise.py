@@ -345,6 +345,8 @@ def test_wrong_numbers_and_names_are_refused():
         ({"guidance": "high", "uncond": x}, "guidance='high' must be a number"),
         ({"zero_star": 1, "uncond": x}, "zero_star=1 must be True or False"),
         ({"seed": torch.tensor([1.0, 2.0])}, "seed of torch.float32"),
+        ({"weights": 1.0}, "weights of type float must be a sequence of numbers"),
+        ({"history": None}, "history of type NoneType must be a sequence of tensors"),
     ]:
         with pytest.raises(TypeError, match=message):
             denoise_step(x, out, **(good | wrong))

@@ -199,6 +199,7 @@ REFUSED = [
     ({"k": torch.zeros(1, 105, 2, 6)}, ValueError, r"k has shape \(1, 105, 2, 6\)"),
     ({"k": torch.zeros(2, 105, 3, 6)}, ValueError, r"k has shape \(2, 105, 3, 6\)"),
     ({"k": torch.zeros(2, 105, 2, 8)}, ValueError, r"k has shape \(2, 105, 2, 8\)"),
+    ({name: torch.zeros(2, 105, 2, 0) for name in "qk"}, ValueError, "q has head dimension 0"),
     ({"k": torch.zeros(2, 105, 2, 6, dtype=torch.float64)}, TypeError, "k has dtype torch.float64"),
     ({"k": torch.zeros(2, 105, 2, 6, device="meta")}, ValueError, "k is on meta"),
     ({"grid": (3, 5)}, TypeError, r"grid=\(3, 5\)"),

@@ -111,9 +111,10 @@ def denoise_step(
     convert = _check_kinds(prediction, target, alpha, sigma)
 
     noise_weight = _validate.number("noise_weight", noise_weight)
-    history = tuple(history)
+    history = _sequence("history", history, "tensors shaped like sample")
     for i, each in enumerate(history):
         _validate.shaped(f"history[{i}]", each, "[B, C, T, H, W]", shape)
+    weights = _sequence("weights", weights, "numbers")
     weights = tuple(_validate.number(f"weights[{i}]", each) for i, each in enumerate(weights))
     if len(weights) != 2 + len(history):
         raise ValueError(
@@ -213,6 +214,13 @@ def _check_output(
         if uncond.dtype != output.dtype:
             raise TypeError(f"uncond of {uncond.dtype} must have the dtype of output, {output.dtype}")
     return patch
+
+
+def _sequence(name: str, value: object, of: str) -> tuple[Any, ...]:
+    try:
+        return tuple(value)  # type: ignore[arg-type]  # that is what is asked
+    except TypeError:
+        raise TypeError(f"{name} of type {type(value).__name__} must be a sequence of {of}") from None
 
 
 def _check_guidance(uncond: Tensor | None, guidance: float, rescale: float, zero_star: bool) -> tuple[float, float]:

@@ -184,6 +184,8 @@ def _check(
         video.append(x[:, grid.before : grid.before + grid.video] if x.shape[1] == grid.tokens else x)
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or k.shape[2] < 1 or q.shape[2] % k.shape[2]:
         raise ValueError(f"k has shape {tuple(k.shape)}, q {tuple(q.shape)}: batch and D must be equal, heads divide")
+    if q.shape[3] < 1:
+        raise ValueError(f"q has head dimension {q.shape[3]}, expected at least 1")
     if k.dtype != q.dtype:
         raise TypeError(f"k has dtype {k.dtype}, q {q.dtype}: they must be equal")
     _validate.one_device("q", q, k=k)
