@@ -284,6 +284,8 @@ REFUSED: dict[str, tuple[Options, list[tuple[Options, type[Exception], str]]]] =
             ({"t": ((0, 0, 1, 2), (1, 2, 3))}, ValueError, "tables t="),
             ({"t": ((0, 0, 1, 2),)}, ValueError, "tables t="),
             ({"h": ((), ())}, ValueError, "tables h="),
+            ({"t": 3}, TypeError, r"tables t=3 must be \(lo, hi\)"),
+            ({"w": ([0, 1], 5)}, TypeError, r"tables w=\(\[0, 1\], 5\) must be \(lo, hi\)"),
             ({"t": ((0, 0, 1, 2), (1, 2, 3, 3.5))}, TypeError, "tables t=.*integers"),
         ],
     ),
@@ -313,7 +315,12 @@ def test_a_wrong_argument_of_a_constructor_is_named(
         ({"q": [0.5]}, "q of torch.float32 must hold token indices"),
         ({"k": [True]}, "k of torch.bool must hold token indices"),
         ({"k": [0, 29]}, "k has tokens from 0 to 29, the grid 0 to 28"),
+        ({"q": [[0]]}, r"q of shape \(1, 1\) must be a list of token indices"),
+        ({"k": 3}, r"k of shape \(\) must be a list of token indices"),
         ({"globals_see": "video"}, "globals_see='video'"),
+        ({"valid": [True] * 5}, "valid of list must be a tensor of booleans"),
+        ({"valid": torch.ones(5)}, "valid of torch.float32 must be a tensor of booleans"),
+        ({"valid": torch.ones(1).bool()}, r"valid of shape \(1,\) must be \[before \+ after\] = \(5,\)"),
     ],
 )
 def test_allowed_refuses_what_the_grid_has_not(options: Options, message: str) -> None:

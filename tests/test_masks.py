@@ -153,6 +153,20 @@ def test_bands_of_radial_that_are_nested_act_as_the_widest_one() -> None:
         check_rows(masks.radial(bands), (9, 9, 11), most=120)
 
 
+def test_numbers_beyond_all_grids_reach_to_the_end() -> None:
+    """They stand for no limit; sums of 64-bit integers would wrap around."""
+    shape = (5, 3, 4)
+    for huge in (2**63 - 1, 2**70):
+        for mask, want in (
+            (masks.frame_causal(huge), masks.full()),
+            (masks.frame_causal(2, huge), masks.frame_causal(2)),
+            (masks.frame_causal(1, 2, huge), masks.frame_causal(1)),
+            (masks.sliding_tile((huge, 1, 2), (1, 3, 2)), masks.sliding_tile((5, 1, 2), (1, 3, 2))),
+            (masks.radial(((huge, 2, 2),)), masks.radial(((None, 2, 2),))),
+        ):
+            assert torch.equal(mask.allowed(shape), want.allowed(shape)), mask
+
+
 def test_tables_with_empty_rows_and_bounds_beyond_the_axis_are_cut_to_it() -> None:
     mask = masks.tables(h=([-3, 2, 4, 9, 0], [1, 9, 2, 9, -1]))
     assert mask.allowed((1, 5, 1)).tolist() == [

@@ -109,7 +109,8 @@ class Mask:
         """Say for each query and key token whether it is seen: what every implementation is tested against.
 
         q, k: token indices within grid.tokens, all of them when None. valid: booleans [before + after], the global
-        tokens that are real. Returns booleans [len(q), len(k)]. Raises ValueError for tokens outside the grid.
+        tokens that are real. Returns booleans [len(q), len(k)]. Raises TypeError for what are no indices or booleans,
+        ValueError for tokens outside the grid or other shapes.
         """
         grid = as_grid(grid)
         if globals_see not in ("all", "globals"):
@@ -125,8 +126,13 @@ class Mask:
         sees_rest = globals_see == "all"
         table = torch.where(q_global[:, None], k_global | sees_rest, video | k_global)
         if valid is not None:
+            if not isinstance(valid, torch.Tensor) or valid.dtype != torch.bool:
+                kind = valid.dtype if isinstance(valid, torch.Tensor) else type(valid).__name__
+                raise TypeError(f"valid of {kind} must be a tensor of booleans [before + after]")
+            if tuple(valid.shape) != (grid.globals,):
+                raise ValueError(f"valid of shape {tuple(valid.shape)} must be [before + after] = ({grid.globals},)")
             real = torch.ones(grid.tokens, dtype=torch.bool)
-            real[is_global(grid, torch.arange(grid.tokens))] = torch.as_tensor(valid).cpu().bool()
+            real[is_global(grid, torch.arange(grid.tokens))] = valid.cpu()
             table &= real[qi][:, None] & real[ki]
         return table
 
@@ -287,6 +293,7 @@ def sliding_tile(tile: Triple, window: Triple) -> Mask:
                 f"sliding_tile window={size} on axis {axis} exceeds its {count} tiles of {extent} (length {length})"
             )
         lo, hi, _ = _neighbourhood(axis, count, size, 1, 1, False)
+        extent = min(extent, length)
         own = np.arange(length) // extent
         return Rule(lo[own] * extent, np.minimum((hi[own] + 1) * extent, length) - 1, 1)
 
@@ -323,11 +330,12 @@ def frame_causal(chunk: int, window: int | None = None, sink_frames: int = 0) ->
 
     def build(shape: Triple) -> list[Product]:
         frames, h, w = shape
-        last = np.minimum((np.arange(frames) // chunk + 1) * chunk, frames) - 1
-        first = np.zeros_like(last) if window is None else np.maximum(last + 1 - window, 0)
+        own = min(chunk, frames)
+        last = np.minimum((np.arange(frames) // own + 1) * own, frames) - 1
+        first = np.zeros_like(last) if window is None else np.maximum(last + 1 - min(window, frames), 0)
         found = [(Rule(first, last, 1), whole(h), whole(w))]
         if sink_frames and window is not None:
-            sinks = Rule(np.zeros_like(last), np.minimum(last, sink_frames - 1), 1)
+            sinks = Rule(np.zeros_like(last), np.minimum(last, min(sink_frames, frames) - 1), 1)
             found.append((sinks, whole(h), whole(w)))
         return found
 
@@ -370,7 +378,7 @@ def radial(bands: Sequence[tuple[int | None, int | None, int | None]]) -> Mask:
         frames = np.arange(shape[0])
         found = []
         for distance, h, w in plain:
-            reach = shape[0] if distance is None else distance
+            reach = shape[0] if distance is None else min(distance, shape[0])
             near = Rule(np.maximum(frames - reach, 0), np.minimum(frames + reach, shape[0] - 1), 1)
             h_rule = _neighbourhood("h", shape[1], h, 1, 1, False)
             found.append((near, h_rule, _neighbourhood("w", shape[2], w, 1, 1, False)))
@@ -399,7 +407,10 @@ def tables(t: AxisTable | None = None, h: AxisTable | None = None, w: AxisTable 
         if table is None:
             pairs.append(None)
             continue
-        pair = tuple(tuple(bounds) for bounds in table)
+        try:
+            pair = tuple(tuple(bounds) for bounds in table)
+        except TypeError:
+            raise TypeError(f"tables {axis}={table!r} must be (lo, hi), a sequence of integers each") from None
         if len(pair) != 2 or len(pair[0]) != len(pair[1]) or not pair[0]:
             raise ValueError(f"tables {axis}={table!r} must be (lo, hi) of equal length, one entry per coordinate")
         if not all(is_int(x) for bounds in pair for x in bounds):
@@ -505,6 +516,8 @@ def _tokens(name: str, given: torch.Tensor | Sequence[int] | None, grid: Grid) -
     if given is None:
         return torch.arange(grid.tokens)
     tokens = torch.as_tensor(given).cpu()
+    if tokens.dim() != 1:
+        raise ValueError(f"{name} of shape {tuple(tokens.shape)} must be a list of token indices")
     if tokens.numel() and (tokens.is_floating_point() or tokens.dtype == torch.bool):
         raise TypeError(f"{name} of {tokens.dtype} must hold token indices, integers")
     tokens = tokens.long()
