@@ -11,6 +11,9 @@ tensors they are made of sums of SPAN terms, as in the forward) and gradients ar
 of the tokens: each share in its own float32 partial, and the partials then in a fixed order, so that it is reproducible
 bit for bit; the shares depend on the shapes, not on the card. At Wan's 64 taps all of it is bound by reading dout, at
 pixels by the tensor cores.
+
+Up to 64 taps of 16 bits, dweight has its patches written in rows first, where the tensor memory accelerator brings both
+factors: the rows are at most 64 numbers beside E of dout, and every tile of features would gather them again.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels._device import on_device
+from stattn.kernels._device import capability, on_device
 from stattn.kernels._patches import (
     PLAIN,
     Geometry,
@@ -33,6 +37,7 @@ from stattn.kernels._patches import (
     gather_patches,
     patch_steps,
     place,
+    read_patches,
     tap,
     within,
 )
@@ -42,21 +47,25 @@ from stattn.kernels.patchify import POINTERS, cases, span_of
 
 
 class Config(NamedTuple):
-    """The tile of one program: tokens x features x taps, of which dx sums over features and dweight over tokens."""
+    """The tile of one program: tokens x features x taps, of which dx sums over features and dweight over tokens.
+
+    boxes: dweight reads tiles by the tensor memory accelerator; where it cannot, the first config without is taken.
+    """
 
     tokens: int
     features: int
     taps: int
     warps: int
     stages: int
+    boxes: bool = False
 
 
 # By kernel, the default first; the others are what benchmarks/bench_patchify.py --tune times beside it.
 CONFIGS: dict[str, tuple[Config, ...]] = {
     "dx": (  # up to 64 taps
-        Config(128, 64, 64, 8, 4),
-        Config(64, 128, 64, 4, 4),
         Config(64, 64, 64, 4, 5),
+        Config(128, 64, 64, 8, 4),
+        Config(64, 64, 64, 4, 3),
     ),
     "dx-wide": (
         Config(128, 64, 128, 8, 4),
@@ -64,6 +73,8 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     ),
     "dx-float32": (Config(64, 16, 64, 4, 3),),
     "dweight": (  # up to 64 taps
+        Config(64, 128, 64, 4, 4, boxes=True),
+        Config(128, 128, 64, 4, 3, boxes=True),
         Config(32, 256, 64, 8, 3),
         Config(32, 128, 64, 4, 4),
     ),
@@ -75,6 +86,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
 }
 SHARES = 264  # programs that dweight aims at: two for each SM of an H200
 SUM_BLOCK = 1024
+ROWS_BLOCK = 64  # tokens of a program that writes patches in rows
 
 
 def kernel_for(kind: str, taps: int, dtype: torch.dtype) -> str:
@@ -87,39 +99,11 @@ def kernel_for(kind: str, taps: int, dtype: torch.dtype) -> str:
 
 @triton.jit(do_not_specialize=PLAIN)
 def patchify_dx(
-    gDout,
-    gW,
-    gDx,
-    dout_b,
-    dout_n,
-    M,
-    tokens,
-    grid_h,
-    grid_w,
-    size_t,
-    size_h,
-    size_w,
-    stride_b,
-    stride_c,
-    stride_t,
-    stride_h,
-    stride_w,
-    E: tl.constexpr,
-    TAPS: tl.constexpr,
-    PT: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    RAGGED_T: tl.constexpr,
-    RAGGED_H: tl.constexpr,
-    RAGGED_W: tl.constexpr,
-    RUN: tl.constexpr,
-    VEC: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPAN: tl.constexpr,
-):
+    gDout, gW, gDx, dout_b, dout_n, M, tokens, grid_h, grid_w, size_t, size_h, size_w, stride_b, stride_c, stride_t,
+    stride_h, stride_w, E: tl.constexpr, TAPS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    RAGGED_T: tl.constexpr, RAGGED_H: tl.constexpr, RAGGED_W: tl.constexpr, RUN: tl.constexpr, VEC: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
     """One program: BLOCK_M tokens, BLOCK_K taps of them. The strides are those of dx."""
     COLUMNS: tl.constexpr = (TAPS + BLOCK_K - 1) // BLOCK_K
     m = tl.program_id(0) // COLUMNS * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -160,41 +144,12 @@ def patchify_dx(
 
 @triton.jit(do_not_specialize=[*PLAIN, "share"])
 def patchify_dweight(
-    gDout,
-    gX,
-    gDw,
-    gDbias,
-    dout_b,
-    dout_n,
-    share,
-    M,
-    tokens,
-    grid_h,
-    grid_w,
-    size_t,
-    size_h,
-    size_w,
-    stride_b,
-    stride_c,
-    stride_t,
-    stride_h,
-    stride_w,
-    E: tl.constexpr,
-    TAPS: tl.constexpr,
-    PT: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    RAGGED_T: tl.constexpr,
-    RAGGED_H: tl.constexpr,
-    RAGGED_W: tl.constexpr,
-    RUN: tl.constexpr,
-    VEC: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    gDout, gX, gDw, gDbias, dout_b, dout_n, share, M, tokens, grid_h, grid_w, size_t, size_h, size_w, stride_b,
+    stride_c, stride_t, stride_h, stride_w, E: tl.constexpr, TAPS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr,
+    PW: tl.constexpr, RAGGED_T: tl.constexpr, RAGGED_H: tl.constexpr, RAGGED_W: tl.constexpr, RUN: tl.constexpr,
+    VEC: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
     SPAN: tl.constexpr,
-):
+):  # fmt: skip
     """One program: BLOCK_E features, BLOCK_K taps, one share. gDw is [shares, E, TAPS], gDbias [shares, E]."""
     COLUMNS: tl.constexpr = (TAPS + BLOCK_K - 1) // BLOCK_K
     TILES: tl.constexpr = COLUMNS * ((E + BLOCK_E - 1) // BLOCK_E)
@@ -257,6 +212,52 @@ def patchify_dweight(
         if ONES:
             bias_acc = tl.max(bias_acc, axis=1)  # the columns are the same
         tl.store(gDbias + part * E + e, bias_acc.to(gDbias.dtype.element_ty), mask=(e < E) & (k0 == 0))
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def write_patches(
+    gX, gRows, M, tokens, grid_h, grid_w, size_t, size_h, size_w, stride_b, stride_c, stride_t, stride_h, stride_w,
+    TAPS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, RAGGED_T: tl.constexpr,
+    RAGGED_H: tl.constexpr, RAGGED_W: tl.constexpr, RUN: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Write the patches of BLOCK_M tokens as rows of BLOCK_K taps, zero behind the last. gRows [M, BLOCK_K]"""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    steps = patch_steps(stride_b, stride_c, stride_t, stride_h, stride_w, VEC)
+    at = place(m, tokens, grid_h, grid_w, steps, PT, PH, PW, VEC)
+    sizes = (size_t, size_h, size_w)
+    x = read_patches(
+        gX, at, m < M, 0, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, BLOCK_K
+    )
+    where = gRows + m.to(tl.int64)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    tl.store(where, x, mask=(m < M)[:, None])
+
+
+@triton.jit(do_not_specialize=["share", "M"])
+def patchify_dweight_boxes(
+    dout, rows, gDw, gDbias, share, M,
+    E: tl.constexpr, TAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As patchify_dweight, of dout [M, E] and rows [M, BLOCK_K] by descriptors, which read zeros behind token M."""
+    TILES: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    part = (tl.program_id(0) // TILES).to(tl.int64)
+    e0 = tl.program_id(0) % TILES * BLOCK_E
+    begin = tl.program_id(0) // TILES * share
+    acc = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
+    bias_acc = tl.zeros([BLOCK_E, 16], tl.float32)
+    ones = tl.full([BLOCK_M, 16], 1.0, dout.dtype)
+    for m0 in tl.range(begin, min(begin + share, M), BLOCK_M):
+        tile = tl.trans(dout.load([m0, e0]))
+        acc = tl.dot(tile, rows.load([m0, 0]), acc)
+        if gDbias is not None:
+            bias_acc = tl.dot(tile, ones, bias_acc)
+    e = e0 + tl.arange(0, BLOCK_E)
+    k = tl.arange(0, BLOCK_K)
+    where = gDw + part * E * TAPS + e[:, None] * TAPS + k[None, :]
+    tl.store(where, acc.to(gDw.dtype.element_ty), mask=(e < E)[:, None] & (k < TAPS)[None, :])
+    if gDbias is not None:
+        bias = tl.max(bias_acc, axis=1)  # the columns are the same
+        tl.store(gDbias + part * E + e, bias.to(gDbias.dtype.element_ty), mask=e < E)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -335,7 +336,11 @@ def dweight(
     if count == 0 or features == 0 or x.shape[1] == 0:
         # An empty sum.
         return x.new_zeros(shape), x.new_zeros(0 if bias_dtype is None else features, dtype=bias_dtype or x.dtype)
-    config = config or CONFIGS[kernel_for("dweight", geometry.taps, x.dtype)][0]
+    configs = CONFIGS[kernel_for("dweight", geometry.taps, x.dtype)]
+    config = config or configs[0]
+    dout = _rows(dout)
+    if config.boxes and not _takes_boxes(dout):
+        config = next(each for each in configs if not each.boxes)
     tiles = triton.cdiv(features, config.features) * triton.cdiv(geometry.taps, config.taps)
     parts, share = shares(count, tiles, config.tokens)
     one = parts == 1  # is the gradient itself
@@ -343,24 +348,46 @@ def dweight(
     dbias = None
     if bias_dtype is not None:
         dbias = torch.empty(parts, features, dtype=bias_dtype if one else torch.float32, device=x.device)
-    dout = _rows(dout)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
     with on_device(x):
-        patchify_dweight[(parts * tiles,)](
-            dout,
-            x,
-            dw,
-            dbias,
-            *dout.stride()[:2],
-            share,
-            count,
-            *geometry.numbers(),
-            **_constants(geometry, features, dout.dtype, config),
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+        if config.boxes:
+            rows = torch.empty(count, config.taps, dtype=x.dtype, device=x.device)
+            blocks = {"BLOCK_M": ROWS_BLOCK, "BLOCK_K": config.taps}
+            write_patches[(triton.cdiv(count, ROWS_BLOCK),)](
+                x, rows, count, *geometry.numbers(), **geometry.constants(), **blocks, num_warps=4
+            )
+            boxes = (
+                TensorDescriptor(dout, [count, features], [dout.stride(1), 1], [config.tokens, config.features]),
+                TensorDescriptor(rows, [count, config.taps], [config.taps, 1], [config.tokens, config.taps]),
+            )
+            blocks = {"BLOCK_M": config.tokens, "BLOCK_E": config.features, "BLOCK_K": config.taps}
+            patchify_dweight_boxes[(parts * tiles,)](
+                *boxes, dw, dbias, share, count, E=features, TAPS=geometry.taps, **blocks, **options
+            )
+        else:
+            patchify_dweight[(parts * tiles,)](
+                dout,
+                x,
+                dw,
+                dbias,
+                *dout.stride()[:2],
+                share,
+                count,
+                *geometry.numbers(),
+                **_constants(geometry, features, dout.dtype, config),
+                **options,
+            )
     if dbias is None:
         return _sum(dw, x.dtype), x.new_empty(0)
     return _sum(dw, x.dtype), _sum(dbias, bias_dtype or x.dtype)
+
+
+def _takes_boxes(dout: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read dout as [B * N, E]; the interpreter always does as if."""
+    batch, tokens, _ = dout.shape
+    one = batch == 1 or dout.stride(0) == tokens * dout.stride(1)
+    aligned = dout.stride(1) * dout.element_size() % 16 == 0 and dout.data_ptr() % 16 == 0
+    return one and aligned and (not dout.is_cuda or capability(dout.device) >= (9, 0))
 
 
 def dpos(dout: Tensor, dtype: torch.dtype) -> Tensor:
@@ -389,6 +416,27 @@ def _sum(parts: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
 # What is compiled.
 
 
+def _box_specializations(
+    name: str, geometry: Geometry, features: int, dtype: torch.dtype, config: Config, first: bool
+) -> Iterator[Specialization]:
+    """List what a config with boxes launches; patches are written by the same kernel for all, listed with the first."""
+    if first:
+        types = dict.fromkeys(("gX", "gRows"), POINTERS[dtype]) | dict.fromkeys(PLAIN, "i32")
+        constants = {**geometry.constants(), "BLOCK_M": ROWS_BLOCK, "BLOCK_K": config.taps}
+        yield Specialization(f"write_patches/{name}", write_patches, types, constants, {"num_warps": 4}, tuple(PLAIN))
+    element = POINTERS[dtype][1:]
+    boxes = {"dout": config.features, "rows": config.taps}
+    types = {name: f"tensordesc<{element}[{config.tokens},{width}]>" for name, width in boxes.items()}
+    types |= dict.fromkeys(("gDw", "gDbias"), "*fp32") | dict.fromkeys(("share", "M"), "i32")
+    blocks = {"BLOCK_M": config.tokens, "BLOCK_E": config.features, "BLOCK_K": config.taps}
+    constants = {"E": features, "TAPS": geometry.taps, **blocks}
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    label = f"patchify_dweight_boxes/{name}/{config.tokens}x{config.features}x{config.taps}"
+    made = Specialization(label, patchify_dweight_boxes, types, constants, options, ("share", "M"))
+    for served in (90, 100):  # which have tensor copies
+        yield made._replace(only=served)
+
+
 def specializations() -> Iterator[Specialization]:
     """List what the launchers compile: every CONFIG for the first case that takes it, the default for the others."""
     plain = dict.fromkeys(PLAIN, "i32")
@@ -399,9 +447,13 @@ def specializations() -> Iterator[Specialization]:
         for fn, kind in ((patchify_dx, "dx"), (patchify_dweight, "dweight")):
             kernel = kernel_for(kind, geometry.taps, dtype)
             for config in CONFIGS[kernel][:1] if kernel in seen else CONFIGS[kernel]:
+                if config.boxes:
+                    first = config == CONFIGS[kernel][0]
+                    yield from _box_specializations(name, geometry, features, dtype, config, first)
+                    continue
                 constants = _constants(geometry, features, dtype, config)
                 options = {"num_warps": config.warps, "num_stages": config.stages}
-                label = f"{fn.__name__}/{name}/{config.tokens}x{config.features}x{config.taps}"
+                label = f"{fn.__name__}/{name}/{config.tokens}x{config.features}x{config.taps}x{config.stages}"
                 yield Specialization(label, fn, common, constants, options, (*PLAIN, "share"))
             seen.add(kernel)
     numbers = dict.fromkeys(("parts", "columns", "part_stride", "row_stride"), "i32")

@@ -192,6 +192,31 @@ def test_every_backward_config_gives_the_same_exact_gradients(device, kind):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("features", [200, 36])
+def test_the_weights_gradient_is_exact_for_any_strides_of_the_tokens_gradient(device, features):
+    case = (3, 4, (3, 10, 14), (1, 2, 2), features)
+    x, weight, bias, pos, dout = problem(case, torch.float16, device, integers)
+    want = run(tuple(each.double() for each in (x, weight, bias, pos, dout)), "reference")
+    batch, tokens = dout.shape[:2]
+    # Rows fill 16 bytes, and there is a tensor memory accelerator.
+    whole = features % 8 == 0 and (device == "cpu" or torch.cuda.get_device_capability() >= (9, 0))
+    memory = torch.full((2 * dout.numel() + 4096,), torch.nan, dtype=dout.dtype, device=device)
+    for strides, offset, boxes in (
+        ((tokens * features, features, 1), 0, whole),
+        ((tokens * (features + 8), features + 8, 1), 64, whole),  # rows with a gap
+        ((tokens * features, features, 1), 1, False),  # an address of no 16 bytes
+        ((tokens * (features + 1), features + 1, 1), 0, False),
+        ((tokens * features + 64, features, 1), 0, False),  # samples with a gap
+    ):
+        view = memory.as_strided((batch, tokens, features), strides, offset).copy_(dout)
+        assert patchify_bwd._takes_boxes(view) == boxes, strides
+        dweight, dbias = patchify_bwd.dweight(view, x, case[3], torch.float32)
+        assert torch.equal(dweight, want[2].half())
+        assert torch.equal(dbias, want[3].float())
+        memory.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_every_number_of_tokens_around_a_tile_is_right(device):
     for tile in (64, 128):
         for tokens in range(tile - 2, tile + 3):
