@@ -32,7 +32,7 @@ def headline() -> str:
             f"cuDNN {peers('attention/torch-cudnn/dense_fwd/wan-1.3b-480p')}",
         ],
         [
-            "its backward; bitwise reproducible",
+            "its backward; the bitwise reproducible one",
             f"{backward(f'attention/cuda/{dense}')}; "
             f"{backward('attention/cuda/dense_bwd_deterministic/wan-1.3b-480p')}",
             f"cuDNN {backward(f'attention/torch-cudnn/{dense}')}",
@@ -41,7 +41,7 @@ def headline() -> str:
             "sliding tile, 115,200 tokens (720p)",
             peers("attention/cuda/sta333/30x48x80"),
             f"compiled FlexAttention {peers('attention/flex/sta333/30x48x80')}, "
-            f"of it {peers('attention/flex/sta333_permutes/30x48x80')} to reorder tokens",
+            f"{peers('attention/flex/sta333_permutes/30x48x80')} of it to reorder tokens",
         ],
         [
             "window (7, 17, 17), 75,600 tokens (Wan-14B, 720p)",
@@ -56,12 +56,12 @@ def headline() -> str:
         [
             "diffusers' own Wan-1.3B after `stattn.accelerate`: dense; sliding tile, 10 %",
             f"{hosts(f'{host}/stattn-full')}; {hosts(f'{host}/stattn-sliding_tile')}",
-            f"as it comes, compiled, cuDNN {hosts(f'{host}/cudnn')}",
+            f"unmodified, compiled, cuDNN {hosts(f'{host}/cudnn')}",
         ],
         [
             "diffusers' HunyuanVideo-1.5, 121 frames at 720p, two of its blocks: dense",
             f"{hosts(f'{blocks}/stattn-full')}, {hosts(f'{blocks}/stattn-full/memory')}",
-            f"as it comes {hosts(f'{blocks}/original')}, {hosts(f'{blocks}/original/memory')}",
+            f"unmodified {hosts(f'{blocks}/original')}, {hosts(f'{blocks}/original/memory')}",
         ],
         [
             "50 steps of Wan-1.3B as one CUDA graph: dense; sliding tile, 10 %",
@@ -79,7 +79,7 @@ def headline() -> str:
             f"PyTorch, dense {shown(cpu.row('attention/sdpa/dense_fwd/wan-1.3b-480p-2-heads').value / 1e3, 's')}",
         ],
     ]
-    return table(["H200, bf16, medians; random weights", "stattn", "in the same run"], rows)
+    return table(["H200, bf16, medians; random weights", "stattn", "baseline, same run"], rows)
 
 
 def dense(card: str = "h200") -> str:
@@ -107,7 +107,7 @@ MASKED = {
     "blocks64_sta/30x48x80": "the same pairs as block lists of 64 tokens",
     "blocks64_random162/115200": "162 of 1,800 random key tiles of 64 tokens, 30 x 48 x 80, 24 heads",
     "frame_causal_3/wan-1.3b-480p": "`frame_causal(3)`, 21 x 30 x 52, 12 heads",
-    "frame_causal_query/self-forcing": "the last 3 frames of it as queries",
+    "frame_causal_query/self-forcing": "the same, only the last 3 frames as queries",
     "spatial/wan-14b-720p": "per-frame (`spatial`), 21 x 45 x 80, 40 heads",
     "window_18_24_24/30x48x80": "window (18, 24, 24), 30 x 48 x 80, 24 heads",
     "window_7_17_17/wan-14b-720p": "window (7, 17, 17), 21 x 45 x 80, 40 heads",
@@ -122,8 +122,8 @@ def masked(card: str = "h200") -> str:
         [words, run(f"attention/cuda/{name}"), run.base(f"attention/cuda/{name}")] for name, words in MASKED.items()
     ]
     copied = "attention/cuda/temporal/wan-14b-720p"
-    rows.append(["per-place (`temporal`), 21 x 45 x 80, 40 heads", run(copied), f"a copy {run.base(copied)}"])
-    return table(["forward", "`cuda`", "dense `cuda` of as many pairs"], rows, run)
+    rows.append(["per-place (`temporal`), 21 x 45 x 80, 40 heads", run(copied), f"`copy_` {run.base(copied)}"])
+    return table(["forward", "`cuda`", "dense `cuda` with as many pairs"], rows, run)
 
 
 def masked_backward(card: str = "h200") -> str:
@@ -163,7 +163,7 @@ def triton() -> str:
         [str(words), run(f"attention/triton/{kind}"), run(f"attention/cuda/{kind}"), beside(str(kind), **dict(names))]
         for words, kind, names in rows
     ]
-    return table(["attention", "`triton`", "`cuda`", "others, the same run"], lines, run)
+    return table(["attention", "`triton`", "`cuda`", "others, same run"], lines, run)
 
 
 def steps() -> str:
@@ -177,14 +177,14 @@ def steps() -> str:
     rows = []
     for shape, words in (
         ("wan2.1-1.3b-480p", "Wan2.1-1.3B, 81 frames at 480p"),
-        ("wan2.1-14b-720p-2-layers", "Wan2.1-14B, 81 frames at 720p, two of its layers"),
+        ("wan2.1-14b-720p-2-layers", "Wan2.1-14B, 81 frames at 720p, two layers"),
     ):
         for kind, label in kinds.items():
             name = f"step/{shape}/{kind}"
             pairs = run.row(f"{name}/density").value
             rows.append([words, label, f"{pairs:.1%}".replace("%", " %"), run(name), run(f"{name}/attention")])
             words = ""
-    return table(["one step, without guidance", "", "pairs", "time", "of it attention"], rows, run)
+    return table(["one step, without guidance", "", "pairs", "time", "attention alone"], rows, run)
 
 
 def densities() -> str:
@@ -206,7 +206,7 @@ def densities() -> str:
         pairs = run.row(f"{shape}/{kind}/density").value
         error = "–" if kind == "eager" else f"{10 ** (-run.row(f'{shape}/{kind}/snr').value / 20):.2g}"
         rows.append([words, f"{pairs:.1%}".replace("%", " %"), run(f"{shape}/{kind}"), error])
-    head = ["one step of four layers of Wan2.1-1.3B, random weights", "pairs", "time", "error to dense attention"]
+    head = ["one step of four layers of Wan2.1-1.3B, random weights", "pairs", "time", "relative error to dense attention"]
     return table(head, rows, run)
 
 
@@ -241,7 +241,7 @@ def diffusers(card: str = "h200") -> str:
             memory = f"{name}/memory"
             cells.append(f"{run(name)}, {run(memory)}" if memory in run.rows else run(name))
         rows.append([words, *cells])
-    head = ["diffusers' transformers", "as they come", "`stattn.accelerate`, dense", "sliding tile, 9 to 10 %"]
+    head = ["diffusers' transformers", "unmodified", "`stattn.accelerate`, dense", "sliding tile, 9 to 10 %"]
     return table(head, rows, run)
 
 
@@ -257,7 +257,7 @@ def elementwise(card: str = "h200") -> str:
             best = min((row for row in rivals if row in run.rows), key=lambda row: run.row(row).value)
             copy = f"ops/{op}-copy/{way}/{shape}"
             rows.append([words, run(name), run(best), run(copy), f"{1 / run.ratio(name, copy):.2f}"])
-    head = ["75,600 tokens x 5120", "`triton`", "compiled", "`copy_` of the bytes", "share of the copy rate"]
+    head = ["75,600 tokens x 5120", "`triton`", "compiled", "`copy_` of as many bytes", "share of the copy rate"]
     return table(head, rows, *runs)
 
 
@@ -319,7 +319,7 @@ def cpu() -> str:
             ("sliding_tile_122", "sliding tile (7, 10, 13), window (1, 2, 2), 11 %"),
         )
     ]
-    return table(["21 x 30 x 52, two heads of 128, fp32", "`reference`, beside PyTorch's dense attention"], rows, run)
+    return table(["21 x 30 x 52, two heads of 128, fp32", "speed-up of `reference` over PyTorch's dense attention"], rows, run)
 
 
 TABLES: dict[str, Callable[[], str]] = {

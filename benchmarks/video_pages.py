@@ -11,7 +11,7 @@ CAPTIONS = "benchmarks/results/h200/tiny_evaluation.json"
 CHECKS = {
     "colour": "colour of the main object as asked",
     "shape": "its shape",
-    "direction": "the way it sets out",
+    "direction": "the direction in which it sets out",
 }
 
 
@@ -41,31 +41,31 @@ def shipped() -> str:
             percent(drawn, *seen),
             f"{percent(captions['real'], *seen)}; {percent(captions['shuffled'], *seen)}",
         ],
-        ["flicker, beside that of real clips", f"{drawn['flicker_ratio']:.2f}", "1"],
+        ["flicker, relative to real clips", f"{drawn['flicker_ratio']:.2f}", "1"],
         [
             "camera: R² of recovered and requested pan, zoom",
             moves(camera["generated"]),
             f"{moves(camera['real'])}; {moves(camera['shuffled'])}",
         ],
         [
-            f"memory, {memory['clips']} clips: an object that comes back has its colour; without memory tokens",
+            f"memory, {memory['clips']} clips: an object that returns has its old colour; without memory tokens",
             f"{percent(memory['with'], 'colour')}; {percent(memory['without'], 'colour')}",
             f"{percent(memory['real'], 'colour')}; {percent(memory['shuffled'], 'colour')}",
         ],
         [
-            "30 steps in a CUDA graph, 8 clips, beside PyTorch's fastest attention",
+            "30 steps in a CUDA graph, 8 clips; with PyTorch's fastest attention",
             f"{run(sample)}, {run.base(sample)}",
             "",
         ],
-        ["flicker of full and of frame-by-frame attention, small models", ", ".join(flickers), "1"],
+        ["flicker of small models, relative to real clips: full attention, frame-by-frame attention", ", ".join(flickers), "1"],
     ]
-    return table(["checks of the video system, fixed seeds, Hopper", "result", "real clips; unrelated ones"], rows)
+    return table(["checks of the video system, fixed seeds, Hopper", "result", "real clips; unrelated clips"], rows)
 
 
 def checked(head: str, columns: dict[str, dict[str, float]], *sources: str) -> str:
     """Lay out the checks of captions, a column for each set of clips; below, the records and their commands."""
     rows = [[words, *(percent(found, name, digits=1) for found in columns.values())] for name, words in CHECKS.items()]
-    rows.append(["flicker, beside that of real clips", *(flicker(found) for found in columns.values())])
+    rows.append(["flicker, relative to real clips", *(flicker(found) for found in columns.values())])
     text = table([head, *columns], rows)
     for path in sources:
         found = record(path)
@@ -100,7 +100,7 @@ def graphs() -> str:
         peers = [baseline.name for name in names if (baseline := run.row(name).baseline) is not None]
         rows.append([f"{words}: stattn's attention", *map(run, names)])
         cells = [f"{run.base(name)} ({peer.removeprefix('sdpa-')})" for name, peer in zip(names, peers, strict=True)]
-        rows.append(["PyTorch's fastest, the same in all else", *cells])
+        rows.append(["PyTorch's fastest attention, all else equal", *cells])
     return table(["30 steps in one CUDA graph, bf16", "1 clip", "8 clips", "32 clips"], rows, run)
 
 
