@@ -128,13 +128,15 @@ def _is_test_run(data: Any) -> bool:
 
 
 def rows_by_stem(sources: Sequence[Source]) -> dict[str, list[Row]]:
-    """Return every row of every file by its stem, stems in the order of their names."""
+    """Return every row of every file by its stem, stems in the order of their names, times before all else."""
     found: dict[str, list[Row]] = {}
     for source in sources:
         for result in source.report.results:
             row = Row(source, result)
             found.setdefault(row.stem, []).append(row)
-    return dict(sorted(found.items()))
+    return {
+        stem: sorted(rows, key=lambda row: row.result.unit not in MILLISECONDS) for stem, rows in sorted(found.items())
+    }
 
 
 def machine(report: Report) -> str:
