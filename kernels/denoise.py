@@ -33,6 +33,7 @@ from stattn.kernels import _philox
 from stattn.kernels._compile import Specialization
 from stattn.kernels._device import on_device
 from stattn.kernels._philox import four_normals, in_order, philox_normal
+from stattn.problem import Step
 
 
 class Config(NamedTuple):
@@ -329,27 +330,11 @@ def _tile(elements: int, channels: int, tokens: bool) -> dict[str, int]:
     return {"CHANNELS": rows, "PLACES": elements // rows}
 
 
-def advance(
-    sample: Tensor,
-    output: Tensor,
-    uncond: Tensor | None,
-    guidance: float,
-    rescale: float,
-    zero_star: bool,
-    convert: tuple[float, float],
-    weights: tuple[float, ...],
-    history: tuple[Tensor, ...],
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    offset: int,
-    noise_weight: float,
-    known: Tensor | None,
-    generated: Tensor | None,
-    known_weights: tuple[float, float],
-    patch: tuple[int, int, int] | None,
-    config: Config = CONFIGS[0],
-) -> tuple[Tensor, Tensor]:
-    """Return the next state and the converted prediction, contiguous; see ``stattn.reference.denoise``."""
+def advance(step: Step, config: Config = CONFIGS[0]) -> tuple[Tensor, Tensor]:
+    """Return the next state and the converted prediction, contiguous."""
+    sample, output, uncond, noise, known, generated, history, seeds, *_ = step
+    patch, noise_weight, known_weights = step.patch, step.noise_weight, step.known_weights
+    reduces = step.zero_star or step.rescale != 0
     size = sample.shape
     following, target = (torch.empty(size, dtype=sample.dtype, device=sample.device) for _ in range(2))
     if sample.numel() == 0:
@@ -360,12 +345,12 @@ def advance(
         seeds = None if noise_weight == 0 and known_weights[1] == 0 else seeds.contiguous()
     if seeds is not None and places % 4:
         # Counters make four numbers each: a tile draws whole fours only where channels begin with one.
-        noise, seeds = philox_normal(seeds, offset, size), None
-    if zero_star or rescale:
+        noise, seeds = philox_normal(seeds, step.offset, size), None
+    if reduces:
         parts = min(MOST_PARTIALS, triton.next_power_of_2(triton.cdiv(channels * places, config.sum_elements)))
     else:
         parts = 1
-    sums = torch.empty((batch, 5, parts), dtype=torch.float64, device=sample.device) if zero_star or rescale else None
+    sums = torch.empty((batch, 5, parts), dtype=torch.float64, device=sample.device) if reduces else None
     pt, ph, pw = patch or (0, 0, 0)
     outputs: list[Any] = []
     for each in (output, uncond):
@@ -387,7 +372,7 @@ def advance(
         "PW": pw,
     }
     units = places // shared["ALIGN"]
-    past_weights = (*weights[2:], 0.0, 0.0, 0.0)[:3]
+    past_weights = (*step.weights[2:], 0.0, 0.0, 0.0)[:3]
     elements = config.elements if seeds is None else config.drawn_elements
     tile = _tile(elements, channels, patch is not None)
     programs = batch * triton.cdiv(channels, tile["CHANNELS"]) * triton.cdiv(places, tile["PLACES"])
@@ -398,9 +383,9 @@ def advance(
                 sums, *outputs, channels, units, height, width, **sum_tile, **shared, num_warps=config.sum_warps
             )
         denoise_advance[(programs,)](
-            following, target, sums, seeds, *given, channels, units, height, width, offset,
-            guidance, rescale, *convert, *weights[:2], *past_weights, noise_weight, *known_weights,
-            **tile, **shared, STAR=zero_star, RESCALE=rescale != 0, num_warps=config.warps,
+            following, target, sums, seeds, *given, channels, units, height, width, step.offset,
+            step.guidance, step.rescale, *step.convert, *step.weights[:2], *past_weights, noise_weight, *known_weights,
+            **tile, **shared, STAR=step.zero_star, RESCALE=step.rescale != 0, num_warps=config.warps,
         )  # fmt: skip
     return following, target
 

@@ -1,11 +1,13 @@
-"""One attention call, checked: what every implementation receives.
+"""A call of many arguments, checked: what every implementation receives.
 
-``Problem`` is static and hashable: plans and tables are cached by it. The tensors that come with a call (which slots
-hold which frame, which global tokens are real, block lists) travel beside it in ``Extras``.
+Of attention ``Problem`` is static and hashable: plans and tables are cached by it. The tensors that come with a call
+(which slots hold which frame, which global tokens are real, block lists) travel beside it in ``Extras``. ``Step`` is a
+denoising step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
@@ -72,3 +74,34 @@ class Extras(NamedTuple):
     block_count: torch.Tensor | None = None
     block_index: torch.Tensor | None = None
     block_partial: torch.Tensor | None = None
+
+
+class Step(NamedTuple):
+    """A denoising step, in the order of the operation's schema; what the defaults stand for is left out.
+
+        p  = convert[0] * sample + convert[1] * guided output
+        x' = weights[0] * sample + weights[1] * p + sum_i weights[2 + i] * history[i] + noise_weight * z
+        x' = m * x' + (1 - m) * (known_weights[0] * known + known_weights[1] * z)             with m = generated
+
+    sample, history, noise, known: [B, C, T, H, W]. output, uncond: the same, or tokens [B, N, pt*ph*pw*C] of patches
+    (pt, ph, pw). generated: broadcasts against sample. z: noise, or Philox numbers of seeds [B] and offset. guidance,
+    rescale, zero_star: as in ``stattn.denoise_step``, of output and uncond.
+    """
+
+    sample: torch.Tensor
+    output: torch.Tensor
+    uncond: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+    known: torch.Tensor | None = None
+    generated: torch.Tensor | None = None
+    history: Sequence[torch.Tensor] = ()
+    seeds: torch.Tensor | None = None
+    offset: int = 0
+    guidance: float = 1.0
+    rescale: float = 0.0
+    zero_star: bool = False
+    convert: Sequence[float] = (0.0, 1.0)
+    weights: Sequence[float] = (1.0, 0.0)
+    noise_weight: float = 0.0
+    known_weights: Sequence[float] = (1.0, 0.0)
+    patch: Sequence[int] | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from stattn.kernels import denoise as kernels
 from stattn.kernels._philox import NORMAL_QUADS
 from stattn.ops.denoise import DENOISE_STEP, DenoiseCall, denoise_step, philox_normal
+from stattn.problem import Step
 from stattn.reference.denoise import conversion
 from stattn.reference.denoise_backward import denoise_step_backward
 
@@ -382,14 +383,14 @@ def test_the_written_out_gradients_are_those_of_autograd_in_float64(name: str, p
     given = [x for x in leaves if x is not None]
     want = iter(torch.autograd.grad(outs, given, douts, allow_unused=True))
     seed = options.get("seed")
-    got = denoise_step_backward(
-        *douts, options["sample"].detach(), options["output"], options.get("uncond"), options.get("guidance", 1.0),
-        options.get("rescale", 0.0), options.get("zero_star", False),
-        conversion(options.get("prediction", "velocity"), options.get("target", "sample"), 0.4, 0.6),
-        options["weights"], options["history"], options.get("noise"), None if seed is None else torch.tensor([seed]),
-        options.get("offset", 0), options.get("noise_weight", 0.0), options.get("known"), options.get("generated"),
-        (1 - options.get("known_sigma", 0.0), options.get("known_sigma", 0.0)), patch,
-    )  # fmt: skip
+    sigma = options.get("known_sigma", 0.0)
+    step = Step(
+        **{name: options[name] for name in Step._fields if name in options} | {"sample": options["sample"].detach()},
+        seeds=None if seed is None else torch.tensor([seed]),
+        convert=conversion(options.get("prediction", "velocity"), options.get("target", "sample"), 0.4, 0.6),
+        known_weights=(1 - sigma, sigma),
+    )
+    got = denoise_step_backward(*douts, step)
     for leaf, grad in zip(leaves, got, strict=True):
         if leaf is not None:
             torch.testing.assert_close(grad, next(want), rtol=1e-10, atol=1e-12)
@@ -416,8 +417,14 @@ def arguments(options: dict[str, Any]) -> tuple[Any, ...]:
     seeds = torch.arange(2, device=options["sample"].device)
     return (
         *(options.get(name) for name in names), list(options["history"]), seeds, 3, 2.5, 0.5, True, [0.3, 0.8],
-        [0.9, 0.3, -0.1][: 2 + len(options["history"])], 0.1, [0.7, 0.3], list(options["patch"] or ()),
+        [0.9, 0.3, -0.1][: 2 + len(options["history"])], 0.1, [0.7, 0.3], options["patch"],
     )  # fmt: skip
+
+
+def test_a_step_has_the_arguments_of_the_operation_in_their_order() -> None:
+    for operation, more in ((torch.ops.stattn.denoise_step, ()), (torch.ops.stattn.denoise_step_backward, ("needed",))):
+        names = [each.name for each in operation.default._schema.arguments]
+        assert tuple(names[-len(Step._fields) - len(more) :]) == (*Step._fields, *more)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -37,6 +37,7 @@ from stattn.dit import DiT
 from stattn.graph import SampleGraph
 from stattn.masks import Mask
 from stattn.ops.patchify import patchify3d
+from stattn.problem import Step
 from stattn.reference import denoise as denoise_reference
 from stattn.reference import gate as gate_reference
 from stattn.reference import modulate as modulate_reference
@@ -314,10 +315,7 @@ def _operations(shape: ModelShape, device: str) -> dict[str, Operation]:
         return call(x, cond, uncond=uncond, guidance=5.0, sigma=0.6, weights=(1.0, -0.1), target="velocity")
 
     def step_reference(x: Tensor, cond: Tensor, uncond: Tensor) -> Any:
-        return denoise_reference.denoise_step(
-            x, cond, uncond, 5.0, 0.0, False, (0.0, 1.0), (1.0, -0.1), (), None, None, 0, 0.0, None, None, (1.0, 0.0),
-            None,
-        )  # fmt: skip
+        return denoise_reference.denoise_step(Step(x, cond, uncond, guidance=5.0, weights=(1.0, -0.1)))
 
     return {
         "modulate": (

@@ -12,6 +12,7 @@ from torch import Tensor
 from stattn.grid import is_int
 from stattn.ops import _triton, _validate
 from stattn.ops._dispatch import Implementation, Operation, device_of
+from stattn.problem import Step
 from stattn.reference._philox import philox_normal as reference_normal
 from stattn.reference.denoise import KINDS, conversion
 from stattn.reference.denoise import denoise_step as reference
@@ -140,25 +141,26 @@ def denoise_step(
         _validate.one_device("sample", sample, **{f"history[{i}]": each})
     others = tuple(each.dtype for each in (*history, noise, known, generated) if each is not None)
     call = DenoiseCall(*device_of(sample), sample.dtype, output.dtype, patch, zero_star or rescale != 0, others)
-    return DENOISE_STEP.choose(impl, call).run(
-        sample,
-        output,
-        uncond,
-        guidance,
-        rescale,
-        zero_star,
-        convert,
-        weights,
-        history,
-        noise,
-        seeds,
-        offset,
-        noise_weight,
-        known,
-        generated,
-        known_weights,
-        patch,
+    step = Step(
+        sample=sample,
+        output=output,
+        uncond=uncond,
+        noise=noise,
+        known=known,
+        generated=generated,
+        history=history,
+        seeds=seeds,
+        offset=offset,
+        guidance=guidance,
+        rescale=rescale,
+        zero_star=zero_star,
+        convert=convert,
+        weights=weights,
+        noise_weight=noise_weight,
+        known_weights=known_weights,
+        patch=patch,
     )
+    return DENOISE_STEP.choose(impl, call).run(step)
 
 
 def philox_normal(
@@ -326,29 +328,8 @@ def _triton_normal_why_not(call: NormalCall) -> str | None:
     return _triton.why_not(call.device, call.capability)
 
 
-def _triton_run(
-    sample: Tensor,
-    output: Tensor,
-    uncond: Tensor | None,
-    guidance: float,
-    rescale: float,
-    zero_star: bool,
-    convert: tuple[float, float],
-    weights: tuple[float, ...],
-    history: tuple[Tensor, ...],
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    offset: int,
-    noise_weight: float,
-    known: Tensor | None,
-    generated: Tensor | None,
-    known_weights: tuple[float, float],
-    patch: tuple[int, int, int] | None,
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.stattn.denoise_step(
-        sample, output, uncond, noise, known, generated, list(history), seeds, offset, guidance, rescale, zero_star,
-        list(convert), list(weights), noise_weight, list(known_weights), list(patch or ()),
-    )  # fmt: skip
+def _triton_run(step: Step) -> tuple[Tensor, Tensor]:
+    return torch.ops.stattn.denoise_step(*step)
 
 
 def _triton_normal(seeds: Tensor, offset: int, size: torch.Size) -> Tensor:
@@ -379,7 +360,7 @@ _TENSORS = (
 )
 _NUMBERS = (
     "Tensor? seeds, int offset, float guidance, float rescale, bool zero_star, float[] convert, float[] weights, "
-    "float noise_weight, float[] known_weights, int[] patch"
+    "float noise_weight, float[] known_weights, int[]? patch"
 )
 _LIBRARY.define(f"denoise_step({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)")
 _LIBRARY.define(
@@ -388,31 +369,22 @@ _LIBRARY.define(
 _LIBRARY.define("philox_normal(Tensor seeds, int offset, SymInt[] size) -> Tensor")
 
 
-def _in_order(tensors: Sequence[Any], numbers: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the arguments of an operation in the order in which the implementations take them."""
-    sample, output, uncond, noise, known, generated, history = tensors
-    seeds, offset, guidance, rescale, zero_star, convert, weights, noise_weight, known_weights, patch = numbers
-    return (
-        sample, output, uncond, guidance, rescale, zero_star, tuple(convert), tuple(weights), tuple(history), noise,
-        seeds, offset, noise_weight, known, generated, tuple(known_weights), tuple(patch) or None,
-    )  # fmt: skip
-
-
 # Kernel files are imported when one runs: `import stattn` must work without Triton.
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     from stattn.kernels import denoise
 
-    return denoise.advance(*_in_order(arguments[:7], arguments[7:]))
+    return denoise.advance(Step(*arguments))
 
 
 def _backward(dfollowing: Tensor, dtarget: Tensor, *arguments: Any) -> list[Tensor]:
     """Return the gradients that are needed, by PyTorch: a step is differentiated too rarely for a kernel of its own."""
-    *single, history = arguments[:7]
+    *step, needed = arguments
+    *single, history = step[:7]
     given = [x is not None for x in (*single, *history)]
-    grads = reference_backward(dfollowing, dtarget, *_in_order(arguments[:7], arguments[7:17]))
-    needed = iter(arguments[17])
+    grads = reference_backward(dfollowing, dtarget, Step(*step))
+    needed = iter(needed)
     wanted = [grad for grad, there in zip(grads, given, strict=True) if there and next(needed)]
     return [grad.contiguous() for grad in wanted if grad is not None]
 
@@ -445,21 +417,13 @@ class _DenoiseStep(torch.autograd.Function):
         return None, *(next(rest) if need else None for need in needs)
 
 
-def _autograd(
-    sample: Tensor,
-    output: Tensor,
-    uncond: Tensor | None,
-    noise: Tensor | None,
-    known: Tensor | None,
-    generated: Tensor | None,
-    history: Sequence[Tensor],
-    *numbers: Any,
-) -> tuple[Tensor, Tensor]:
-    tensors = (sample, output, uncond, noise, known, generated, *history)
+def _autograd(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *single, history = arguments[:7]
+    tensors = (*single, *history)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _DenoiseStep.apply(numbers, *tensors)
+        return _DenoiseStep.apply(arguments[7:], *tensors)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.stattn.denoise_step(*tensors[:6], history, *numbers)
+        return torch.ops.stattn.denoise_step(*arguments)
 
 
 def _fake(sample: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -469,7 +433,7 @@ def _fake(sample: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _fake_backward(dfollowing: Tensor, dtarget: Tensor, *arguments: Any) -> list[Tensor]:
     *single, history = arguments[:7]
     tensors = [x for x in (*single, *history) if x is not None]
-    return [x.new_empty(x.shape) for x, need in zip(tensors, arguments[17], strict=True) if need]
+    return [x.new_empty(x.shape) for x, need in zip(tensors, arguments[-1], strict=True) if need]
 
 
 def _fake_normal(seeds: Tensor, offset: int, size: Sequence[int]) -> Tensor:

@@ -10,9 +10,12 @@ numbers that the host computes from the schedule.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from stattn.problem import Step
 from stattn.reference._philox import philox_normal
 from stattn.reference._precision import wide
 from stattn.reference.patchify import unpatchify3d
@@ -58,66 +61,45 @@ def guide(cond: Tensor, uncond: Tensor, guidance: float, rescale: float, zero_st
     return guided * (rescale * ratio + (1 - rescale))
 
 
-def denoise_step(
-    sample: Tensor,
-    output: Tensor,
-    uncond: Tensor | None,
-    guidance: float,
-    rescale: float,
-    zero_star: bool,
-    convert: tuple[float, float],
-    weights: tuple[float, ...],
-    history: tuple[Tensor, ...],
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    offset: int,
-    noise_weight: float,
-    known: Tensor | None,
-    generated: Tensor | None,
-    known_weights: tuple[float, float],
-    patch: tuple[int, int, int] | None,
-) -> tuple[Tensor, Tensor]:
+def denoise_step(step: Step) -> tuple[Tensor, Tensor]:
     """Return the next state and the converted prediction, both in sample's dtype.
 
-        p  = convert[0] * sample + convert[1] * guided output
-        x' = weights[0] * sample + weights[1] * p + sum_i weights[2 + i] * history[i] + noise_weight * z
-        x' = m * x' + (1 - m) * (known_weights[0] * known + known_weights[1] * z)             with m = generated
-
-    sample, history, noise, known [B, C, T, H, W]; output, uncond the same or tokens [B, N, pt*ph*pw*C] of patches (pt,
-    ph, pw); generated broadcasts against sample. z is noise, or Philox numbers of seeds [B] and offset. A term whose
-    weight is 0, and a side of the blend whose share is 0, are left out, whatever they hold. Computed in float32
-    (float64 when an input is), rounded once each.
+    A term whose weight is 0, and a side of the blend whose share is 0, are left out, whatever they hold. Computed in
+    float32 (float64 when an input is), rounded once each.
     """
+    sample, output, uncond, noise, known, generated, history, *_ = step
     dtype = wide(sample, output, uncond, noise, known, generated, *history)
     x = sample.to(dtype)
 
-    prediction = _latent(output, sample.shape, patch).to(dtype)
+    prediction = _latent(output, sample.shape, step.patch).to(dtype)
     if uncond is not None:
-        prediction = guide(prediction, _latent(uncond, sample.shape, patch).to(dtype), guidance, rescale, zero_star)
-    prediction = _combine(convert, (x, prediction))
+        without = _latent(uncond, sample.shape, step.patch).to(dtype)
+        prediction = guide(prediction, without, step.guidance, step.rescale, step.zero_star)
+    prediction = _combine(step.convert, (x, prediction))
 
-    z = noise if seeds is None else philox_normal(seeds, offset, sample.shape)
+    z = noise if step.seeds is None else philox_normal(step.seeds, step.offset, sample.shape)
     terms = (x, prediction, *history) if z is None else (x, prediction, *history, z)
-    following = _combine(weights if z is None else (*weights, noise_weight), tuple(each.to(dtype) for each in terms))
+    weights = step.weights if z is None else (*step.weights, step.noise_weight)
+    following = _combine(weights, tuple(each.to(dtype) for each in terms))
     if known is not None and generated is not None:
         sources = (known.to(dtype),) if z is None else (known.to(dtype), z.to(dtype))
-        kept = _combine(known_weights[: len(sources)], sources)
+        kept = _combine(step.known_weights[: len(sources)], sources)
         m = generated.to(dtype)
         blend = m * following + (1 - m) * kept
         following = torch.where(m == 1, following, torch.where(m == 0, kept, blend))
     return following.to(sample.dtype), prediction.to(sample.dtype)
 
 
-def _latent(output: Tensor, shape: torch.Size, patch: tuple[int, int, int] | None) -> Tensor:
+def _latent(output: Tensor, shape: torch.Size, patch: Sequence[int] | None) -> Tensor:
     """Lay a model's output out as the state of a shape [B, C, T, H, W]."""
     if patch is None:
         return output
     (_, channels, frames, height, width), (pt, ph, pw) = shape, patch
     grid = (-(-frames // pt), -(-height // ph), -(-width // pw))
-    return unpatchify3d(output, grid, 0, patch, channels, (frames, height, width))
+    return unpatchify3d(output, grid, 0, (pt, ph, pw), channels, (frames, height, width))
 
 
-def _combine(weights: tuple[float, ...], tensors: tuple[Tensor, ...]) -> Tensor:
+def _combine(weights: Sequence[float], tensors: tuple[Tensor, ...]) -> Tensor:
     """Sum weight * tensor in order over the weights that are not 0."""
     total: Tensor | None = None
     for weight, tensor in zip(weights, tensors, strict=True):

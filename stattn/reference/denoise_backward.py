@@ -10,10 +10,13 @@ With D = sum over a sample of do * o~, o~ the guided output before rescaling and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stattn.problem import Step
 from stattn.reference._philox import philox_normal
 from stattn.reference._precision import wide
 from stattn.reference.denoise import _combine, _latent, guide
@@ -52,30 +55,14 @@ def guide_backward(
 
 
 def denoise_step_backward(
-    dfollowing: Tensor,
-    dtarget: Tensor,
-    sample: Tensor,
-    output: Tensor,
-    uncond: Tensor | None,
-    guidance: float,
-    rescale: float,
-    zero_star: bool,
-    convert: tuple[float, float],
-    weights: tuple[float, ...],
-    history: tuple[Tensor, ...],
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    offset: int,
-    noise_weight: float,
-    known: Tensor | None,
-    generated: Tensor | None,
-    known_weights: tuple[float, float],
-    patch: tuple[int, int, int] | None,
+    dfollowing: Tensor, dtarget: Tensor, step: Step
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of sample, output, uncond, noise, known, generated and each of history; None where absent.
 
-    Arguments as ``denoise_step``, whose float64 and float32 it computes in. The noise of seeds has no gradient.
+    In float64 or float32, as ``denoise_step`` computes. The noise of seeds has no gradient.
     """
+    sample, output, uncond, noise, known, generated, history, *_ = step
+    guided, weights, patch = (step.guidance, step.rescale, step.zero_star), step.weights, step.patch
     dtype = wide(sample, output, uncond, noise, known, generated, *history)
     x, c = sample.to(dtype), _latent(output, sample.shape, patch).to(dtype)
     u = None if uncond is None else _latent(uncond, sample.shape, patch).to(dtype)
@@ -85,32 +72,32 @@ def denoise_step_backward(
     if known is not None and generated is not None:
         m = generated.to(dtype)
         if generated.is_floating_point():
-            o = c if u is None else guide(c, u, guidance, rescale, zero_star)
-            z = noise if seeds is None else philox_normal(seeds, offset, sample.shape)
+            o = c if u is None else guide(c, u, *guided)
+            z = noise if step.seeds is None else philox_normal(step.seeds, step.offset, sample.shape)
             extra = () if z is None else (z.to(dtype),)
             past = tuple(each.to(dtype) for each in history)
-            scales = weights if z is None else (*weights, noise_weight)
-            following = _combine(scales, (x, _combine(convert, (x, o)), *past, *extra))
-            kept = _combine(known_weights[: 1 + len(extra)], (known.to(dtype), *extra))
+            scales = weights if z is None else (*weights, step.noise_weight)
+            following = _combine(scales, (x, _combine(step.convert, (x, o)), *past, *extra))
+            kept = _combine(step.known_weights[: 1 + len(extra)], (known.to(dtype), *extra))
             soft = torch.where((m == 0) | (m == 1), 0.0, (following - kept) * d)
             dgenerated = soft.sum_to_size(generated.shape).to(generated.dtype)
         share = torch.where(m == 0, 0.0, m * d)
         dkept = torch.where(m == 1, 0.0, (1 - m) * d)
-        dknown = (known_weights[0] * dkept).to(known.dtype)
-        dz, d = known_weights[1] * dkept, share
+        dknown = (step.known_weights[0] * dkept).to(known.dtype)
+        dz, d = step.known_weights[1] * dkept, share
     if noise is not None:
-        dnoise = (dz + noise_weight * d).to(noise.dtype)
+        dnoise = (dz + step.noise_weight * d).to(noise.dtype)
     dpast = tuple((weight * d).to(each.dtype) for weight, each in zip(weights[2:], history, strict=True))
     dp = dp + weights[1] * d
-    dsample = (weights[0] * d + convert[0] * dp).to(sample.dtype)
-    dcond = convert[1] * dp
+    dsample = (weights[0] * d + step.convert[0] * dp).to(sample.dtype)
+    dcond = step.convert[1] * dp
     if uncond is not None and u is not None:
-        dcond, du = guide_backward(dcond, c, u, guidance, rescale, zero_star)
+        dcond, du = guide_backward(dcond, c, u, *guided)
         duncond = _tokens(du, patch).to(uncond.dtype)
     return dsample, _tokens(dcond, patch).to(output.dtype), duncond, dnoise, dknown, dgenerated, *dpast
 
 
-def _tokens(video: Tensor, patch: tuple[int, int, int] | None) -> Tensor:
+def _tokens(video: Tensor, patch: Sequence[int] | None) -> Tensor:
     """Lay a gradient [B, C, T, H, W] out as the output it belongs to; padding of the last patches gets 0."""
     if patch is None:
         return video
