@@ -71,7 +71,7 @@ def _names(reports=(ATTENTION, OPS)) -> list[str]:
 def test_times_stand_before_memory_and_rates(tmp_path):
     rows = _row("attention/memory", 0.4, "GiB"), _row("attention/b", 2.0), _row("attention/rate", 9.0, "TB/s")
     results.write(tmp_path / "attention.json", _report(*rows, _row("attention/a", 3.0, "us")))
-    found = report.rows_by_stem(report.load([tmp_path]))["attention"]
+    found = report.rows_by_stem(report.load([tmp_path])[0])["attention"]
     assert [row.result.name.split("/")[1] for row in found] == ["b", "a", "memory", "rate"]
 
 
