@@ -1,7 +1,7 @@
 """The algebra of axis tables: rules of one axis, products of three, unions of products, and what they count.
 
 A rule is a pair of tables and a residue: a query at x sees the keys k with ``lo[x] <= k <= hi[x]`` and
-``(k - x) % step == 0``. A product is one rule per axis; a mask (``masks.py``) is a union of products on each grid.
+``(k - x) % step == 0``. A product is one rule per axis; a mask (``masks``) is a union of products on each grid.
 """
 
 from __future__ import annotations

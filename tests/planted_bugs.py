@@ -44,14 +44,14 @@ class Bug(NamedTuple):
 BUGS = (
     Bug(
         "window-one-too-wide-on-one-side",
-        "stattn/masks/__init__.py",
+        "stattn/masks/named.py",
         "last = first + size - 1\n",
         "last = np.minimum(first + size, members - 1)\n",
         ("tests/test_masks.py::test_every_constructor_allows_what_it_means_on_awkward_grids[window]",),
     ),
     Bug(
         "causal-window-sees-the-next-key",
-        "stattn/masks/__init__.py",
+        "stattn/masks/named.py",
         "first, last = np.maximum(leader - size + 1, 0), place\n",
         "first, last = np.maximum(leader - size + 1, 0), np.minimum(place + 1, members - 1)\n",
         ("tests/test_masks.py::test_no_causal_window_sees_a_later_key",),
