@@ -10,7 +10,8 @@ from pathlib import Path
 
 import planted_bugs
 import pytest
-from planted_bugs import BUGS, ROOT, Bug
+from bugs import BUGS, Bug
+from planted_bugs import ROOT
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import planted_bugs
 import pytest
-from planted_bugs import ROOT, Bug
+from bugs import Bug
+from planted_bugs import ROOT
 from test_attention_cuda import HOPPER
 
 COPIED = (*planted_bugs.COPIED, "csrc", "setup.py")
