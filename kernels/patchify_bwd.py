@@ -334,8 +334,9 @@ def dweight(
     check_count(count)
     shape = (features, x.shape[1], *patch)
     if count == 0 or features == 0 or x.shape[1] == 0:
-        # An empty sum.
-        return x.new_zeros(shape), x.new_zeros(0 if bias_dtype is None else features, dtype=bias_dtype or x.dtype)
+        # Without channels weight has no elements, but bias has; what is left are empty sums.
+        sums = x.new_empty(0) if bias_dtype is None else dout.sum((0, 1), dtype=torch.float32).to(bias_dtype)
+        return x.new_zeros(shape), sums
     configs = CONFIGS[kernel_for("dweight", geometry.taps, x.dtype)]
     config = config or configs[0]
     dout = _rows(dout)

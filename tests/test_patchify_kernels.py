@@ -406,6 +406,10 @@ def test_empty_batches_and_videos_give_empty_results_and_zero_gradients(device):
     out.sum().backward()
     assert all(each.grad.shape == each.shape and not each.grad.any() for each in (weight, bias, pos))
     assert patchify3d(torch.empty(2, 3, 0, 4, 4, device=device), weight, impl="triton").shape == (2, 0, 5)
+    narrow = torch.empty(5, 0, 1, 2, 2, device=device, requires_grad=True)
+    out = patchify3d(torch.empty(2, 0, 2, 4, 4, device=device), narrow, bias, pos, impl="triton")
+    grads = torch.autograd.grad(out.sum(), (narrow, bias, pos))
+    assert [each.unique().tolist() for each in grads] == [[], [16.0], [2.0]]  # tokens without channels are these alone
     video = unpatchify3d(torch.empty(0, 8, 12, device=device), (2, 2, 2), (1, 2, 2), 3, impl="triton")
     assert video.shape == (0, 3, 2, 4, 4)
 
