@@ -17,6 +17,12 @@ def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def check_count(tokens: int, name: str = "x") -> None:
+    """Raise ValueError for more tokens of a batch than kernels can number."""
+    if tokens >= 2**31:
+        raise ValueError(f"{name} has {tokens} tokens in its batch; the Triton kernels number at most 2**31 - 1")
+
+
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Give the compute capability of a CUDA device."""

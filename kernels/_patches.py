@@ -83,12 +83,6 @@ class Geometry(NamedTuple):
         }
 
 
-def check_count(tokens: int) -> None:
-    """Raise ValueError for more tokens than the kernels can number."""
-    if tokens >= 2**31:
-        raise ValueError(f"x has {tokens} tokens in its batch; the Triton kernels number at most 2**31 - 1")
-
-
 # Numbers that change from call to call. A version for each that is 1 or a multiple of 16 would gain nothing: alignment
 # is told by VEC.
 PLAIN = ["M", "tokens", "grid_h", "grid_w", "size_t", "size_h", "size_w"]

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stattn.kernels._device import check_count
+
 # How a vector varies.
 ABSENT, GROUP, TOKEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -348,8 +350,12 @@ def unit_stride(tensor: Tensor | None) -> Tensor | None:
 
 
 def group_rows(x: Tensor, *vectors: Tensor | None) -> Groups:
-    """Find the groups of x [B, N, C] under vectors [B, C], [B, F, C] and [B, N, C]."""
+    """Find the groups of x [B, N, C] under vectors [B, C], [B, F, C] and [B, N, C].
+
+    Raises ValueError for more tokens than kernels can number.
+    """
     batch, tokens, _ = x.shape
+    check_count(batch * tokens)
     present = [vector for vector in vectors if vector is not None]
     frames = [vector.shape[1] for vector in present if vector.dim() == 3 and vector.shape[1] != tokens]
     if frames:

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from stattn.kernels._compile import Specialization
+from stattn.kernels._device import on_device
 
 WORD = 32  # query tiles in a word of the table of bits
 KINDS = 2**26  # kinds of tiles that are held at a time
@@ -109,7 +110,7 @@ def join(
     batch, heads, q_tiles, _ = index.shape
     k_tiles, rows = kinds.shape[1], batch * heads * q_tiles
     at_once = min(rows, max(1, KINDS // k_tiles))
-    with torch.cuda.device_of(index):
+    with on_device(index):
         table = kinds.new_empty((at_once, k_tiles))
         for first in range(0, rows, max(1, at_once)):
             join_rows[(min(at_once, rows - first),)](
@@ -212,7 +213,7 @@ def transpose(
     listed, marked = tables[0], None if partial is None else tables[1]
     sizes = index.new_empty((batch, heads, k_tiles))
     key_programs = sets * triton.cdiv(k_tiles, config.key_tiles)
-    with torch.cuda.device_of(index):
+    with on_device(index):
         transpose_mark[(sets * q_tiles,)](
             count, index, None if partial is None else partial.view(torch.uint8), listed, marked,
             heads, q_tiles, k_tiles, most, words,

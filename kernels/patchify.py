@@ -31,8 +31,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels._device import capability, on_device
-from stattn.kernels._patches import PLAIN, Geometry, check_count, patch_steps, place, power_of_two, read_patches
+from stattn.kernels._device import capability, check_count, on_device
+from stattn.kernels._patches import PLAIN, Geometry, patch_steps, place, power_of_two, read_patches
 
 # Launch parameters.
 

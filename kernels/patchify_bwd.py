@@ -28,12 +28,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels._device import capability, on_device
+from stattn.kernels._device import capability, check_count, on_device
 from stattn.kernels._patches import (
     PLAIN,
     Geometry,
     as_rows,
-    check_count,
     gather_patches,
     patch_steps,
     place,

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels._device import on_device
+from stattn.kernels._device import check_count, on_device
 
 
 class Config(NamedTuple):
@@ -362,6 +362,8 @@ def forward(
     constants |= constants_of(q.shape[3], pairs_of(q_angles), across, interleaved)
     (q_tables, q_extents), (k_tables, k_extents) = tables_of(q_angles), tables_of(k_angles)
     q_rows, k_rows = (0 if x.numel() == 0 else x.shape[0] * x.shape[1] for x in (q, k))
+    check_count(q_rows, "q")
+    check_count(k_rows, "k")
     programs = triton.cdiv(q_rows, config.rows) + triton.cdiv(k_rows, config.rows)
     weights = (None if each is None else each.contiguous() for each in (q_weight, k_weight))
     with on_device(q):

@@ -24,6 +24,7 @@ import triton.language as tl
 
 from stattn.grid import Triple
 from stattn.kernels._compile import Specialization
+from stattn.kernels._device import on_device
 
 SCORES = 2**24  # scores that are held at a time
 MOST_TILES = 2**14  # the longest row of scores that registers hold
@@ -240,7 +241,7 @@ def select(
     row_stride = triton.cdiv(k_tiles, 16) * 16
     blocks = batch * heads * triton.cdiv(q_tiles, block_q)
     at_once = min(blocks, max(1, SCORES // (block_q * row_stride)))
-    with torch.cuda.device_of(q):
+    with on_device(q):
         q_means = means(q, shape, q_tile, config)
         k_means = means(k, shape, k_tile, config) if k_means is None else k_means.contiguous()
         scores = q_means.new_empty((at_once * block_q, row_stride))

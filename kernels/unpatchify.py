@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels._device import on_device
-from stattn.kernels._patches import Geometry, check_count, power_of_two
+from stattn.kernels._device import check_count, on_device
+from stattn.kernels._patches import Geometry, power_of_two
 
 CONFIGS = (1024, 2048)  # values that one program moves, the default first
 WARPS = 4

@@ -54,6 +54,25 @@ def test_triton_refuses_a_gpu_before_sm_80_by_name(operation: Operation, call: A
     assert dict(operation.table(call._replace(capability=(0, 0))))["triton"] == "torch finds no CUDA device"
 
 
+@pytest.mark.interpreter
+def test_more_tokens_than_kernels_can_number_are_refused_before_anything_runs() -> None:
+    """Their numbers would wrap around. Expanded tensors hold one element."""
+    from stattn.kernels import _rows, patchify_bwd, qk_norm_rope
+
+    most = "has 2147483648 tokens in its batch; the Triton kernels number at most"
+    rows = torch.zeros(1, 1, 1).expand(2**16, 2**15, 1)
+    assert _rows.group_rows(rows[:-1]).rows == (2**16 - 1) * 2**15
+    with pytest.raises(ValueError, match=f"x {most}"):
+        _rows.group_rows(rows)
+    heads, few = rows[..., None].expand(-1, -1, 1, 2), torch.zeros(2**16, 1, 1, 2)
+    for name, q, k in (("q", heads, few), ("k", few, heads)):
+        with pytest.raises(ValueError, match=f"{name} {most}"):
+            qk_norm_rope.forward(q, k, q, k, None, None, None, None, False, 1e-6, True)
+    video = torch.zeros(1, 1, 1, 1, 1).expand(2**16, 1, 2**5, 2**5, 2**5)
+    with pytest.raises(ValueError, match=f"x {most}"):
+        patchify_bwd.dweight(rows, video, (1, 1, 1), None)
+
+
 def test_a_device_is_asked_for_its_capability_once_and_in_a_graph_when_it_is_traced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
