@@ -15,7 +15,15 @@ namespace stattn::sm90 {
 template <typename Element, int N>
 struct Wgmma;
 
-}  // namespace stattn::sm90
+#define ELEMENT __nv_bfloat16
+#define KIND "bf16"
+#include "wgmma_products.cuh"
+#undef ELEMENT
+#undef KIND
+#define ELEMENT __half
+#define KIND "f16"
+#include "wgmma_products.cuh"
+#undef ELEMENT
+#undef KIND
 
-#include "wgmma_bf16.cuh"
-#include "wgmma_fp16.cuh"
+}  // namespace stattn::sm90

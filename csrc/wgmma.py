@@ -1,21 +1,16 @@
-"""Write csrc/wgmma_<type>.cuh: wgmma has one instruction per width, and inline PTX names every register.
+"""Write csrc/wgmma_products.cuh: wgmma has one instruction per width, and inline PTX names every register.
 
-    for type in bf16 fp16; do python csrc/wgmma.py $type > csrc/wgmma_$type.cuh; done
+    python csrc/wgmma.py > csrc/wgmma_products.cuh
 """
-
-import sys
 
 # Widths of S = Q K^T (rows of a key box) and of O = P V (the head dimension).
 SCORES = (64, 80, 96, 112, 128, 160, 176, 192)
 OUTPUTS = (64, 128)
 # Of products whose operands are both transposed: dQ = dS K from dS^T.
 TRANSPOSED = (64,)
-TYPES = {"bf16": ("__nv_bfloat16", "bf16"), "fp16": ("__half", "f16")}  # of C++, and of PTX
 
-HEAD = """// The matrix products of csrc/wgmma.cuh from {}. Written by csrc/wgmma.py: edit that file.
-#pragma once
-
-namespace stattn::sm90 {{
+HEAD = """// The matrix products of csrc/wgmma.cuh, which includes them once a type: of ELEMENT in C++, KIND in PTX.
+// Written by csrc/wgmma.py: edit that file.
 """
 
 
@@ -32,7 +27,7 @@ def operands(count: int, constraint: str) -> str:
     return ",\n              ".join(lines)
 
 
-def function(width: int, kind: str, a_in_registers: bool, first: bool, transposed: bool = False) -> str:
+def function(width: int, a_in_registers: bool, first: bool, transposed: bool = False) -> str:
     count = width // 2
     a = f"{{{registers(count, 4)}}}" if a_in_registers else f"%{count}"
     b = f"%{count + (4 if a_in_registers else 1)}"
@@ -44,7 +39,7 @@ def function(width: int, kind: str, a_in_registers: bool, first: bool, transpose
     return f"""    static __device__ __forceinline__ void {name}(float (&c)[{count}], {parameter}, uint64_t b) {{
         asm volatile(
             "{{\\n.reg .pred p;\\nsetp.ne.b32 p, {0 if first else 1}, 0;\\n"
-            "wgmma.mma_async.sync.aligned.m64n{width}k16.f32.{kind}.{kind} {{"
+            "wgmma.mma_async.sync.aligned.m64n{width}k16.f32." KIND "." KIND " {{"
             "{registers(0, count)}}}, "
             "{a}, {b}, p, {tail};\\n}}\\n"
             : {operands(count, "=f" if first else "+f")}
@@ -53,21 +48,20 @@ def function(width: int, kind: str, a_in_registers: bool, first: bool, transpose
 """
 
 
-def main(name: str) -> None:
-    element, kind = TYPES[name]
-    print(HEAD.format(name))
+def main() -> None:
+    print(HEAD)
+    structs = []
     for width in sorted({*SCORES, *OUTPUTS, *TRANSPOSED}):
-        print(f"template <>\nstruct Wgmma<{element}, {width}> {{")
         parts = []
         if width in SCORES:
-            parts += [function(width, kind, False, first) for first in (True, False)]
+            parts += [function(width, False, first) for first in (True, False)]
         if width in OUTPUTS:
-            parts += [function(width, kind, True, first) for first in (False,)]
+            parts.append(function(width, True, False))
         if width in TRANSPOSED:
-            parts += [function(width, kind, False, first, transposed=True) for first in (True, False)]
-        print("\n".join(parts) + "};\n")
-    print("}  // namespace stattn::sm90")
+            parts += [function(width, False, first, transposed=True) for first in (True, False)]
+        structs.append(f"template <>\nstruct Wgmma<ELEMENT, {width}> {{\n" + "\n".join(parts) + "};")
+    print("\n\n".join(structs))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

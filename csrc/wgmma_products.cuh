@@ -1,14 +1,12 @@
-// The matrix products of csrc/wgmma.cuh from bf16. Written by csrc/wgmma.py: edit that file.
-#pragma once
-
-namespace stattn::sm90 {
+// The matrix products of csrc/wgmma.cuh, which includes them once a type: of ELEMENT in C++, KIND in PTX.
+// Written by csrc/wgmma.py: edit that file.
 
 template <>
-struct Wgmma<__nv_bfloat16, 64> {
+struct Wgmma<ELEMENT, 64> {
     static __device__ __forceinline__ void first(float (&c)[32], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
             "%32, %33, p, 1, 1, 0, 0;\n}\n"
@@ -22,7 +20,7 @@ struct Wgmma<__nv_bfloat16, 64> {
     static __device__ __forceinline__ void next(float (&c)[32], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
             "%32, %33, p, 1, 1, 0, 0;\n}\n"
@@ -36,7 +34,7 @@ struct Wgmma<__nv_bfloat16, 64> {
     static __device__ __forceinline__ void next(float (&c)[32], const uint32_t (&a)[4], uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
             "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
@@ -50,7 +48,7 @@ struct Wgmma<__nv_bfloat16, 64> {
     static __device__ __forceinline__ void first_transposed(float (&c)[32], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
             "%32, %33, p, 1, 1, 1, 1;\n}\n"
@@ -64,7 +62,7 @@ struct Wgmma<__nv_bfloat16, 64> {
     static __device__ __forceinline__ void next_transposed(float (&c)[32], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
             "%32, %33, p, 1, 1, 1, 1;\n}\n"
@@ -77,11 +75,11 @@ struct Wgmma<__nv_bfloat16, 64> {
 };
 
 template <>
-struct Wgmma<__nv_bfloat16, 80> {
+struct Wgmma<ELEMENT, 80> {
     static __device__ __forceinline__ void first(float (&c)[40], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n80k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39}, "
             "%40, %41, p, 1, 1, 0, 0;\n}\n"
@@ -96,7 +94,7 @@ struct Wgmma<__nv_bfloat16, 80> {
     static __device__ __forceinline__ void next(float (&c)[40], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n80k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39}, "
             "%40, %41, p, 1, 1, 0, 0;\n}\n"
@@ -110,11 +108,11 @@ struct Wgmma<__nv_bfloat16, 80> {
 };
 
 template <>
-struct Wgmma<__nv_bfloat16, 96> {
+struct Wgmma<ELEMENT, 96> {
     static __device__ __forceinline__ void first(float (&c)[48], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n96k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
             "%40, %41, %42, %43, %44, %45, %46, %47}, "
@@ -131,7 +129,7 @@ struct Wgmma<__nv_bfloat16, 96> {
     static __device__ __forceinline__ void next(float (&c)[48], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n96k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
             "%40, %41, %42, %43, %44, %45, %46, %47}, "
@@ -147,11 +145,11 @@ struct Wgmma<__nv_bfloat16, 96> {
 };
 
 template <>
-struct Wgmma<__nv_bfloat16, 112> {
+struct Wgmma<ELEMENT, 112> {
     static __device__ __forceinline__ void first(float (&c)[56], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n112k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
             "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55}, "
@@ -169,7 +167,7 @@ struct Wgmma<__nv_bfloat16, 112> {
     static __device__ __forceinline__ void next(float (&c)[56], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n112k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
             "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55}, "
@@ -186,11 +184,11 @@ struct Wgmma<__nv_bfloat16, 112> {
 };
 
 template <>
-struct Wgmma<__nv_bfloat16, 128> {
+struct Wgmma<ELEMENT, 128> {
     static __device__ __forceinline__ void first(float (&c)[64], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
             "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
@@ -210,7 +208,7 @@ struct Wgmma<__nv_bfloat16, 128> {
     static __device__ __forceinline__ void next(float (&c)[64], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
             "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
@@ -230,7 +228,7 @@ struct Wgmma<__nv_bfloat16, 128> {
     static __device__ __forceinline__ void next(float (&c)[64], const uint32_t (&a)[4], uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
             "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
@@ -249,11 +247,11 @@ struct Wgmma<__nv_bfloat16, 128> {
 };
 
 template <>
-struct Wgmma<__nv_bfloat16, 160> {
+struct Wgmma<ELEMENT, 160> {
     static __device__ __forceinline__ void first(float (&c)[80], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n160k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n160k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
             "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
@@ -275,7 +273,7 @@ struct Wgmma<__nv_bfloat16, 160> {
     static __device__ __forceinline__ void next(float (&c)[80], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n160k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n160k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
             "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
@@ -296,11 +294,11 @@ struct Wgmma<__nv_bfloat16, 160> {
 };
 
 template <>
-struct Wgmma<__nv_bfloat16, 176> {
+struct Wgmma<ELEMENT, 176> {
     static __device__ __forceinline__ void first(float (&c)[88], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n176k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n176k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
             "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
@@ -324,7 +322,7 @@ struct Wgmma<__nv_bfloat16, 176> {
     static __device__ __forceinline__ void next(float (&c)[88], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n176k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n176k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
             "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
@@ -347,11 +345,11 @@ struct Wgmma<__nv_bfloat16, 176> {
 };
 
 template <>
-struct Wgmma<__nv_bfloat16, 192> {
+struct Wgmma<ELEMENT, 192> {
     static __device__ __forceinline__ void first(float (&c)[96], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n192k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
             "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
@@ -376,7 +374,7 @@ struct Wgmma<__nv_bfloat16, 192> {
     static __device__ __forceinline__ void next(float (&c)[96], uint64_t a, uint64_t b) {
         asm volatile(
             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
+            "wgmma.mma_async.sync.aligned.m64n192k16.f32." KIND "." KIND " {"
             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
             "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
             "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "
@@ -398,5 +396,3 @@ struct Wgmma<__nv_bfloat16, 192> {
             : "l"(a), "l"(b));
     }
 };
-
-}  // namespace stattn::sm90
