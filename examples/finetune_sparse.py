@@ -1,10 +1,10 @@
-"""Fine-tune the shipped video model from dense attention to windows, and see what sparsity costs after it.
+"""Fine-tune the shipped video model from dense attention to windows, and measure what sparsity costs afterwards.
 
     python examples/finetune_sparse.py --steps 150 --out finetune.json
 
-Each run starts from the trained weights, changes the mask by ``stattn.accelerate``, and trains through our attention;
-runs of one seed see the same clips in the same order. What is reported is the loss on clips that no run has seen, under
-the run's own mask: of the weights as shipped, and after training, mean and standard deviation over seeds.
+Each run starts from the trained weights, sets the mask by ``stattn.accelerate``, and trains through stattn's attention;
+runs with one seed see the same clips in the same order. The script reports the loss on clips that no run has seen,
+under the run's own mask: with the shipped weights, and after training (mean and standard deviation over seeds).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stattn.recipes import PRESETS
 from stattn.trainer import Trainer
 
 # All, about one half and 15 % of the pairs of 8 x 8 x 8 tokens. Among windows of their density these cost the shipped
-# weights little: motion is told from many frames, and shapes are small.
+# weights little: they see many frames, which show motion, and shapes are small.
 MASKS = ("full()", "window(8, 5, 6)", "window(5, 4, 4)")
 HELD_OUT = 1_000_000  # the first of the steps whose clips are kept for the end
 
@@ -99,7 +99,7 @@ def main() -> None:
     for mask in args.masks:
         for seed in range(1, args.seeds + 1):
             runs.append(run(mask, seed, args))
-            if args.out:  # behind each run: one that is cut keeps them
+            if args.out:  # after each run, so that an interrupted one keeps them
                 args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         after = [each["after"] for each in runs if each["mask"] == mask]
         spread = statistics.stdev(after) if len(after) > 1 else 0.0
