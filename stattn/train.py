@@ -72,9 +72,11 @@ def evaluate(
 
 
 def evaluate_masks(model: DiT, recipe: Recipe, clips: int) -> dict[str, Any]:
-    """Evaluate a model under each of a recipe's masks, 0 clips for none; returns settings, results by mask, and what
-    the same checks say of real clips beside their captions, and beside those of others. Of flicker: what they say of
-    other real clips, and of the clips with their frames in another order.
+    """Evaluate a model under each of a recipe's masks; 0 clips evaluate nothing.
+
+    Returns the settings, the results by mask, and for comparison what the same checks give for real clips with their
+    own captions and with those of other clips. For flicker the latter are other real clips, and the clips with their
+    frames shuffled.
     """
     found = {
         key: evaluate(model, clips, mask=masks.parse(key), size=_size(recipe), impl="reference")
@@ -148,18 +150,19 @@ def train(
     parallel: str = "ddp",
     start: str | None = None,
 ) -> dict[str, Any]:
-    """Train until ``minutes`` or ``steps`` are over, whichever comes first, evaluate, and write everything to ``out``;
-    returns the record of the run.
+    """Train a recipe, evaluate the model, and write everything to the folder ``out``; returns the record of the run.
 
-    name: of the final files. device: by default CUDA where there is one. compile: compile the loss, by default on CUDA,
-    but never of adapters: PyTorch 2.11 gives wrong gradients beside a frozen base, from the second step on. resume:
-    continue from the checkpoint in ``out``. log_every: steps; the only times at which the loop waits for the device.
-    sample_every, checkpoint_every: seconds. clips: to evaluate, under each of the recipe's masks; 0 skips it. parallel:
-    how the processes of a group started by ``torchrun`` share the work, "ddp" or "fsdp"; each calls this, and the first
-    writes. start: weights to begin from, a shipped model's name or a .safetensors file. Ctrl-C finishes the step,
-    writes the checkpoint and raises KeyboardInterrupt. Raises ValueError without minutes and steps, for an ``out``
-    whose run would be overwritten, for adapters that are to be compiled, and for a checkpoint of another recipe;
-    FloatingPointError when the loss is not finite.
+    minutes, steps: the run ends at whichever comes first. name: of the final files. device: by default CUDA where there
+    is one. compile: compile the loss; by default on CUDA, but never for adapters, since PyTorch 2.11 gives wrong
+    gradients beside a frozen base, from the second step on. resume: continue from the checkpoint in ``out``. log_every:
+    in steps; only then the loop waits for the device. sample_every, checkpoint_every: in seconds. clips: the number to
+    evaluate under each of the recipe's masks; 0 skips it. parallel: how the processes of a group started by
+    ``torchrun`` share the work, "ddp" or "fsdp"; each process calls this function, and the first writes. start: weights
+    to begin from, a shipped model's name or a .safetensors file.
+
+    Ctrl-C finishes the step, writes the checkpoint and raises KeyboardInterrupt. Raises ValueError when neither minutes
+    nor steps is given, for an ``out`` whose run would be overwritten, for adapters that are to be compiled, and for a
+    checkpoint of another recipe; FloatingPointError when the loss is not finite.
     """
     if minutes is None and steps is None:
         raise ValueError(f"minutes={minutes} and steps={steps}: give at least one of them")

@@ -249,8 +249,9 @@ class Trainer:
             cast(DiT, model).rope(self.grid, self.device)
 
     def step(self, progress: float) -> Tensor:
-        """Take one step at a learning rate for ``progress`` in [0, 1) through the run; returns the loss, on the
-        device.
+        """Take one training step; returns the loss, on the device.
+
+        progress: in [0, 1), the share of the run that is over, which sets the learning rate.
         """
         batch = self.batch()
         loss = self.backward(self.loss, batch)
@@ -271,8 +272,9 @@ class Trainer:
         return value
 
     def check_gradients(self, batch: tuple[Tensor, ...]) -> None:
-        """Compare the gradients that the compiled loss left with those of plain PyTorch (waits for the device). Raises
-        RuntimeError when they are others.
+        """Compare the gradients that the compiled loss left with those of plain PyTorch (waits for the device).
+
+        Raises RuntimeError when they differ by more than rounding explains.
         """
         parameters = [parameter for _, parameter in self.trained]
         compiled = [parameter.grad for parameter in parameters]
@@ -374,8 +376,9 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def averaged_model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Give the averaged model as it will be stored: rounded to a dtype, and whole; every process must ask, and of
-        a sharded one the first gets it.
+        """Give the averaged model as it will be stored, rounded to a dtype and unsharded.
+
+        Every process must call this; when the model is sharded, the first process gets the result.
         """
         tensors = self.state()["average"] if self.sharded else self.average.state_dict()
         if (not self.sharded and dtype == torch.float32) or not tensors:

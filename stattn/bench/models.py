@@ -141,8 +141,11 @@ def sharing(model: DiT, **settings: Any) -> DiT:
 
 @dataclass
 class Contender:
-    """A model to time. call: (x, timestep, text) -> prediction. mask: of its self-attention. attend: (q, k, v) -> out,
-    that attention alone, or None where it is not separable."""
+    """A model to time.
+
+    call: (x, timestep, text) -> prediction. mask: of its self-attention. attend: (q, k, v) -> out, that attention
+    alone, or None where it cannot be separated.
+    """
 
     name: str
     call: Callable[[Tensor, Tensor, Tensor], Tensor]

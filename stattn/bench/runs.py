@@ -82,8 +82,11 @@ def decibels(error: float) -> float:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A contender that computes what it should. error: of its output to that of PyTorch's operations under dense
-    attention, relative. memory: its peak, in GiB, on a GPU."""
+    """A contender whose output was found right.
+
+    error: of its output, relative to that of PyTorch's operations under dense attention. memory: its peak on a GPU, in
+    GiB.
+    """
 
     contender: Contender
     error: float
@@ -404,8 +407,11 @@ def _keep(kept: list[Tensor], walk: Walk, inputs: SampleInputs) -> None:
 
 
 class Replay(NamedTuple):
-    """seconds: from the first kernel's start to the last one's end. gap: microseconds of the longest time without
-    kernels, copies and fills. between: what ran before and behind it."""
+    """What was measured of a replayed graph.
+
+    seconds: from the start of the first kernel to the end of the last. gap: the longest time without kernels, copies
+    and fills, in microseconds. between: what ran before and after it.
+    """
 
     seconds: float
     gap: float

@@ -45,8 +45,9 @@ class Classification(NamedTuple):
 
 
 def classify(video: Tensor) -> Classification:
-    """Say which object each clip shows. video: [B, 3, T, H, W] in [-1, 1], any float dtype. Raises ValueError for any
-    other shape.
+    """Say which object each clip shows.
+
+    video: [B, 3, T, H, W] in [-1, 1], any float dtype. Raises ValueError for any other shape.
     """
     _check(video, 1)
     parts = [_classify(part) for part in video.split(32)]  # bounds the memory
@@ -82,8 +83,9 @@ def jumps(video: Tensor) -> Tensor:
 
 
 def flicker_ratio(generated: Tensor, real: Tensor) -> float:
-    """Divide the mean jumps of generated clips by that of real ones (waits for the device): 1 is as steady as real
-    video, below 1 is smoother or frozen.
+    """Divide the mean jumps of generated clips by that of real ones (waits for the device).
+
+    1 is as steady as real video, below 1 is smoother or frozen.
     """
     return (jumps(generated).mean() / jumps(real).mean()).item()
 

@@ -49,8 +49,9 @@ def caption_of(path: Path) -> str | None:
 
 
 class FolderClips:
-    """Draw clips from a folder's files. Raises ValueError naming a file that is no video, too short, or whose caption
-    has unknown words.
+    """Draw training clips from a folder's files.
+
+    Raises ValueError naming a file that is no video, is too short, or whose caption has unknown words.
     """
 
     def __init__(

@@ -28,8 +28,10 @@ RECALL = 2.0
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What stands beside a base. base: the name or path of its weights, as ``dit.load`` takes it. camera_layers: blocks
-    copied for camera control, 0 for none. memory_tokens, memory_layers, memory_width: of the memory, 0 tokens for none.
+    """The adapters of a base model.
+
+    base: the name or path of its weights, as ``dit.load`` takes it. camera_layers: blocks copied for camera control, 0
+    for none. memory_tokens, memory_layers, memory_width: of the memory, 0 tokens for none.
     """
 
     base: str = "tiny"
@@ -40,7 +42,10 @@ class AdapterConfig:
 
 
 class Adapted(nn.Module):
-    """A base whose weights do not change, and adapters. Called like the base, with what the adapters read."""
+    """A base model whose weights do not change, with adapters.
+
+    Called like the base, with what the adapters read.
+    """
 
     def __init__(self, base: DiT, config: AdapterConfig):
         super().__init__()
@@ -75,8 +80,10 @@ class Adapted(nn.Module):
         past: Tensor | None = None,
         times: Tensor | None = None,
     ) -> Tensor:
-        """Predict like the base. ray_map: [B, 4, T, H, W] of ``stattn.video.camera``, None for no control. past, times:
-        [B, C, T', H, W] and [T'] for the memory, None for none.
+        """Predict like the base, with what the adapters read.
+
+        ray_map: [B, 4, T, H, W] of ``stattn.video.camera``, None for no camera control. past, times: [B, C, T', H, W]
+        and [T'] for the memory, None for none. The other arguments are those of ``DiT.forward``.
         """
         base = self.base
         inputs = base.embed(x, timestep, text, text_valid, known=known, known_mask=known_mask, mask=mask)
@@ -102,10 +109,10 @@ class Adapted(nn.Module):
         times: Tensor | None = None,
         guidance: float = 1.0,
     ) -> Callable[..., Tensor]:
-        """Give the model with its adapters' inputs filled in, for a sampler, which may call it with several copies of
-        the batch.
+        """Give the model with its adapters' inputs filled in, to be called by a sampler.
 
-        guidance: how far to go from what is predicted without the past to what is with it, and beyond.
+        The sampler may call it with several copies of the batch. guidance: how far to go from the prediction without
+        the past to the one with it; above 1, beyond.
         """
         return partial(self._steered, ray_map, past, times, guidance)
 
@@ -160,8 +167,10 @@ def write(tensors: dict[str, Tensor], config: AdapterConfig, path: str | Path, *
 
 
 def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Adapted:
-    """Load a base with its adapters: a name that ships with the package, or the path of a .safetensors file written by
-    ``write``. Raises ValueError when there are no such weights.
+    """Load a base model with its adapters.
+
+    name: one that ships with the package ("camera", "memory"), or the path of a .safetensors file written by ``write``.
+    Raises ValueError when there are no such weights.
     """
     path = Path(name) if str(name).endswith(".safetensors") else dit.WEIGHTS / f"{name}.safetensors"
     described = path.with_suffix(".json")

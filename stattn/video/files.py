@@ -54,8 +54,9 @@ def read_mask(path: str | Path, video: Tensor) -> Tensor:
 
 
 def out_path(path: str | Path) -> Path:
-    """Give the path of a result; a command asks before it computes one. Raises ValueError for one that does not end in
-    .mp4.
+    """Give the path of a result, checked before anything is computed.
+
+    Raises ValueError for a path that does not end in .mp4.
     """
     target = Path(path)
     if target.suffix.lower() != ".mp4":

@@ -73,10 +73,10 @@ def grown(mask: Tensor, pixels: int) -> Tensor:
 
 
 def turn_hue(video: Tensor, mask: Tensor, turns: float) -> Tensor:
-    """Turn the hue of what a mask [1, T, H, W] covers, keeping lightness and chroma of each pixel: [3, T, H, W] in
-    -1..1.
+    """Rotate the hue of what a mask covers, keeping the lightness and chroma of each pixel.
 
-    Pixels are mixed on a hue circle in linear combination: value = most, chroma = most - least.
+    mask: [1, T, H, W]. Returns [3, T, H, W] in -1..1. Pixels are mixed on a hue circle in linear combination: value =
+    most, chroma = most - least.
     """
     x = levels(video)
     hue, chroma = hue_and_chroma(video)

@@ -83,12 +83,14 @@ def paint(
     call: Callable[..., Tensor] | None = None,
     work: Work | None = None,
 ) -> Tensor:
-    """Paint one clip of a size that the model's patches divide: [B, 3, T, H, W] fp32, equal to rough where strength is
-    0.
+    """Paint one batch of clips of a size that the model's patches divide.
 
-    rough: [B, 3, T, H, W] in -1..1. strength: broadcasts against [B, 1, T, H, W], in 0..1. captions: one a clip, by
-    default none. noise: like rough, by default drawn from sampling.seed. call: predicts in place of the model, with its
-    arguments (an adapter). work: to be added to. Raises ValueError for shapes and strengths that do not fit.
+    rough: [B, 3, T, H, W] in -1..1. strength: in 0..1, broadcasts against [B, 1, T, H, W]: how far a pixel may depart
+    from rough. captions: one per clip, none by default. noise: like rough, by default drawn from sampling.seed. call:
+    predicts in place of the model, with its arguments (an adapter). work: the count of tokens, to be added to.
+
+    Returns [B, 3, T, H, W] in fp32, equal to rough where strength is 0. Raises ValueError for shapes and strengths that
+    do not fit.
     """
     sampling = sampling or Sampling()
     batch, device = len(rough), next(model.parameters()).device

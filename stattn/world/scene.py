@@ -95,8 +95,9 @@ class Scene:
         return matrix, torch.stack((near * pan_x + track / DEPTHS[index], near * pan_y), -1)
 
     def coverage(self, index: int) -> Tensor:
-        """Give the share of each pixel that object ``index`` covers, whatever is in front of it: [B, T, H, W] in [0,
-        1], 0 where the clip has no such object.
+        """Give the share of each pixel that object ``index`` covers, ignoring what is in front of it.
+
+        Returns [B, T, H, W] in [0, 1], 0 where the clip has no such object.
         """
         y, x = _pixels(self.height, self.width, self.device)
         x = x - self.centres[:, :, index, 0, None, None]  # [B, T, 1, W]
@@ -114,8 +115,9 @@ class Scene:
         return alpha * (self.count > index)[:, None, None, None]
 
     def masks(self) -> Tensor:
-        """Give the share of each pixel that shows each object, what is in front of it taken away: [B, T, K, H, W] in
-        [0, 1].
+        """Give the share of each pixel that shows each object, without the parts that others hide.
+
+        Returns [B, T, K, H, W] in [0, 1].
         """
         free = torch.ones((), device=self.device)
         seen = []
