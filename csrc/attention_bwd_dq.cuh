@@ -11,6 +11,7 @@
 #pragma once
 
 #include "attention_bwd.h"
+#include "attention_products.cuh"
 #include "attention_tile.cuh"
 
 namespace stattn::attention_bwd {
@@ -21,6 +22,8 @@ using attention_fwd::Corner;
 using attention_fwd::corner_of;
 using attention_fwd::first_row;
 using attention_fwd::Heads;
+using attention_fwd::issue_square;
+using attention_fwd::issue_weighted;
 using attention_fwd::record_at;
 using attention_fwd::ROWS;
 using attention_fwd::Tile;
@@ -185,34 +188,6 @@ struct RowStats {
     }
 };
 
-// A B^T of a slab and a box, not waited for. Operands are given for their first 16 columns.
-template <typename S>
-__device__ __forceinline__ void issue_square(float (&result)[S::BN / 2], uint64_t rows, uint64_t box) {
-    using Mma = Wgmma<typename S::Element, S::BN>;
-    mma_fence();
-#pragma unroll
-    for (int step = 0; step < S::D / 16; ++step) {
-        const uint64_t a = rows + (step / 4 * S::SLAB_CHUNK + step % 4 * 32) / 16;
-        const uint64_t b = box + (step / 4 * S::BOX_CHUNK + step % 4 * 32) / 16;
-        if (step == 0)
-            Mma::first(result, a, b);
-        else
-            Mma::next(result, a, b);
-    }
-    mma_commit();
-}
-
-// dQ += dS K, not waited for.
-template <typename S>
-__device__ __forceinline__ void issue_gradient(float (&gradient)[S::D / 2], const uint32_t (&ds)[S::BN / 16][4],
-                                               uint64_t k) {
-    mma_fence();
-#pragma unroll
-    for (int step = 0; step < S::BN / 16; ++step)
-        Wgmma<typename S::Element, S::D>::next(gradient, ds[step], k + step * 2048 / 16);
-    mma_commit();
-}
-
 // Stores the gradient of a warpgroup from its own rows of Q.
 template <typename S>
 __device__ __forceinline__ void store_gradient(const DqParameters& p, const Tile& tile, float (&gradient)[S::D / 2],
@@ -314,12 +289,12 @@ struct Consumer {
         if (follows) {
             barrier_wait(S::full_k(barriers, turn.stage), turn.parity);
             issue_square<S>(scores, q, k + turn.stage * (S::BOX / 16));
-            issue_gradient<S>(gradient, ds, own);
+            issue_weighted<S>(gradient, ds, own);
             mma_wait<0>();
             pin(scores);
             pin(gradient);
         } else {
-            issue_gradient<S>(gradient, ds, own);
+            issue_weighted<S>(gradient, ds, own);
             mma_wait<0>();
             pin(gradient);
         }

@@ -16,6 +16,7 @@
 // those come first that not every row sees whole: of these each row has a mask, the AND of a mask for every axis.
 #pragma once
 
+#include "attention_products.cuh"
 #include "attention_store.cuh"
 
 namespace stattn::attention_fwd {
@@ -121,34 +122,6 @@ __device__ __forceinline__ void produce_queries(const Parameters& p, uint32_t sh
 
 // The consumers.
 
-// S = Q K^T, not waited for. Operands are given for their first 16 columns.
-template <typename S>
-__device__ __forceinline__ void issue_scores(float (&scores)[S::BN / 2], uint64_t q, uint64_t k) {
-    using Mma = Wgmma<typename S::Element, S::BN>;
-    mma_fence();
-#pragma unroll
-    for (int step = 0; step < S::D / 16; ++step) {
-        const uint64_t q_step = q + (step / 4 * S::SLAB_CHUNK + step % 4 * 32) / 16;
-        const uint64_t k_step = k + (step / 4 * S::BOX_CHUNK + step % 4 * 32) / 16;
-        if (step == 0)
-            Mma::first(scores, q_step, k_step);
-        else
-            Mma::next(scores, q_step, k_step);
-    }
-    mma_commit();
-}
-
-// O += P V, not waited for.
-template <typename S>
-__device__ __forceinline__ void issue_output(float (&out)[S::D / 2], const uint32_t (&weights)[S::BN / 16][4],
-                                             uint64_t v) {
-    mma_fence();
-#pragma unroll
-    for (int step = 0; step < S::BN / 16; ++step)
-        Wgmma<typename S::Element, S::D>::next(out, weights[step], v + step * 2048 / 16);
-    mma_commit();
-}
-
 // The greatest of a row of scores, over the four threads that share it.
 template <int COUNT>
 __device__ __forceinline__ float row_max(const float (&scores)[COUNT], int half) {
@@ -238,7 +211,7 @@ __device__ __forceinline__ void begin(const Parameters& p, const Operands& at, T
                                       float (&out)[S::D / 2], uint32_t (&weights)[S::BN / 16][4], Rows& rows,
                                       int4 record) {
     barrier_wait(S::full_k(at.barriers, turn.stage), turn.parity);
-    issue_scores<S>(scores, at.q, at.k + turn.stage * (S::BOX / 16));
+    issue_square<S>(scores, at.q, at.k + turn.stage * (S::BOX / 16));
     BoxMask<S> mask;
     if constexpr (MASKED) mask.load(p, at.barriers, record);
     mma_wait<0>();
@@ -265,8 +238,8 @@ __device__ __forceinline__ void step(const Parameters& p, const Operands& at, Tu
     barrier_wait(S::full_k(at.barriers, turn.stage), turn.parity);
     barrier_wait(S::full_v(at.barriers, v_turn.stage), v_turn.parity);
     if constexpr (!MASKED) named_sync(turn_barrier(at.group), 256);
-    issue_scores<S>(scores, at.q, at.k + turn.stage * (S::BOX / 16));
-    issue_output<S>(out, weights, at.v + v_turn.stage * (S::BOX / 16));
+    issue_square<S>(scores, at.q, at.k + turn.stage * (S::BOX / 16));
+    issue_weighted<S>(out, weights, at.v + v_turn.stage * (S::BOX / 16));
     if constexpr (!MASKED) named_arrive(turn_barrier(at.group == S::WARPGROUPS - 1 ? 0 : at.group + 1), 256);
     BoxMask<S> mask;
     if constexpr (MASKED) mask.load(p, at.barriers, record);
@@ -291,7 +264,7 @@ __device__ __forceinline__ void finish(const Operands& at, Turn turn, float (&ou
                                        const uint32_t (&weights)[S::BN / 16][4]) {
     const Turn v_turn = turn.before();
     barrier_wait(S::full_v(at.barriers, v_turn.stage), v_turn.parity);
-    issue_output<S>(out, weights, at.v + v_turn.stage * (S::BOX / 16));
+    issue_weighted<S>(out, weights, at.v + v_turn.stage * (S::BOX / 16));
     mma_wait<0>();
     pin(out);
     if (at.elected) barrier_arrive(S::empty_v(at.barriers, v_turn.stage));

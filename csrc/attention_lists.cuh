@@ -262,7 +262,7 @@ struct ListConsumer {
     template <bool MASKED>
     __device__ __forceinline__ void begin(const Seen& seen) {
         barrier_wait(S::full(at.barriers, k.stage), k.parity);
-        issue_scores<S>(scores, at.q, at.k + k.stage * (S::BOX / 16));
+        issue_square<S>(scores, at.q, at.k + k.stage * (S::BOX / 16));
         BoxMask<S> mask;
         if constexpr (MASKED) load_mask<S>(mask, l, at.rows, seen);
         mma_wait<0>();
@@ -278,9 +278,9 @@ struct ListConsumer {
     template <bool MASKED>
     __device__ __forceinline__ void step(const Seen& seen) {
         barrier_wait(S::full(at.barriers, k.stage), k.parity);
-        issue_scores<S>(scores, at.q, at.k + k.stage * (S::BOX / 16));
+        issue_square<S>(scores, at.q, at.k + k.stage * (S::BOX / 16));
         barrier_wait(S::full(at.barriers, v.stage), v.parity);
-        issue_output<S>(out, weights, at.v + v.stage * (S::BOX / 16));
+        issue_weighted<S>(out, weights, at.v + v.stage * (S::BOX / 16));
         BoxMask<S> mask;
         if constexpr (MASKED) load_mask<S>(mask, l, at.rows, seen);
         mma_wait<1>();
@@ -298,7 +298,7 @@ struct ListConsumer {
 
     __device__ __forceinline__ void finish() {
         barrier_wait(S::full(at.barriers, v.stage), v.parity);
-        issue_output<S>(out, weights, at.v + v.stage * (S::BOX / 16));
+        issue_weighted<S>(out, weights, at.v + v.stage * (S::BOX / 16));
         mma_wait<0>();
         pin(out);
         release(v);
