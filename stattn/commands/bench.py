@@ -20,17 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("what", choices=WHAT, help="what to measure")
     parser.add_argument("--shape", metavar="NAME", help="model and clip; default: wan2.1-1.3b-480p, on a CPU wan-small")
-    parser.add_argument("--layers", type=positive, help="so many of the model's layers (default: all)")
+    parser.add_argument("--layers", type=positive, help="number of the model's layers to use (default: all)")
     parser.add_argument(
         "--contenders",
         metavar="A,B",
         help="default: all that this machine runs; `list` names them; also stattn-MASK, as 'stattn-window(5, 9, 17)'",
     )
-    parser.add_argument(
-        "--frames", metavar="3,6,9", help="attention: at so many frames of tokens, for a plot of lengths"
-    )
+    parser.add_argument("--frames", metavar="3,6,9", help="attention: at each of these numbers of token frames")
     parser.add_argument("--steps", type=positive, default=50, help="of a sample (default: 50)")
-    parser.add_argument("--rounds", type=positive, help="how often each is timed")
+    parser.add_argument("--rounds", type=positive, help="how many times each contender is timed")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument(
         "--out", metavar="FILE", help="results file to write, or to add to (default: build/results/WHAT.json)"

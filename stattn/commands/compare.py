@@ -35,19 +35,19 @@ class Change:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `stattn compare`."""
     parser.add_argument("old", metavar="OLD", help="a results file, or a folder of them")
-    parser.add_argument("new", metavar="NEW", help="of the same kind; files of two folders are paired by their rows")
+    parser.add_argument("new", metavar="NEW", help="the same; files of two folders are paired by their rows")
     parser.add_argument(
         "--fail-over",
         type=percentage,
         default=0.05,
         metavar="PERCENT",
-        help="how much worse a row may be; more, and outside of both spreads, is status 1 (default: 5%%)",
+        help="limit; exit with 1 where a row is worse by more, outside of both spreads (default: 5%%)",
     )
     parser.add_argument("--any-machine", action="store_true", help="compare runs of different machines, too")
     parser.add_argument(
         "--scale",
         action="store_true",
-        help="scale new times by the two runs' matrix products (cublas_tflops), of rows beside a copy by their copies",
+        help="scale new times by the runs' matrix products (cublas_tflops), or copies for rows judged by one",
     )
     parser.add_argument("--markdown", metavar="FILE", help="write the table there, too")
 

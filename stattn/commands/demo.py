@@ -65,7 +65,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, steps: Any, seed:
         "--guidance", type=float, default=1.4, help="classifier-free guidance, 1 for none (default: 1.4)"
     )
     parser.add_argument(
-        "--shift", type=float, default=1.0, help="of the noise schedule, above 1 towards noise (default: 1)"
+        "--shift", type=float, default=1.0, help="shift of the noise levels, above 1 towards noise (default: 1)"
     )
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument(

@@ -154,7 +154,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=defaults.refresh,
         metavar="STEPS",
-        help="compute tokens outside the region every so many steps only (default: 1, exact)",
+        help="compute tokens outside the region only once in so many steps (default: 1, exact)",
     )
     parser.add_argument("--mask-attention", metavar="KEY", help='of every attention, for example "window(5, 7, 7)"')
     parser.add_argument(

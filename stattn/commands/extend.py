@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from stattn.cli import count, positive, triple
 
     parser.add_argument("video", metavar="IN", help="a video file of the height and width of --size, or enlarged")
-    parser.add_argument("out", metavar="OUT.mp4", help="both together; a lossless file is written beside it")
+    parser.add_argument("out", metavar="OUT.mp4", help="the longer video; a lossless file is written beside it")
     parser.add_argument("--frames", type=positive, required=True, help="how many to add")
     parser.add_argument("--caption", default="", help="what is seen")
     parser.add_argument("--model", default="tiny", metavar="NAME", help="shipped weights, or a .safetensors file")

@@ -34,9 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--range", metavar="NAME", help="ncu, nsys: only within this range, as stattn.attention, stattn.step.3"
     )
-    parser.add_argument("--launches", type=positive, help="ncu: so many kernels, each replayed (default: 1)")
-    parser.add_argument("--skip", type=count, help="ncu: leave out so many of these first (default: 0)")
-    parser.add_argument("--out", metavar="FILE", help="without its ending (default: out/profile/TOOL)")
+    parser.add_argument(
+        "--launches", type=positive, help="ncu: number of kernels to measure, each replayed (default: 1)"
+    )
+    parser.add_argument("--skip", type=count, help="ncu: number of kernels to skip first (default: 0)")
+    parser.add_argument("--out", metavar="FILE", help="report to write, without its ending (default: out/profile/TOOL)")
     parser.add_argument("--dry-run", action="store_true", help="print the command line, run nothing")
     parser.add_argument(
         "program", nargs="+", metavar="COMMAND", help="what to run, behind --: a Python program, for ranges"

@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mask", default="full()", metavar="KEY", help='for example "window(5, 5, 5)" (default: full())'
     )
-    parser.add_argument("--dense-steps", type=count, default=0, metavar="N", help="so many first steps under full()")
+    parser.add_argument("--dense-steps", type=count, default=0, metavar="N", help="number of first steps under full()")
     parser.add_argument("--out", required=True, metavar="FILE", help="ending in .mp4, .gif or .png (a contact sheet)")
-    parser.add_argument("--scale", type=positive, help="enlarge so many times (default: 4 for small clips)")
+    parser.add_argument("--scale", type=positive, help="factor to enlarge by (default: 4 for small clips)")
     parser.add_argument("--impl", default="auto", help="of attention (default: auto)")
     demo.add_sampling_arguments(parser, steps=positive, seed=count)
 

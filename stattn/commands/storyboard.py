@@ -1,4 +1,4 @@
-"""`stattn storyboard`: a long video of an object that moves by a plot, keyframes first."""
+"""`stattn storyboard`: a long video of an object that follows a plot, keyframes first."""
 
 from __future__ import annotations
 
@@ -24,13 +24,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--caption", default="a red disc moves left, camera static", help="what is seen (default: %(default)s)"
     )
     parser.add_argument(
-        "--plot", default="left, right, left", help="the ways that the object goes (default: %(default)s)"
+        "--plot",
+        default="left, right, left",
+        help="directions in which the object moves, in order (default: %(default)s)",
     )
-    parser.add_argument("--minutes", type=float, default=1.0, help="ten keyframes each (default: 1)")
+    parser.add_argument("--minutes", type=float, default=1.0, help="length, at ten keyframes per minute (default: 1)")
     parser.add_argument(
-        "--stride", type=positive, default=1, help="multiplies the frames by a second level of windows (default: 1)"
+        "--stride",
+        type=positive,
+        default=1,
+        help="factor on the number of frames; above 1 adds a second level of windows (default: 1)",
     )
-    parser.add_argument("--follow", type=float, default=0.8, help="how freely frames follow the script (default: 0.8)")
+    parser.add_argument(
+        "--follow",
+        type=float,
+        default=0.8,
+        help="strength of repainting between keyframes; 1 leaves their path to the model (default: 0.8)",
+    )
     parser.add_argument("--model", default="tiny", metavar="NAME", help="shipped weights, or a .safetensors file")
     parser.add_argument("--steps", type=positive, default=16, help="default: %(default)s")
     parser.add_argument("--guidance", type=float, default=1.5, help="default: %(default)s")

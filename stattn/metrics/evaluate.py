@@ -1,4 +1,4 @@
-"""`stattn evaluate A B`: metrics of two folders of video files, each and one against the other."""
+"""`stattn evaluate A B`: metrics of two folders of video files, of each and between them."""
 
 from __future__ import annotations
 
