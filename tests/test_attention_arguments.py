@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import stattn
-from stattn import masks
+from stattn import extension, masks
 from stattn.blocks import lower
 from stattn.grid import Grid, Region
 
@@ -149,6 +150,30 @@ def test_explain_refuses_what_is_no_device() -> None:
     assert "auto takes" in stattn.explain(*tensors, GRID, device="cuda")
     with pytest.raises(ValueError, match="device='tpu' is no device"):
         stattn.explain(*tensors, GRID, device="tpu")
+
+
+def test_explain_answers_for_a_gpu_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "why_not", lambda device=None: None)  # as where the library is built
+    grid = (4, 8, 8)
+    tensors = torch.empty(3, 1, 256, 2, 64, dtype=torch.bfloat16, device="meta").unbind()
+    said = {version: stattn.explain(*tensors, grid, capability=version) for version in ((9, 0), (8, 0), (7, 5))}
+    assert said[9, 0].startswith("stattn.attention on a GPU of capability 9.0: auto takes cuda\n")
+    assert "cuda       needs compute capability 9.0, this device has 8.0" in said[8, 0]
+    assert "triton     needs compute capability 8.0, this device has 7.5" in said[7, 5]
+    assert stattn.explain(*tensors, grid, device="cuda", capability=(9, 0)) == said[9, 0]
+
+
+@pytest.mark.parametrize("capability", [9.0, (9,), (9, 0, 0), (9, -1), (True, 0), "9.0", [9, 0]])
+def test_explain_refuses_what_is_no_capability(capability: Any) -> None:
+    tensors = torch.zeros(3, 1, 24, 2, 8).unbind()
+    with pytest.raises(ValueError, match=re.escape(f"capability={capability!r} must be a pair of integers")):
+        stattn.explain(*tensors, GRID, capability=capability)
+
+
+def test_explain_refuses_the_capability_of_a_cpu() -> None:
+    tensors = torch.zeros(3, 1, 24, 2, 8).unbind()
+    with pytest.raises(ValueError, match=r"capability=\(9, 0\) is that of a GPU, device='cpu' is none"):
+        stattn.explain(*tensors, GRID, device="cpu", capability=(9, 0))
 
 
 def test_a_mask_that_does_not_fit_is_refused_where_nothing_is_computed() -> None:

@@ -54,6 +54,7 @@ def test_every_command_has_help(capsys, command):
         (("explain", "--grid", "2,3,4", "--dtype", "fp8"), "invalid choice: 'fp8'"),
         (("explain", "--grid", "2,3,4", "--heads", "0"), "'0' must be a positive integer"),
         (("explain", "--grid", "2,3,4", "--after", "-1"), "must be a positive integer|expected one argument"),
+        (("explain", "--grid", "2,3,4", "--capability", "hopper"), "'hopper' must be a compute capability like 9.0"),
         (("explain", "--grid", "2,3,4", "--color", "red"), "unrecognized arguments: --color red"),
         (("demo", "--steps", "many"), "'many' must be a positive integer"),
         (("sample", "--caption", "a red disc"), "required: --out"),
@@ -89,6 +90,13 @@ def test_explain_asks_about_a_device_that_is_not_here(capsys):
     assert status == 0
     assert "stattn.attention on cuda: auto takes " in out
     assert "ask for it with impl='reference'" in out
+
+
+def test_explain_asks_about_a_gpu_that_is_not_here(capsys):
+    status, out, _ = _run(capsys, "explain", "--grid", "4,8,8", "--capability", "8.9")
+    assert status == 0
+    assert "stattn.attention on a GPU of capability 8.9: auto takes " in out
+    assert "needs compute capability 9.0, this device has 8.9" in out
 
 
 def test_explain_draws_the_mask(capsys, tmp_path):

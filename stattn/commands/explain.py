@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -28,7 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=positive, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument(
+        "--capability", type=capability, metavar="9.0", help="ask for a GPU of this compute capability, here or not"
+    )
     parser.add_argument("--svg", metavar="FILE", help="draw what the middle query sees into this file")
+
+
+def capability(text: str) -> tuple[int, int]:
+    """Parse a compute capability like 9.0, for argparse."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a compute capability like 9.0")
+    return int(found[1]), int(found[2])
 
 
 def main(args: argparse.Namespace) -> int:
@@ -40,13 +52,15 @@ def main(args: argparse.Namespace) -> int:
     t, h, w = args.grid
     grid = stattn.Grid(t, h, w, before=args.before, after=args.after)
     mask = stattn.masks.parse(args.mask)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device
+    if device is None and args.capability is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     heads, key_heads = args.heads, args.key_heads or args.heads
     dtype = getattr(torch, DTYPES[args.dtype])
     q, k = (
         torch.empty(args.batch, grid.tokens, n, args.head_dim, dtype=dtype, device="meta") for n in (heads, key_heads)
     )
-    table = stattn.explain(q, k, k, grid, mask, device=device)
+    table = stattn.explain(q, k, k, grid, mask, device=device, capability=args.capability)
     density = mask.density(grid)
     pairs = grid.tokens**2
     flops = 4 * args.batch * heads * args.head_dim * pairs

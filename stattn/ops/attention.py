@@ -10,7 +10,7 @@ import torch
 
 from stattn import masks as _masks
 from stattn.blocks import BlockList
-from stattn.grid import Grid, Region, Triple
+from stattn.grid import Grid, Region, Triple, is_int
 from stattn.masks import Mask
 from stattn.ops import _attention_memo as _memo
 from stattn.ops import _cuda, _cuda_bwd, _dense, _validate
@@ -232,6 +232,7 @@ def explain(
     mask: Mask | BlockList | Sequence[Mask] = _FULL,
     *,
     device: str | None = None,
+    capability: tuple[int, int] | None = None,
     q_region: Region | None = None,
     k_region: Region | None = None,
     k_frames: torch.Tensor | None = None,
@@ -242,17 +243,27 @@ def explain(
     """Say which implementation serves a call of ``attention``, and why the others do not.
 
     Arguments as for ``attention``; tensors may be on the meta device. device: "cpu" or "cuda" to ask for another device
-    than q's. Returns a table, one line an implementation. Raises what ``attention`` raises for its arguments.
+    than q's. capability: the compute capability of a GPU to ask for, as (9, 0), which this machine need not have.
+    Returns a table, one line an implementation. Raises what ``attention`` raises for its arguments, and ValueError for
+    a capability beside another device.
     """
     problem, extras = _check(q, k, v, grid, mask, q_region, k_region, k_frames, valid, globals_see, None)
     call = call_of(q, k, v, problem, extras, needs_grad(q, k, v), _flags(deterministic, False))
     if device is not None:
         other = _validate.device("device", device, present=False)
         call = call._replace(device=other.type, capability=capability_of(other))
+    if capability is not None:
+        pair = isinstance(capability, tuple) and len(capability) == 2
+        if not pair or not all(is_int(number) and number >= 0 for number in capability):
+            raise ValueError(f"capability={capability!r} must be a pair of integers, as (9, 0)")
+        if device is not None and call.device != "cuda":
+            raise ValueError(f"capability={capability} is that of a GPU, device={device!r} is none")
+        call = call._replace(device="cuda", capability=capability)
     rows = OPERATION.table(call)
     served = next((name for name, reason in rows if reason is None), None)
     width = max(len(name) for name, _ in rows)
-    lines = [f"stattn.attention on {call.device}: auto takes {served or 'nothing'}"]
+    where = call.device if capability is None else f"a GPU of capability {capability[0]}.{capability[1]}"
+    lines = [f"stattn.attention on {where}: auto takes {served or 'nothing'}"]
     for name, reason in rows:
         mark = "*" if name == served else " "
         lines.append(f" {mark} {name:<{width}}  {'serves it' if reason is None else reason}")
