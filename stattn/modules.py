@@ -55,7 +55,8 @@ class Patchify3D(nn.Module):
     """Embed the (pt, ph, pw) patches of a video as tokens in (t, h, w) order.
 
     Loads the weights of ``nn.Conv3d(in_channels, dim, patch, stride=patch)`` unchanged, and starts from the same
-    distribution. pad: zero-pad sizes that are no multiple of the patch, at the end, instead of refusing them.
+    distribution. pad: zero-pad sizes that the patch does not divide, at the end, instead of refusing them. Raises
+    TypeError or ValueError naming an argument that does not fit.
     """
 
     def __init__(
@@ -95,8 +96,8 @@ class Patchify3D(nn.Module):
 class ModulatedNorm(nn.Module):
     """Normalise the channels, then scale and shift: norm(x) * (1 + scale) + shift, in fp32, rounded once.
 
-    Replaces nn.LayerNorm (norm="layer") or nn.RMSNorm (norm="rms"), whose ``elementwise_affine`` is ``affine`` here,
-    and the adaLN modulation after it.
+    Replaces nn.LayerNorm (norm="layer") or nn.RMSNorm (norm="rms"), and the adaLN modulation after it. affine: what
+    nn.LayerNorm calls ``elementwise_affine``. Raises TypeError or ValueError naming an argument that does not fit.
     """
 
     def __init__(self, dim: int, *, norm: str = "layer", affine: bool = False, eps: float = 1e-6, impl: Impl = "auto"):
@@ -156,7 +157,10 @@ class ModulatedNorm(nn.Module):
 
 
 class GatedResidual(nn.Module):
-    """Add a gated branch to the residual stream: x + gate * y, alone or with the modulated norm that follows."""
+    """Add a gated branch to the residual stream: x + gate * y.
+
+    ``then`` also computes the modulated norm that follows, in the same pass. Has no parameters.
+    """
 
     def __init__(self, *, impl: Impl = "auto"):
         super().__init__()

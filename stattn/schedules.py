@@ -32,11 +32,11 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """Walk the straight line x = (1 - s) * x0 + s * e from s = 1 to 0; "v" is e - x0, the timestep 1000 * s.
+    """The schedule of flow matching: the straight line x = (1 - s) * x0 + s * e, from s = 1 to 0.
 
-    steps: how many steps, equal in s before the shift. shift: k > 0 moves them towards noise, s' = k * s / (1 + (k - 1)
-    * s); larger videos want more (Wan 3 to 5, HunyuanVideo 7). Follows Lipman et al., arXiv:2210.02747, and Esser et
-    al., arXiv:2403.03206.
+    The velocity "v" is e - x0, and the timestep is 1000 * s. steps: their number, equally spaced in s before the shift.
+    shift: k > 0 moves them towards noise, s' = k * s / (1 + (k - 1) * s); larger videos need more (Wan 3 to 5,
+    HunyuanVideo 7). Follows Lipman et al., arXiv:2210.02747, and Esser et al., arXiv:2403.03206.
     """
 
     steps: int
@@ -57,12 +57,13 @@ class FlowMatching:
 
 @dataclass(frozen=True)
 class Diffusion:
-    """Walk a variance-preserving diffusion, alpha^2 + sigma^2 = 1, by DDIM; "v" is alpha * e - sigma * x0.
+    """The schedule of a variance-preserving diffusion, alpha^2 + sigma^2 = 1, sampled by DDIM.
 
-    steps: at most train_steps, spaced evenly and ending at the noisiest ("trailing"). betas: "scaled_linear" (0.00085
-    to 0.012, linear in the square root) or "cosine". zero_snr: rescale so that the noisiest level holds no signal; a
-    model that predicts "noise" cannot start there. snr_shift: divide the signal-to-noise ratio (CogVideoX-2B: 3).
-    Follows Song et al., arXiv:2010.02502, Nichol and Dhariwal, arXiv:2102.09672, and Lin et al., arXiv:2305.08891.
+    "v" is alpha * e - sigma * x0. steps: at most train_steps, evenly spaced and ending at the noisiest ("trailing").
+    betas: "scaled_linear" (0.00085 to 0.012, linear in the square root) or "cosine". zero_snr: rescale so that the
+    noisiest level holds no signal; a model that predicts "noise" cannot start there. snr_shift: divide the
+    signal-to-noise ratio by this (CogVideoX-2B: 3). Follows Song et al., arXiv:2010.02502, Nichol and Dhariwal,
+    arXiv:2102.09672, and Lin et al., arXiv:2305.08891.
     """
 
     steps: int

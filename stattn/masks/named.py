@@ -139,11 +139,11 @@ def sliding_tile(tile: Triple, window: Triple) -> Mask:
     ]
 )
 def frame_causal(chunk: int, window: int | None = None, sink_frames: int = 0) -> Mask:
-    """See the frames of the own chunk and of earlier ones: causal by blocks of frames, for autoregressive video.
+    """See the frames of the query's chunk and earlier ones: causal by blocks of frames, for autoregressive video.
 
-    chunk: frames that are generated together and see each other. window: the number of latest frames seen, the own
-    chunk included, all when None. sink_frames: the first frames, which stay visible as long as they are not in the
-    future.
+    chunk: the number of frames that are generated together and see each other. window: how many of the latest frames
+    are seen, the query's chunk included; all when None. sink_frames: the number of first frames that stay visible
+    however far back they are.
     """
     check_positive("chunk", chunk)
     if window is not None:

@@ -62,8 +62,10 @@ def _qk_norm(qk_norm: str | None, heads: int, head_dim: int, eps: float) -> nn.R
 class QKNormRope(nn.Module):
     """Normalise queries and keys by RMSNorm and rotate them by their position in the video.
 
-    Replaces two nn.RMSNorm (``norm_q``, ``norm_k``) and the rotary embedding after them. qk_norm: "across_heads" (one
-    norm over heads * head_dim, as Wan), "per_head", or None. interleaved: rotate pairs (2i, 2i+1), else (i, i + D/2).
+    Replaces two nn.RMSNorm (``norm_q``, ``norm_k``) and the rotary embedding after them. heads, head_dim: of q.
+    kv_heads: of k, by default as many. qk_norm: "across_heads" (one norm over heads * head_dim, as Wan), "per_head", or
+    None. interleaved: rotate the pairs (2i, 2i+1), else (i, i + D/2). Raises TypeError or ValueError naming an argument
+    that does not fit.
     """
 
     def __init__(
@@ -122,8 +124,11 @@ class SpaceTimeAttention(nn.Module):
     """Self-attention under a mask, over video tokens and the global tokens before and after them.
 
     Parameters are named as in diffusers' video transformers: to_q, to_k, to_v, to_out.0, norm_q, norm_k. dim: the width
-    of the residual stream. mask: which keys a video query sees, a mask or one per head; assign it freely between calls.
-    Global tokens are seen by every query and see everything (globals_see="all") or only one another ("globals").
+    of the residual stream. heads, head_dim: head_dim is dim / heads by default. kv_heads: heads of k and v, when fewer.
+    bias, qk_norm, eps, interleaved: as in the model that is replaced; see QKNormRope. mask: which keys a video query
+    sees, one mask or one per head, full() when None; it may be assigned freely between calls. Global tokens are seen by
+    every query and see everything (globals_see="all") or only one another ("globals"). impl: see ``stattn.explain``.
+    Raises TypeError or ValueError naming an argument that does not fit.
     """
 
     def __init__(
