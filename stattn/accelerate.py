@@ -139,7 +139,8 @@ def accelerate(
 
     For models of diffusers only: dense_steps: the number of first steps of each video that are dense (a step is a
     change of the timestep, which is read on the host: not inside a compiled transformer). verify: compare dense
-    attention with PyTorch's in the first call on each grid; raises RuntimeError where they differ.
+    attention with PyTorch's in the first call on each grid, raise RuntimeError where they differ, and report how far
+    the mask moves the output.
 
     Returns a handle: ``undo()`` restores the model, ``report()`` lists the layers (for stattn's own models
     ``report(grid)``, with densities), and ``with accelerate(...):`` undoes at the end. Raises TypeError for a model
