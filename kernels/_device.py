@@ -10,6 +10,8 @@ import torch
 
 # Bytes of shared memory that a program may take on sm_86, sm_89 and sm_120. On sm_80 it is 163 KB, on sm_90 227.
 LITTLE_SHARED = 99 << 10
+# Bytes of it that tiles or rows in flight may take in element-wise kernels: every GPU since sm_80 has them.
+IN_FLIGHT = 96 << 10
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:

@@ -33,7 +33,6 @@ SINE = tl.constexpr(tuple((-1.0) ** k / math.factorial(2 * k + 1) for k in range
 COSINE = tl.constexpr(tuple((-1.0) ** k / math.factorial(2 * k) for k in range(9, -1, -1)))
 
 
-
 @triton.jit
 def sine_and_cosine(angle):
     """Return sin and cos of float64 angles in [0, 2 pi], to a unit in the last place, by their Taylor series."""

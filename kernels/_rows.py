@@ -20,13 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stattn.kernels._device import check_count
+from stattn.kernels._device import IN_FLIGHT, check_count
 
 # How a vector varies.
 ABSENT, GROUP, TOKEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-# Bytes of shared memory that the tiles in flight may take: every GPU since sm_80 has them.
-IN_FLIGHT = 96 << 10
 
 
 # Kernels' parts.

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels._device import on_device
+from stattn.kernels._device import IN_FLIGHT, on_device
 from stattn.kernels.qk_norm_rope import (
     MODELS,
     SIZES,
@@ -58,8 +58,6 @@ class Config(NamedTuple):
 
 CONFIGS = (Config(20, 128, 3), Config(24, 168, 3), Config(24, 232, 4), Config(20, 128, 4))
 SMS, REGISTERS = 132, 65536  # of an H200
-# Bytes of shared memory that rows in flight may take: every GPU since sm_80 has them.
-IN_FLIGHT = 96 << 10
 
 
 # Kernels.

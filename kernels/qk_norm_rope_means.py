@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stattn.kernels._compile import Specialization
-from stattn.kernels._device import on_device
+from stattn.kernels._device import IN_FLIGHT, on_device
 from stattn.kernels.qk_norm_rope import (
     MODELS,
     Angles,
@@ -48,8 +48,6 @@ class Config(NamedTuple):
 
 
 CONFIGS = (Config(20, 3), Config(24, 4))
-# Bytes of shared memory that rows in flight may take: every GPU since sm_80 has them.
-IN_FLIGHT = 96 << 10
 UNSPECIALIZED = ("t_extent", "h_extent", "w_extent", "before")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from stattn.masks import full
 from stattn.ops import _cuda, _dense, _triton
-from stattn.ops._dispatch import Implementation, Operation, device_of
+from stattn.ops._dispatch import Implementation, Operation, device_of, serves_all
 from stattn.problem import Extras, Problem
 from stattn.reference.attention import attention as _reference_forward
 
@@ -70,10 +70,6 @@ def _not_dense(problem: Problem, extras: Extras) -> str | None:
     return None
 
 
-def _reference_why_not(call: AttentionCall) -> str | None:
-    return None
-
-
 def _no_masks(call: AttentionCall) -> str | None:
     return None if call.dense is None else f"serves dense attention only, the call has {call.dense}"
 
@@ -100,7 +96,7 @@ OPERATION = Operation(
             "flash": Implementation("flash", lambda call: _no_masks(call) or _dense.flash_why_not(call), _dense.flash),
             "sdpa": Implementation("sdpa", lambda call: _no_masks(call) or _dense.sdpa_why_not(call), _dense.sdpa),
             "triton": Implementation("triton", _triton_why_not, _triton_forward),
-            "reference": Implementation("reference", _reference_why_not, _reference_forward),
+            "reference": Implementation("reference", serves_all, _reference_forward),
         }[name]
         for name in ("cuda", *_dense.order(), "triton", "reference")
     ),

@@ -42,6 +42,10 @@ class Implementation:
     run: Callable[..., Any]
 
 
+def serves_all(call: object) -> None:
+    """Serve every call, as references do."""
+
+
 class Operation:
     """A named operation and its implementations, the preferred one first."""
 

@@ -6,12 +6,13 @@ Each raises TypeError or ValueError naming the argument and its value.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-from stattn.grid import is_int
+from stattn.grid import Triple, is_int
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -80,11 +81,17 @@ def device(name: str, value: object, present: bool = True) -> torch.device:
     return found
 
 
-def triple(name: str, value: object) -> tuple[int, int, int]:
+def triple(name: str, value: object) -> Triple:
     """Return three positive integers."""
     if not isinstance(value, (tuple, list)) or len(value) != 3 or not all(is_int(each) and each > 0 for each in value):
         raise ValueError(f"{name}={value!r} must be three positive integers")
     t, h, w = (int(each) for each in value)
+    return t, h, w
+
+
+def unpack(values: Iterable[int]) -> Triple:
+    """Return the three numbers of a list in a graph, which are right; sizes stay symbolic."""
+    t, h, w = values
     return t, h, w
 
 

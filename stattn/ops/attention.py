@@ -321,15 +321,10 @@ def _rebuild(
     tiles: tuple[int, ...],
 ) -> Problem:
     found = tuple(_masks.parse(key) for key in mask.split("; ") if key)
-    q_origin, q_extent, k_origin, k_extent = (_triple(boxes[start : start + 3]) for start in (0, 3, 6, 9))
-    q_tile, k_tile = (_triple(tiles[:3]), _triple(tiles[3:])) if tiles else (None, None)
+    q_origin, q_extent, k_origin, k_extent = (_validate.unpack(boxes[start : start + 3]) for start in (0, 3, 6, 9))
+    q_tile, k_tile = (_validate.unpack(tiles[:3]), _validate.unpack(tiles[3:])) if tiles else (None, None)
     q_box, k_box = Region(q_origin, q_extent), Region(k_origin, k_extent)
     return Problem(Grid(*grid), found, q_box, k_box, q_globals, globals_see, scale, q_tile, k_tile)
-
-
-def _triple(values: tuple[int, ...]) -> Triple:
-    t, h, w = values
-    return t, h, w
 
 
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:

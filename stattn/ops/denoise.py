@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stattn.grid import is_int
 from stattn.ops import _triton, _validate
-from stattn.ops._dispatch import Implementation, Operation, device_of
+from stattn.ops._dispatch import Implementation, Operation, device_of, serves_all
 from stattn.problem import Step
 from stattn.reference._philox import philox_normal as reference_normal
 from stattn.reference.denoise import KINDS, conversion
@@ -316,10 +316,6 @@ def _check_known(
 # Choice of implementation.
 
 
-def _reference_why_not(call: DenoiseCall | NormalCall) -> str | None:
-    return None
-
-
 def _triton_why_not(call: DenoiseCall) -> str | None:
     return _triton.why_not(call.device, call.capability, call.dtype, call.output, *call.others)
 
@@ -340,14 +336,14 @@ DENOISE_STEP = Operation(
     "denoise_step",
     (
         Implementation("triton", _triton_why_not, _triton_run),
-        Implementation("reference", _reference_why_not, reference),
+        Implementation("reference", serves_all, reference),
     ),
 )
 PHILOX_NORMAL = Operation(
     "philox_normal",
     (
         Implementation("triton", _triton_normal_why_not, _triton_normal),
-        Implementation("reference", _reference_why_not, reference_normal),
+        Implementation("reference", serves_all, reference_normal),
     ),
 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stattn.ops import _validate
-from stattn.ops._dispatch import Implementation, Operation, device_of
+from stattn.ops._dispatch import Implementation, Operation, device_of, serves_all
 from stattn.ops.modulate import check_norm, dtypes_of, fake_gradient, fake_moments, is_per_token, triton_why_not
 from stattn.reference.gate import gate_residual as reference_residual
 from stattn.reference.gate import gate_residual_modulate as reference_residual_modulate
@@ -44,14 +44,14 @@ GATE_RESIDUAL = Operation(
     "gate_residual",
     (
         Implementation("triton", _why_not, _triton_residual),
-        Implementation("reference", lambda call: None, reference_residual),
+        Implementation("reference", serves_all, reference_residual),
     ),
 )
 GATE_RESIDUAL_MODULATE = Operation(
     "gate_residual_modulate",
     (
         Implementation("triton", _why_not, _triton_residual_modulate),
-        Implementation("reference", lambda call: None, reference_residual_modulate),
+        Implementation("reference", serves_all, reference_residual_modulate),
     ),
 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stattn.ops import _triton, _validate
-from stattn.ops._dispatch import Implementation, Operation, device_of
+from stattn.ops._dispatch import Implementation, Operation, device_of, serves_all
 from stattn.reference.modulate import modulate as reference
 
 NORMS = ("layer", "rms")
@@ -56,7 +56,7 @@ MODULATE = Operation(
     "modulate",
     (
         Implementation("triton", _why_not, _triton_run),
-        Implementation("reference", lambda call: None, reference),
+        Implementation("reference", serves_all, reference),
     ),
 )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stattn.ops import _triton, _validate
-from stattn.ops._dispatch import Implementation, Operation, device_of
+from stattn.ops._dispatch import Implementation, Operation, device_of, serves_all
 from stattn.ops.modulate import check_norm, dtypes_of, is_per_token, modulate
 from stattn.reference.modulate_linear import modulate_linear as reference
 
@@ -51,7 +51,7 @@ MODULATE_LINEAR = Operation(
     "modulate_linear",
     (
         Implementation("triton", lambda call: _triton.why_not(call.device, call.capability, *call.dtypes), _triton_run),
-        Implementation("reference", lambda call: None, reference),
+        Implementation("reference", serves_all, reference),
     ),
 )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stattn.grid import Grid, as_grid, is_int
 from stattn.ops import _triton, _validate
-from stattn.ops._dispatch import Implementation, Operation, device_of
+from stattn.ops._dispatch import Implementation, Operation, device_of, serves_all
 from stattn.reference.patchify import patchify3d as reference_patchify
 from stattn.reference.patchify import unpatchify3d as reference_unpatchify
 
@@ -55,14 +55,14 @@ PATCHIFY = Operation(
     "patchify3d",
     (
         Implementation("triton", _patchify_why_not, _triton_patchify),
-        Implementation("reference", lambda call: None, reference_patchify),
+        Implementation("reference", serves_all, reference_patchify),
     ),
 )
 UNPATCHIFY = Operation(
     "unpatchify3d",
     (
         Implementation("triton", _unpatchify_why_not, _triton_unpatchify),
-        Implementation("reference", lambda call: None, reference_unpatchify),
+        Implementation("reference", serves_all, reference_unpatchify),
     ),
 )
 
@@ -187,7 +187,7 @@ def _patchify_dweight(
 ) -> tuple[Tensor, Tensor]:
     from stattn.kernels import patchify_bwd
 
-    return patchify_bwd.dweight(dout, x, _triple(patch), bias_dtype)
+    return patchify_bwd.dweight(dout, x, _validate.unpack(patch), bias_dtype)
 
 
 def _patchify_dpos(dout: Tensor, dtype: torch.dtype) -> Tensor:
@@ -199,18 +199,13 @@ def _patchify_dpos(dout: Tensor, dtype: torch.dtype) -> Tensor:
 def _unpatchify(tokens: Tensor, before: int, patch: Sequence[int], channels: int, size: Sequence[int]) -> Tensor:
     from stattn.kernels import unpatchify
 
-    return unpatchify.forward(tokens, before, _triple(patch), channels, _triple(size))
+    return unpatchify.forward(tokens, before, _validate.unpack(patch), channels, _validate.unpack(size))
 
 
 def _unpatchify_backward(video: Tensor, rows: int, before: int, patch: Sequence[int]) -> Tensor:
     from stattn.kernels import unpatchify
 
-    return unpatchify.backward(video, rows, before, _triple(patch))
-
-
-def _triple(values: Sequence[int]) -> tuple[int, int, int]:
-    t, h, w = values
-    return t, h, w
+    return unpatchify.backward(video, rows, before, _validate.unpack(patch))
 
 
 class _Patchify(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stattn.grid import is_int
 from stattn.ops import _triton, _validate
-from stattn.ops._dispatch import Implementation, Operation, device_of
+from stattn.ops._dispatch import Implementation, Operation, device_of, serves_all
 from stattn.reference.qk_norm_rope import qk_norm_rope as reference
 from stattn.reference.qk_norm_rope import qk_norm_rope_ as reference_in_place
 from stattn.rope import RopeTables
@@ -207,10 +207,6 @@ def triton_why_not(call: QKNormRopeCall) -> str | None:
     return _triton.why_not(call.device, call.capability, call.dtype, *call.weights)
 
 
-def _reference_why_not(call: QKNormRopeCall) -> str | None:
-    return None
-
-
 def _triton_run(
     q: Tensor,
     k: Tensor,
@@ -250,14 +246,14 @@ QK_NORM_ROPE = Operation(
     "qk_norm_rope",
     (
         Implementation("triton", triton_why_not, _triton_run),
-        Implementation("reference", _reference_why_not, reference),
+        Implementation("reference", serves_all, reference),
     ),
 )
 QK_NORM_ROPE_IN_PLACE = Operation(
     "qk_norm_rope_",
     (
         Implementation("triton", triton_why_not, _triton_run_in_place),
-        Implementation("reference", _reference_why_not, _reference_run_in_place),
+        Implementation("reference", serves_all, _reference_run_in_place),
     ),
 )
 

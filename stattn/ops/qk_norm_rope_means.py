@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stattn.blocks import tile_count
 from stattn.grid import Triple, check_triple
-from stattn.ops._dispatch import Implementation, Operation
+from stattn.ops._dispatch import Implementation, Operation, serves_all
 from stattn.ops.qk_norm_rope import angles_of, check, flatten, qk_norm_rope, triton_why_not
 from stattn.reference.qk_norm_rope_means import qk_norm_rope_means as reference
 from stattn.rope import RopeTables
@@ -37,7 +37,7 @@ QK_NORM_ROPE_MEANS = Operation(
     "qk_norm_rope_means",
     (
         Implementation("triton", triton_why_not, _triton_run),
-        Implementation("reference", lambda call: None, reference),
+        Implementation("reference", serves_all, reference),
     ),
 )
 

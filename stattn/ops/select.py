@@ -11,7 +11,7 @@ import torch
 from stattn.blocks import BlockList, block_list, tile_count
 from stattn.grid import Grid, Triple, as_grid, check_triple, is_int
 from stattn.ops import _triton, _validate
-from stattn.ops._dispatch import Implementation, Operation, device_of
+from stattn.ops._dispatch import Implementation, Operation, device_of, serves_all
 from stattn.reference import select as reference
 
 
@@ -80,7 +80,7 @@ OPERATION = Operation(
     "select",
     (
         Implementation("triton", _triton_why_not, _triton_run),
-        Implementation("reference", lambda call: None, _reference),
+        Implementation("reference", serves_all, _reference),
     ),
 )
 
@@ -212,7 +212,7 @@ def _run(
     k_means: torch.Tensor | None,
     impl: str,
 ) -> Lists:
-    sizes = [_triple(each) for each in (shape, q_tile, k_tile)]
+    sizes = [_validate.unpack(each) for each in (shape, q_tile, k_tile)]
     return OPERATION.choose(impl, _call(q, sizes[0], sizes[2])).run(q, k, *sizes, keep, mass, k_means)
 
 
@@ -227,14 +227,9 @@ def _fake(
     k_means: torch.Tensor | None,
     impl: str,
 ) -> Lists:
-    q_tiles, k_tiles = (tile_count(_triple(shape), _triple(each)) for each in (q_tile, k_tile))
+    q_tiles, k_tiles = (tile_count(_validate.unpack(shape), _validate.unpack(each)) for each in (q_tile, k_tile))
     size = (q.shape[0], q.shape[2], q_tiles)
     return q.new_empty(size, dtype=torch.int32), q.new_empty((*size, keep or k_tiles), dtype=torch.int32)
-
-
-def _triple(values: Sequence[int]) -> Triple:
-    t, h, w = values
-    return t, h, w
 
 
 _LIBRARY.impl("select", _run, "CompositeExplicitAutograd")
