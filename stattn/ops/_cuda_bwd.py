@@ -1,4 +1,4 @@
-"""The backward of attention by the CUDA library's Hopper kernels: what it serves_all, and how it is called.
+"""The backward of attention by the CUDA library's Hopper kernels: what it serves, and how it is called.
 
 First the statistics of the queries are prepared. Then one kernel walks the queries of each tile of keys and sums dK and
 dV; dQ it adds up in fp32 in memory, in no fixed order. Where results are to be reproducible, tiles add to dQ in their
