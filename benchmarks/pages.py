@@ -278,8 +278,7 @@ def solver(card: str = "h200") -> str:
 
 
 def patches() -> str:
-    run, backward = Run("h200/patchify"), Run("h200/patchify_backward")
-    rows = []
+    run, rows = Run("h200/patchify"), []
     for shape, words in (
         ("wan-14b-latent", "Wan-14B's latents, 720p"),
         ("wan-1.3b-latent", "Wan-1.3B's latents, 480p"),
@@ -287,13 +286,11 @@ def patches() -> str:
     ):
         linear, conv = f"patchify/linear/fwd/{shape}", f"patchify/conv3d/fwd/{shape}"
         rows.append([f"`patchify3d`: {words}", run(f"patchify/fwd/{shape}"), run(linear), run(conv)])
-        name = f"patchify/bwd/{shape}"
-        if name in backward.rows:
-            others = [backward(f"patchify/{kind}/bwd/{shape}") for kind in ("linear", "conv3d")]
-            rows.append(["its backward", backward(name), *others])
+        others = [run(f"patchify/{kind}/bwd/{shape}") for kind in ("linear", "conv3d")]
+        rows.append(["its backward", run(f"patchify/bwd/{shape}"), *others])
         permute = f"unpatchify/permute/fwd/{shape}"
         rows.append([f"`unpatchify3d`: {words}", run(f"unpatchify/fwd/{shape}"), f"permute {run(permute)}", ""])
-    return table(["", "`triton`", "reshape and linear", "Conv3d"], rows, run, backward)
+    return table(["", "`triton`", "reshape and linear", "Conv3d"], rows, run)
 
 
 def select() -> str:
