@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import Any
@@ -116,13 +117,16 @@ def test_what_stands_against_the_kernels_is_named(changes: dict[str, Any], words
     assert re.match(words, obstacle(**changes) or "")
 
 
-def test_block_lists_are_no_obstacle_and_negative_scales_are_one() -> None:
+def test_block_lists_are_no_obstacle_and_scales_out_of_range_are_one() -> None:
     lists = lower(masks.spatial(), (2, 3, 4), (1, 3, 4), (1, 3, 4))
     everything = Region((0, 0, 0), (2, 3, 4))
     listed = Problem(Grid(2, 3, 4), (), everything, everything, True, "all", 0.5, (1, 3, 4), (1, 3, 4))
     assert obstacle(problem=listed, extras=Extras(None, None, lists.count, lists.index)) is None
     negative = Problem(Grid(2, 3, 4), (masks.full(),), everything, everything, True, "all", -0.5)
     assert obstacle(problem=negative) == "scale=-0.5 must not be negative"
+    huge = dataclasses.replace(negative, scale=1e30)
+    assert obstacle(problem=huge) == "scale=1e+30 must be below 1e+30"
+    assert obstacle(problem=dataclasses.replace(huge, scale=1e29)) is None
 
 
 def test_an_explicit_request_on_a_cpu_is_refused() -> None:

@@ -326,6 +326,7 @@ def test_wrong_numbers_and_names_are_refused():
     for wrong, message in [
         ({"sigma": -0.1}, "sigma=-0.1 must not be negative"),
         ({"sigma": float("nan")}, "sigma=nan must be finite"),
+        ({"guidance": 10**400, "uncond": x}, "guidance=10+ must be finite"),
         ({"alpha": -1.0}, "alpha=-1.0 must not be negative"),
         ({"prediction": "x0"}, "prediction='x0' must be one of sample, noise, velocity, v"),
         ({"target": "epsilon"}, "target='epsilon' must be one of"),

@@ -19,6 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
 ALIGNMENT = 16  # bytes: what a tensor copy asks of addresses and strides
 LEAST_SCALE = 1e-37  # stands for 0, with which masked scores of -inf would turn into NaN
+TOO_LARGE = 1e30  # a scale that check_elements in csrc/bindings.h refuses
 
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # of a build with CUDA
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -33,6 +34,8 @@ def obstacle(
         return reason
     if problem.scale < 0:
         return f"scale={problem.scale} must not be negative"
+    if problem.scale >= TOO_LARGE:
+        return f"scale={problem.scale} must be below {TOO_LARGE:g}"
     for name, x in (("q", q), ("k", k), ("v", v)):
         size = x.element_size()
         batch, token, head, _ = x.stride()

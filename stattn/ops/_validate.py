@@ -47,7 +47,10 @@ def number(name: str, value: object) -> float:
     """Return a finite number of the host. A tensor is refused: reading it would wait for the device."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} must be a number")
-    result = float(value)
+    try:
+        result = float(value)
+    except OverflowError:  # of an integer of more than 300 digits
+        result = math.inf
     if not abs(result) < math.inf:  # torch.compile traces this comparison; it does not trace math.isfinite
         raise ValueError(f"{name}={value!r} must be finite")
     return result
