@@ -12,8 +12,9 @@ of the tokens: each share in its own float32 partial, and the partials then in a
 bit for bit; the shares depend on the shapes, not on the card. At Wan's 64 taps all of it is bound by reading dout, at
 pixels by the tensor cores.
 
-Up to 64 taps of 16 bits, dweight has its patches written in rows first, where the tensor memory accelerator brings both
-factors: the rows are at most 64 numbers beside E of dout, and every tile of features would gather them again.
+In 16 bits, dweight has its patches written in rows first, from where the tensor memory accelerator brings them, as it
+brings dout: every tile of features would gather them again. The rows take as much memory as the video, or, where a patch
+has few taps, as many as a tile has.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         Config(32, 128, 64, 4, 4),
     ),
     "dweight-wide": (
+        Config(64, 128, 256, 8, 3, boxes=True),
+        Config(64, 128, 128, 4, 4, boxes=True),
         Config(64, 128, 128, 8, 3),
         Config(64, 128, 64, 8, 4),
     ),
@@ -85,7 +88,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
 }
 SHARES = 264  # programs that dweight aims at: two for each SM of an H200
 SUM_BLOCK = 1024
-ROWS_BLOCK = 64  # tokens of a program that writes patches in rows
+WRITTEN = 64  # tokens, and taps of each, that a program writes in rows
 
 
 def kernel_for(kind: str, taps: int, dtype: torch.dtype) -> str:
@@ -218,17 +221,19 @@ def write_patches(
     gX, gRows, M, tokens, grid_h, grid_w, size_t, size_h, size_w, stride_b, stride_c, stride_t, stride_h, stride_w,
     TAPS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, RAGGED_T: tl.constexpr,
     RAGGED_H: tl.constexpr, RAGGED_W: tl.constexpr, RUN: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write the patches of BLOCK_M tokens as rows of BLOCK_K taps, zero behind the last. gRows [M, BLOCK_K]"""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Write BLOCK_K taps of the patches of BLOCK_M tokens to gRows [M, WIDTH], zeros behind the last tap."""
+    COLUMNS: tl.constexpr = WIDTH // BLOCK_K
+    m = tl.program_id(0) // COLUMNS * BLOCK_M + tl.arange(0, BLOCK_M)
+    k0 = tl.program_id(0) % COLUMNS * BLOCK_K
     steps = patch_steps(stride_b, stride_c, stride_t, stride_h, stride_w, VEC)
     at = place(m, tokens, grid_h, grid_w, steps, PT, PH, PW, VEC)
     sizes = (size_t, size_h, size_w)
     x = read_patches(
-        gX, at, m < M, 0, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, BLOCK_K
+        gX, at, m < M, k0, steps, sizes, TAPS, PT, PH, PW, RAGGED_T, RAGGED_H, RAGGED_W, RUN, VEC, WIDE, BLOCK_K
     )
-    where = gRows + m.to(tl.int64)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    where = gRows + m.to(tl.int64)[:, None] * WIDTH + k0 + tl.arange(0, BLOCK_K)[None, :]
     tl.store(where, x, mask=(m < M)[:, None])
 
 
@@ -237,26 +242,27 @@ def patchify_dweight_boxes(
     dout, rows, gDw, gDbias, share, M,
     E: tl.constexpr, TAPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """As patchify_dweight, of dout [M, E] and rows [M, BLOCK_K] by descriptors, which read zeros behind token M."""
-    TILES: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    """As patchify_dweight, of dout [M, E] and what write_patches wrote, by descriptors: zeros behind token M."""
+    COLUMNS: tl.constexpr = (TAPS + BLOCK_K - 1) // BLOCK_K
+    TILES: tl.constexpr = COLUMNS * ((E + BLOCK_E - 1) // BLOCK_E)
     part = (tl.program_id(0) // TILES).to(tl.int64)
-    e0 = tl.program_id(0) % TILES * BLOCK_E
+    tile = tl.program_id(0) % TILES
+    e0, k0 = tile // COLUMNS * BLOCK_E, tile % COLUMNS * BLOCK_K
     begin = tl.program_id(0) // TILES * share
     acc = tl.zeros([BLOCK_E, BLOCK_K], tl.float32)
     bias_acc = tl.zeros([BLOCK_E, 16], tl.float32)
     ones = tl.full([BLOCK_M, 16], 1.0, dout.dtype)
     for m0 in tl.range(begin, min(begin + share, M), BLOCK_M):
-        tile = tl.trans(dout.load([m0, e0]))
-        acc = tl.dot(tile, rows.load([m0, 0]), acc)
+        values = tl.trans(dout.load([m0, e0]))
+        acc = tl.dot(values, rows.load([m0, k0]), acc)
         if gDbias is not None:
-            bias_acc = tl.dot(tile, ones, bias_acc)
-    e = e0 + tl.arange(0, BLOCK_E)
-    k = tl.arange(0, BLOCK_K)
+            bias_acc = tl.dot(values, ones, bias_acc)
+    e, k = e0 + tl.arange(0, BLOCK_E), k0 + tl.arange(0, BLOCK_K)
     where = gDw + part * E * TAPS + e[:, None] * TAPS + k[None, :]
     tl.store(where, acc.to(gDw.dtype.element_ty), mask=(e < E)[:, None] & (k < TAPS)[None, :])
     if gDbias is not None:
         bias = tl.max(bias_acc, axis=1)  # the columns are the same
-        tl.store(gDbias + part * E + e, bias.to(gDbias.dtype.element_ty), mask=e < E)
+        tl.store(gDbias + part * E + e, bias.to(gDbias.dtype.element_ty), mask=(e < E) & (k0 == 0))
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -279,6 +285,11 @@ def sum_parts(gParts, gOut, parts, columns, part_stride, row_stride, BLOCK: tl.c
 def _constants(geometry: Geometry, features: int, dtype: torch.dtype, config: Config) -> dict[str, Any]:
     blocks = {"BLOCK_M": config.tokens, "BLOCK_E": config.features, "BLOCK_K": config.taps}
     return {"E": features, **geometry.constants(), **blocks, "SPAN": span_of(dtype)}
+
+
+def _row_constants(geometry: Geometry, config: Config) -> dict[str, Any]:
+    width = triton.cdiv(geometry.taps, config.taps) * config.taps
+    return {**geometry.constants(), "WIDTH": width, "BLOCK_M": WRITTEN, "BLOCK_K": WRITTEN}
 
 
 def _rows(dout: Tensor) -> Tensor:
@@ -351,14 +362,14 @@ def dweight(
     options = {"num_warps": config.warps, "num_stages": config.stages}
     with on_device(x):
         if config.boxes:
-            rows = torch.empty(count, config.taps, dtype=x.dtype, device=x.device)
-            blocks = {"BLOCK_M": ROWS_BLOCK, "BLOCK_K": config.taps}
-            write_patches[(triton.cdiv(count, ROWS_BLOCK),)](
-                x, rows, count, *geometry.numbers(), **geometry.constants(), **blocks, num_warps=4
+            width = triton.cdiv(geometry.taps, config.taps) * config.taps
+            rows = torch.empty(count, width, dtype=x.dtype, device=x.device)
+            write_patches[(triton.cdiv(count, WRITTEN) * (width // WRITTEN),)](
+                x, rows, count, *geometry.numbers(), **_row_constants(geometry, config), num_warps=4
             )
             boxes = (
                 TensorDescriptor(dout, [count, features], [dout.stride(1), 1], [config.tokens, config.features]),
-                TensorDescriptor(rows, [count, config.taps], [config.taps, 1], [config.tokens, config.taps]),
+                TensorDescriptor(rows, [count, width], [width, 1], [config.tokens, config.taps]),
             )
             blocks = {"BLOCK_M": config.tokens, "BLOCK_E": config.features, "BLOCK_K": config.taps}
             patchify_dweight_boxes[(parts * tiles,)](
@@ -422,7 +433,7 @@ def _box_specializations(
     """List what a config with boxes launches; patches are written by the same kernel for all, listed with the first."""
     if first:
         types = dict.fromkeys(("gX", "gRows"), POINTERS[dtype]) | dict.fromkeys(PLAIN, "i32")
-        constants = {**geometry.constants(), "BLOCK_M": ROWS_BLOCK, "BLOCK_K": config.taps}
+        constants = _row_constants(geometry, config)
         yield Specialization(f"write_patches/{name}", write_patches, types, constants, {"num_warps": 4}, tuple(PLAIN))
     element = POINTERS[dtype][1:]
     boxes = {"dout": config.features, "rows": config.taps}
