@@ -13,8 +13,8 @@ bit for bit; the shares depend on the shapes, not on the card. At Wan's 64 taps 
 pixels by the tensor cores.
 
 In 16 bits, dweight has its patches written in rows first, from where the tensor memory accelerator brings them, as it
-brings dout: every tile of features would gather them again. The rows take as much memory as the video, or, where a patch
-has few taps, as many as a tile has.
+brings dout: every tile of features would gather them again. The rows take as much memory as the video, with every patch
+filled up to whole tiles of taps.
 """
 
 from __future__ import annotations
