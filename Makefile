@@ -49,6 +49,7 @@ bench: $(call ready,test) ## the benchmarks of this machine; their report: build
 
 lint: $(if $(SETUP),.venv/.stattn-lint) ## ruff and mypy
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 wheel: $(if $(SETUP),.venv/.torch) ## dist/stattn-*.whl and dist/stattn-*.tar.gz

@@ -1,6 +1,8 @@
 """Write csrc/wgmma_products.cuh: wgmma has one instruction per width, and inline PTX names every register.
 
     python csrc/wgmma.py > csrc/wgmma_products.cuh
+
+tests/test_extension.py holds the file to what this writes.
 """
 
 # Widths of S = Q K^T (rows of a key box) and of O = P V (the head dimension).

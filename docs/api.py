@@ -1,6 +1,8 @@
 """Write docs/api.md, the list of public names, from their docstrings.
 
-    python docs/api.py         # after a public docstring changed its first sentence; tests/test_guides.py asks for it
+    python docs/api.py
+
+After a public docstring changed its first sentence, tests/test_guides.py asks for it.
 """
 
 from __future__ import annotations

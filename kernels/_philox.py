@@ -102,9 +102,7 @@ def philox_normal(seeds: Tensor, offset: int, shape: torch.Size) -> Tensor:
         count = math.prod(shape[1:])
         grid = (shape[0] * triton.cdiv(count, 4 * NORMAL_QUADS),)
         with on_device(seeds):
-            philox_normal_fill[grid](
-                out, seeds.contiguous(), offset, count, QUADS=NORMAL_QUADS, num_warps=NORMAL_WARPS
-            )
+            philox_normal_fill[grid](out, seeds.contiguous(), offset, count, QUADS=NORMAL_QUADS, num_warps=NORMAL_WARPS)
     return out
 
 

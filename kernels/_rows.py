@@ -221,9 +221,7 @@ def sum_row_pair(a, b):
 
 
 @triton.jit
-def norm_backward(
-    unit, grad, rstd, LAYER: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
-):
+def norm_backward(unit, grad, rstd, LAYER: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """Give the gradient of rows from that of their normalised form: (g - mean(g) - unit mean(g unit)) rstd.
 
     "rms" has no mean(g). Both means are taken in one reduction.

@@ -174,9 +174,7 @@ def finish_sums(
     if dscale is not None:
         if task < scale_rows:
             run = parts // scale_rows
-            value = _total(
-                sums, None, task * run, run, programs, groups, 0, 0, cols, UNIT, SLOTS, C, ROWS, WIDTH
-            )
+            value = _total(sums, None, task * run, run, programs, groups, 0, 0, cols, UNIT, SLOTS, C, ROWS, WIDTH)
             if weight is not None:
                 value *= tl.load(weight + cols, mask=cols < C, other=0.0).to(tl.float32)
             if bias is not None:
@@ -189,24 +187,18 @@ def finish_sums(
     if dshift is not None:
         if (task >= 0) & (task < shift_rows):
             run = parts // shift_rows
-            value = _total(
-                sums, None, task * run, run, programs, groups, 0, 0, cols, PLAIN, SLOTS, C, ROWS, WIDTH
-            )
+            value = _total(sums, None, task * run, run, programs, groups, 0, 0, cols, PLAIN, SLOTS, C, ROWS, WIDTH)
             _store_row(dshift, task, value, cols, C)
         task -= shift_rows
     if dgate is not None:
         if (task >= 0) & (task < gate_rows):
             run = parts // gate_rows
-            value = _total(
-                sums, None, task * run, run, programs, groups, 0, 0, cols, GATED, SLOTS, C, ROWS, WIDTH
-            )
+            value = _total(sums, None, task * run, run, programs, groups, 0, 0, cols, GATED, SLOTS, C, ROWS, WIDTH)
             _store_row(dgate, task, value, cols, C)
         task -= gate_rows
     if dweight is not None:
         if task == 0:
-            value = _total(
-                sums, scale, 0, parts, programs, groups, scale_b, scale_g, cols, UNIT, SLOTS, C, ROWS, WIDTH
-            )
+            value = _total(sums, scale, 0, parts, programs, groups, scale_b, scale_g, cols, UNIT, SLOTS, C, ROWS, WIDTH)
             _store_row(dweight, task, value, cols, C)
         task -= 1
     if dbias is not None:

@@ -251,16 +251,12 @@ def _compiled(config: Config) -> Iterator[Specialization]:
         label = "with flags" if flagged else "without flags"
         constants = {"ENTRIES": config.list_entries, "index_e": 1, "partial_e": 1, **absent}
         tiles = {"TILES": config.row_tiles}
-        yield Specialization(
-            f"join_rows {label}", join_rows, types, constants | tiles, {"num_warps": 4}, tuple(ints)
-        )
+        yield Specialization(f"join_rows {label}", join_rows, types, constants | tiles, {"num_warps": 4}, tuple(ints))
         yield Specialization(
             f"transpose_mark {label}", transpose_mark, types, constants | unmarked, {"num_warps": 4}, tuple(ints)
         )
         constants = {"KEYS": config.key_tiles, **absent, **unmarked}
-        yield Specialization(
-            f"transpose_fill {label}", transpose_fill, types, constants, {"num_warps": 4}, tuple(ints)
-        )
+        yield Specialization(f"transpose_fill {label}", transpose_fill, types, constants, {"num_warps": 4}, tuple(ints))
     yield Specialization(
         "transpose_count", transpose_count, types, {"KEYS": config.key_tiles}, {"num_warps": 4}, tuple(ints)
     )

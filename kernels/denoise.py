@@ -85,9 +85,7 @@ def load_output(
 ):  # fmt: skip
     """Load a model's output as fp32: latents, or with PT > 0 tokens, c_stride of features and t_stride of tokens."""
     if PT == 0:
-        x = load_latent(
-            ptr, batch, b_stride, c_stride, t_stride, h_stride, w_stride, c, s, mask, height, width, ALIGN
-        )
+        x = load_latent(ptr, batch, b_stride, c_stride, t_stride, h_stride, w_stride, c, s, mask, height, width, ALIGN)
     else:
         w = s % width
         h = s // width % height

@@ -274,6 +274,7 @@ def qk_norm_rope_forward(
 
 # Launchers.
 
+
 class Angles(NamedTuple):
     """Axis tables [2, extent, pairs] of cosines and sines, and the number of global tokens before the video."""
 
@@ -356,9 +357,7 @@ def forward(
     """Write the normalised and rotated q and k [B, N, heads, D] to q_out and k_out, which may be q and k themselves."""
     if q.numel() + k.numel() == 0:
         return
-    warps, constants = _forward_constants(
-        q.shape[2], k.shape[2], q.shape[3], q.element_size(), interleaved, config
-    )
+    warps, constants = _forward_constants(q.shape[2], k.shape[2], q.shape[3], q.element_size(), interleaved, config)
     constants |= constants_of(q.shape[3], pairs_of(q_angles), across, interleaved)
     (q_tables, q_extents), (k_tables, k_extents) = tables_of(q_angles), tables_of(k_angles)
     q_rows, k_rows = (0 if x.numel() == 0 else x.shape[0] * x.shape[1] for x in (q, k))

@@ -150,9 +150,7 @@ def forward_with_means(
     means = torch.empty((batch, heads, tiles, dim), dtype=torch.float32, device=k.device)
     end = before + extents[0] * extents[1] * extents[2]
     rest = (across, eps, interleaved)
-    forward(
-        q, k[:, :before], q_out, k_out[:, :before], q_weight, k_weight, q_angles, None, *rest
-    )
+    forward(q, k[:, :before], q_out, k_out[:, :before], q_weight, k_weight, q_angles, None, *rest)
     forward(q[:, :0], k[:, end:], q_out[:, :0], k_out[:, end:], q_weight, k_weight, None, None, *rest)
     if means.numel():
         warps, constants = _constants(heads, dim, k.element_size(), interleaved, config)

@@ -198,9 +198,7 @@ def by_query(
 
 
 @lru_cache(maxsize=1024)
-def by_key(
-    mask: Mask, grid: Grid, q_box: Region, k_box: Region, rows: int, columns: int, frames: bool = False
-) -> Walk:
+def by_key(mask: Mask, grid: Grid, q_box: Region, k_box: Region, rows: int, columns: int, frames: bool = False) -> Walk:
     """Tile the keys, at most ``rows`` a tile, and walk the queries in boxes of at most ``columns``.
 
     frames: the first axis of the keys counts frames here, whatever slots hold them, and a tile lies in one frame.

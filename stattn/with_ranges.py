@@ -2,6 +2,8 @@
 
     python -m stattn.with_ranges -m stattn.cli sample --caption "a red disc moves left" --out clip.mp4
     python -m stattn.with_ranges script.py --its --options
+
+``stattn.ranges`` says what is marked.
 """
 
 from __future__ import annotations

@@ -86,9 +86,7 @@ def evaluate(
     return found
 
 
-def _folder(
-    files: Sequence[Path], loaded: dict[str, Any], after: Callable[[], None]
-) -> tuple[dict[str, Any], Tensor]:
+def _folder(files: Sequence[Path], loaded: dict[str, Any], after: Callable[[], None]) -> tuple[dict[str, Any], Tensor]:
     rows: list[dict[str, float]] = []
     features = []
     captions = [caption_of(path) for path in files]

@@ -160,9 +160,7 @@ def _results(q: torch.Tensor, room: int) -> list[tuple[tuple[int, ...], tuple[in
     ]
 
 
-def _empty(
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 

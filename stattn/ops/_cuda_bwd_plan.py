@@ -93,9 +93,7 @@ def boxes_lie_apart(problem: Problem, heads: int, head_dim: int) -> bool:
 
 
 @lru_cache(maxsize=1024)  # captured graphs go on reading plans: few are ever given up
-def on_device(
-    problem: Problem, heads: int, head_dim: int, device: torch.device
-) -> tuple[int, list[int], torch.Tensor]:
+def on_device(problem: Problem, heads: int, head_dim: int, device: torch.device) -> tuple[int, list[int], torch.Tensor]:
     """Give the plan of a problem with its array on a device, copied there once."""
     number, integers, array = layout(problem, heads, head_dim)
     return number, integers, torch.from_numpy(array).to(device)
@@ -139,9 +137,7 @@ def encode(
     rank[order] = np.arange(len(order))
     video = _Split(corners[order], parts[order], 0)
     lines = _Split(line_corners, line_parts, video.pieces)
-    lists = [each.cut(rank, video) for each in lists[:-1]] + [
-        lists[-1].cut(np.arange(len(line_corners)), lines)
-    ]
+    lists = [each.cut(rank, video) for each in lists[:-1]] + [lists[-1].cut(np.arange(len(line_corners)), lines)]
     splits = np.concatenate([video.table(), lines.table()])
 
     groups, numbers = table.combine(_as_wide([each.masks[each.masked] for each in lists]))
@@ -161,9 +157,7 @@ def encode(
     array = np.concatenate(found).astype(np.int32).reshape(-1)
     array[: len(of_head)] = np.array(offsets, np.int32)[list(of_head)]
     split_tiles = len(splits) // 2
-    return Encoded(
-        array, len(video.corners), len(lines.corners), offsets[-1], lines.last, split_tiles, split_record
-    )
+    return Encoded(array, len(video.corners), len(lines.corners), offsets[-1], lines.last, split_tiles, split_record)
 
 
 def _video_corners(tiling: Tiling) -> np.ndarray:
@@ -244,9 +238,7 @@ def _all_queries(tiling: Tiling, table: MaskTable, tiles: int) -> _Entries:
     return _repeated(tiling, boxes, masks, tiles)
 
 
-def _repeated(
-    tiling: Tiling, boxes: Sequence[tuple[int, ...]], masks: Sequence[Sequence[int]], tiles: int
-) -> _Entries:
+def _repeated(tiling: Tiling, boxes: Sequence[tuple[int, ...]], masks: Sequence[Sequence[int]], tiles: int) -> _Entries:
     """Give each of ``tiles`` tiles the same boxes. boxes: their records and how many queries fill each."""
     given = np.array(boxes, np.int64).reshape(-1, 5)
     sees = np.concatenate([np.array(masks, np.int64).reshape(-1, 3), np.zeros((len(boxes), 1), np.int64)], 1)

@@ -210,8 +210,9 @@ def choose(
             box = triple(map(int, extents[first]))
             if best is None or (cost[first], -box[2], -box[1]) < (best[0], -best[1].box[2], -best[1].box[1]):
                 multiples = box if apart else (1, 1, unit)
-                best = float(cost[first]), Tiling(
-                    q_box, k_box, steps, slab, stacked, box, config, warpgroups, multiples
+                best = (
+                    float(cost[first]),
+                    Tiling(q_box, k_box, steps, slab, stacked, box, config, warpgroups, multiples),
                 )
     assert best is not None
     return best[1]

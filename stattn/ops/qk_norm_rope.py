@@ -233,9 +233,7 @@ def _triton_run_in_place(
     interleaved: bool,
 ) -> None:
     tables, before = flatten(rope, rope)
-    torch.ops.stattn.qk_norm_rope_(
-        qkv, kv_heads, q_weight, k_weight, tables, before, across_heads, eps, interleaved
-    )
+    torch.ops.stattn.qk_norm_rope_(qkv, kv_heads, q_weight, k_weight, tables, before, across_heads, eps, interleaved)
 
 
 def _reference_run_in_place(qkv: Tensor, kv_heads: int | None, *rest: Any) -> None:
@@ -267,9 +265,7 @@ _LIBRARY.define(
     f"qk_norm_rope_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, "
     f"{_ROPE}, bool q_sums, bool k_sums) -> (Tensor dq, Tensor dk, Tensor dq_weight, Tensor dk_weight)"
 )
-_LIBRARY.define(
-    f"qk_norm_rope_(Tensor(a!) qkv, SymInt? kv_heads, Tensor? q_weight, Tensor? k_weight, {_ROPE}) -> ()"
-)
+_LIBRARY.define(f"qk_norm_rope_(Tensor(a!) qkv, SymInt? kv_heads, Tensor? q_weight, Tensor? k_weight, {_ROPE}) -> ()")
 
 
 def flatten(rope: RopeTables | None, k_rope: RopeTables | None) -> tuple[list[Tensor], list[int]]:
@@ -321,9 +317,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from stattn.kernels import qk_norm_rope_bwd as kernels
 
-    dq, dk, *dweights = kernels.backward(
-        dq_out, dk_out, q, k, q_weight, k_weight, *angles_of(tables, before), *flags
-    )
+    dq, dk, *dweights = kernels.backward(dq_out, dk_out, q, k, q_weight, k_weight, *angles_of(tables, before), *flags)
     dq_weight, dk_weight = (q.new_empty(0) if each is None else each for each in dweights)
     return dq, dk, dq_weight, dk_weight
 

@@ -54,9 +54,7 @@ def guide_backward(
     return dcond, duncond
 
 
-def denoise_step_backward(
-    dfollowing: Tensor, dtarget: Tensor, step: Step
-) -> tuple[Tensor | None, ...]:
+def denoise_step_backward(dfollowing: Tensor, dtarget: Tensor, step: Step) -> tuple[Tensor | None, ...]:
     """Return the gradients of sample, output, uncond, noise, known, generated and each of history; None where absent.
 
     In float64 or float32, as ``denoise_step`` computes. The noise of seeds has no gradient.
