@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # What the operations, the modules and accelerate consist of; commands, models and training stay behind.
 PARTS = (
     "__init__", "accelerate", "blocks", "cache", "extension", "flops", "grid", "integrations", "kernels", "masks",
-    "model/__init__", "model/attention", "model/settings", "modules", "ops", "plan", "plan_runs", "problem", "ranges",
-    "reference", "rope", "tables",
+    "model/__init__", "model/attention", "model/layers", "model/settings", "modules", "ops", "plan", "plan_runs",
+    "problem", "ranges", "reference", "rope", "tables",
 )  # fmt: skip
 
 IMPORT = re.compile(r"^(\s*)from stattn(\.[\w.]+)? import ", re.MULTILINE)

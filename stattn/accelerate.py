@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from stattn import masks
 from stattn.grid import Grid, Triple
+from stattn.model.layers import Report, check_layers
 from stattn.model.settings import Impl, Masks, check_impl, check_mask, density, describe_mask
 from stattn.modules import (
     CrossAttention,
@@ -39,26 +40,6 @@ class LayerReport:
     mask: str
     density: float | None
     impl: str
-
-
-class Report(tuple[Any, ...]):
-    """The attention layers of a model, a record each; prints as a table."""
-
-    def __str__(self) -> str:
-        if not self:
-            return "no layers"
-        names = [field.name for field in fields(self[0])]
-        rows = [names, *([_cell(getattr(each, name)) for name in names] for each in self)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2%}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -189,22 +170,6 @@ def accelerate(
 
 def _attention_layers(model: nn.Module) -> list[tuple[str, SpaceTimeAttention]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, SpaceTimeAttention)]
-
-
-def check_layers(layers: Iterable[int], count: int, argument: str = "layers") -> list[int]:
-    """Return layer numbers as a list. Raises TypeError or ValueError naming the one that is none, or is there twice."""
-    given: object = layers
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise TypeError(f"{argument}={layers!r} must list numbers of layers")
-    numbers = list(layers)
-    for each in numbers:
-        if isinstance(each, bool) or not isinstance(each, int):
-            raise TypeError(f"{argument} has {each!r}; layers are integers")
-        if not 0 <= each < count:
-            raise ValueError(f"{argument} has {each}; the model has attention layers 0 to {count - 1}")
-    if len(set(numbers)) != len(numbers):
-        raise ValueError(f"{argument}={numbers} names a layer twice")
-    return numbers
 
 
 def _merge(old: Impl, new: Impl) -> Impl:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stattn import cli, metrics, world
 from stattn.metrics import evaluate, extractors, synth
+from stattn.metrics.networks import Network, Spec, file_sha256
 from stattn.video import media
 
 
@@ -46,7 +47,7 @@ def test_a_torchscript_file_becomes_an_extractor_that_says_what_it_is(pool: Path
     assert isinstance(extractor, metrics.FeatureExtractor)
     assert not isinstance(extractor, metrics.TextExtractor)
     assert (extractor.name, extractor.dim, extractor.resolution, extractor.frames) == ("pool", 300, 32, 8)
-    assert extractor.sha256 == extractors.file_sha256(pool)
+    assert extractor.sha256 == file_sha256(pool)
     video = world.render(2, 8, 32, 32, seed=0).video
     torch.testing.assert_close(extractor(video), _Pool()((video + 1) / 2))
     wide = extractors.fit(world.render(1, 11, 32, 48, seed=1).video[0], extractor)
@@ -67,15 +68,15 @@ def test_extractors_that_do_not_fit_are_refused(pool: Path, tmp_path: Path) -> N
         (lambda: extractor(torch.zeros(1, 3, 7, 32, 32)), ValueError, "7 frames"),
         (lambda: extractor(torch.zeros(1, 3, 8, 32, 31)), ValueError, "video of shape"),
         (lambda: extractors.fit(torch.zeros(3, 7, 32, 32), extractor), ValueError, "7 frames"),
-        (lambda: extractors.Spec("x", "1", 0, 1, 1), ValueError, "dim=0"),
+        (lambda: Spec("x", "1", 0, 1, 1), ValueError, "dim=0"),
     ):  # fmt: skip
         with pytest.raises(kind, match=text):
             call()
 
 
 def test_a_registered_extractor_is_known_by_name_and_once() -> None:
-    def make(*, device: object) -> extractors.Network:
-        return extractors.Network(_Pool(), extractors.Spec("mine", "1", 300, 16, 8), "0" * 64)
+    def make(*, device: object) -> Network:
+        return Network(_Pool(), Spec("mine", "1", 300, 16, 8), "0" * 64)
 
     metrics.register("mine", make)
     try:
@@ -117,7 +118,7 @@ def test_the_command_measures_folders_of_files(pool: Path, tmp_path: Path, capsy
     assert found["a"]["clips"] == found["b"]["clips"] == 5
     assert found["a"]["jumps"] < found["b"]["jumps"]
     assert found["between"]["FVD(pool)"] > 0
-    assert found["extractors"]["pool"]["sha256"] == extractors.file_sha256(pool)
+    assert found["extractors"]["pool"]["sha256"] == file_sha256(pool)
     assert cli.main(["evaluate", str(a), str(b), *features, "--max-clips", "2"]) == 0
     told: list[tuple[int, int]] = []
     networks = evaluate.Networks(f"pool={pool}", None, None)

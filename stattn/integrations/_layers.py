@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stattn import masks
-from stattn.accelerate import Report
 from stattn.grid import Grid, Region, Triple
 from stattn.masks import Mask
+from stattn.model.layers import Report
 from stattn.model.settings import Impl, Masks, density, describe_mask
 from stattn.ops._dispatch import impl_for
 from stattn.ops.attention import attention, explain

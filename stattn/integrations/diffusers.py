@@ -21,6 +21,7 @@ from stattn.grid import Grid, Region, Triple, is_int
 from stattn.integrations import _processors as processors
 from stattn.integrations._layers import Host, HostAcceleration, Layer
 from stattn.masks import Mask
+from stattn.model.layers import check_layers
 from stattn.model.settings import Impl, Masks, check_impl, check_mask
 from stattn.ops._attention_choice import OPERATION as ATTENTION
 from stattn.ops._dispatch import impl_for
@@ -157,8 +158,6 @@ def accelerate(
     verify: bool = False,
 ) -> HostAcceleration:
     """Give the self-attention of a diffusers video transformer stattn's attention; see ``stattn.accelerate``."""
-    from stattn.accelerate import check_layers
-
     model = getattr(model, "_orig_mod", model)
     kind = type(model).__name__
     if kind not in FAMILIES:

@@ -4,8 +4,9 @@
 """
 
 from stattn.metrics.distances import clipsim, cos_consistency, frechet_distance, frechet_from_moments, mmd_poly
-from stattn.metrics.extractors import FeatureExtractor, TextExtractor, load, register, registered
+from stattn.metrics.extractors import load, register, registered
 from stattn.metrics.motion import affine_motion, camera_track, occlusion, optical_flow, phase_correlation, warp
+from stattn.metrics.networks import FeatureExtractor, TextExtractor
 from stattn.metrics.pixels import flicker, midway, motion_smoothness, pair_errors, psnr, warp_error
 
 __all__ = [

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stattn.metrics import checks, distances, extractors, pixels
+from stattn.metrics.networks import FeatureExtractor, TextExtractor
 from stattn.training.folder import caption_of, video_files
 from stattn.video import media
 
@@ -56,7 +57,7 @@ def evaluate(
         key: None if name is None else extractors.load(name, device=device) for key, name in vars(networks).items()
     }
     text = loaded["text"]
-    if text is not None and not isinstance(text, extractors.TextExtractor):
+    if text is not None and not isinstance(text, TextExtractor):
         raise ValueError(f"text extractor {text.name} reads no captions")
     found: dict[str, Any] = {}
     features: list[Tensor] = []
@@ -105,7 +106,7 @@ def _folder(files: Sequence[Path], loaded: dict[str, Any], after: Callable[[], N
 
 
 def clip_metrics(
-    video: Tensor, frames: extractors.FeatureExtractor | None, text: Any = None, caption: str | None = None
+    video: Tensor, frames: FeatureExtractor | None, text: Any = None, caption: str | None = None
 ) -> dict[str, float]:
     """Measure one clip [3, T, H, W]; see ``evaluate``."""
     found = {

@@ -1,83 +1,24 @@
-"""Feature extractors: what a network must say about itself to be used in a metric, where they are kept, how they load.
+"""Feature extractors: where they are kept, how they load, and what of a clip they read.
 
-An extractor's name is part of every result, because a distance means nothing without it. The real networks (I3D, CLIP,
-DINO) are loaded from files that the user has; nothing is downloaded. The small ones named "synth-..." were trained on
-``stattn.world`` (``stattn.metrics.synth``) and ship with the package.
+The real networks (I3D, CLIP, DINO) are loaded from files that the user has; nothing is downloaded. The small ones named
+"synth-..." were trained on ``stattn.world`` (``stattn.metrics.synth``) and ship with the package. What an extractor is
+says ``stattn.metrics.networks``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@runtime_checkable
-class FeatureExtractor(Protocol):
-    """The interface of a network that turns video into features.
-
-    name, version: of the network. dim: the number of features. resolution: the side, in pixels, of the square pictures
-    that it reads. frames: how many it reads at once; 1 for a network of single pictures, which gives one row per
-    frame. sha256: of the file with its weights.
-    """
-
-    name: str
-    version: str
-    dim: int
-    resolution: int
-    frames: int
-    sha256: str
-
-    def __call__(self, video: Tensor) -> Tensor:
-        """Compute the features of video [B, 3, T, resolution, resolution] in -1..1.
-
-        Returns [B, dim] for clips of T = frames frames, or, when frames is 1, [B, T, dim].
-        """
-        ...
-
-
-@runtime_checkable
-class TextExtractor(FeatureExtractor, Protocol):
-    """The interface of an extractor that also turns captions into features of the same space."""
-
-    def text(self, captions: Sequence[str]) -> Tensor:
-        """Compute the features of captions: [B, dim]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a network file does not say about itself.
-
-    mean, std: of the colours that it reads, in 0..1. keywords: passed to it at every call.
-    """
-
-    name: str
-    version: str
-    dim: int
-    resolution: int
-    frames: int
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    keywords: tuple[tuple[str, Any], ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("dim", "resolution", "frames"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive integer")
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
-        object.__setattr__(self, "keywords", tuple((str(key), value) for key, value in self.keywords))
-
+from stattn.metrics.networks import FeatureExtractor, Network, Spec, file_sha256
 
 # The files that the field uses, as they are handed round: I3D in TorchScript (the logits of 400 classes), a ViT-B/16 of
 # DINO, the image encoder of CLIP ViT-B/32.
@@ -91,38 +32,6 @@ SPECS = {
         "clip", "vit-b-32", 512, 224, 1, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     ),
 }  # fmt: skip
-
-
-class Network:
-    """An extractor made of a module and its Spec."""
-
-    def __init__(self, module: Callable[..., Tensor], spec: Spec, sha256: str, device: torch.device | str = "cpu"):
-        self.module, self.spec, self.sha256, self.device = module, spec, sha256, torch.device(device)
-        self.name, self.version, self.dim = spec.name, spec.version, spec.dim
-        self.resolution, self.frames = spec.resolution, spec.frames
-
-    @torch.no_grad()
-    def __call__(self, video: Tensor) -> Tensor:
-        """Give features; see FeatureExtractor. Raises ValueError when video or the module's answer does not fit."""
-        side = self.resolution
-        if video.ndim != 5 or video.shape[1] != 3 or tuple(video.shape[3:]) != (side, side):
-            raise ValueError(f"video of shape {tuple(video.shape)} must be [B, 3, T, {side}, {side}] for {self.name}")
-        if self.frames > 1 and video.shape[2] != self.frames:
-            raise ValueError(f"video has {video.shape[2]} frames; {self.name} reads {self.frames}")
-        x = video.to(self.device, torch.float32)
-        mean, std = (x.new_tensor(each)[:, None, None, None] for each in (self.spec.mean, self.spec.std))
-        x = ((x + 1) / 2 - mean) / std
-        keywords = dict(self.spec.keywords)
-        if self.frames > 1:
-            return self._checked(self.module(x, **keywords), len(x))
-        pictures = x.transpose(1, 2).flatten(0, 1)
-        return self._checked(self.module(pictures, **keywords), len(pictures)).unflatten(0, (len(x), -1))
-
-    def _checked(self, features: Tensor, rows: int) -> Tensor:
-        if tuple(features.shape) != (rows, self.dim):
-            raise ValueError(f"{self.name} gave features of shape {tuple(features.shape)}, not {(rows, self.dim)}")
-        return features.float().cpu()
-
 
 _REGISTRY: dict[str, Callable[..., FeatureExtractor]] = {}
 
@@ -163,12 +72,6 @@ def load(name: str, *, device: torch.device | str = "cpu") -> FeatureExtractor:
     raise ValueError(
         f"extractor {name!r} is none of {', '.join(registered())}; a file of your own is NAME=PATH, as in i3d=i3d.pt"
     )
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Hash a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_file(kind: str, path: Path, device: torch.device | str) -> FeatureExtractor:

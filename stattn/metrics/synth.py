@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stattn import dit, results, world
-from stattn.metrics.extractors import FeatureExtractor, Network, Spec, file_sha256
+from stattn.metrics.networks import FeatureExtractor, Network, Spec, file_sha256
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED = ("synth-clip", "synth-frame", "synth-r3d")

@@ -18,7 +18,7 @@ from torch import Tensor
 from stattn import dit, metrics, world
 from stattn.dit import DiT
 from stattn.masks import parse
-from stattn.metrics import checks, extractors
+from stattn.metrics import checks, extractors, networks
 from stattn.modules import SpaceTimeAttention
 from stattn.recipes import Recipe
 from stattn.sampler import sample
@@ -177,7 +177,7 @@ class Ruler:
         }
 
 
-def features(clips: Tensor, extractor: extractors.FeatureExtractor) -> Tensor:
+def features(clips: Tensor, extractor: networks.FeatureExtractor) -> Tensor:
     """Give the features of clips [B, 3, T, H, W]."""
     return extractor(torch.cat([extractors.fit(clip, extractor) for clip in clips]))
 
